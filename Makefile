@@ -40,6 +40,8 @@ say   = $(if $(V),,@printf '  %-5s %s\n' $(1) $(2))
 
 all: $B/asynctlsd
 
+objects: $(LIB)
+
 $B/asynctlsd: $B/server/main.o $(LIB)
 	$(call say,LD,$@)
 	$Q$(CC) $(LDFLAGS) -o $@ $^ $(LDLIBS)
@@ -134,6 +136,6 @@ install: all
 clean:
 	rm -rf build build-*
 
-.PHONY: all run test unit-test test-http fuzz lint format install clean
+.PHONY: all objects run test unit-test test-http fuzz lint format install clean
 .SECONDARY:
 -include $(shell find $B -name '*.d' 2>/dev/null)

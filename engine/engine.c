@@ -1,0 +1,318 @@
+#include "engine/engine_parts.h"
+
+#include "engine/base/clock.h"
+#include "engine/base/invariant.h"
+#include "engine/base/log.h"
+#include "engine/base/mem.h"
+
+#include <errno.h>
+#include <string.h>
+#include <unistd.h>
+
+/* ---- any thread */
+
+static void wake(struct engine *e)
+{
+    uint64_t one = 1;
+
+    /* A full counter wakes as well. */
+    if (write(e->wake_fd, &one, sizeof one) < 0)
+        ASSERT(errno == EAGAIN);
+}
+
+enum status engine_submit(struct engine *e, struct request *req)
+{
+    ASSERT(req->n_prompt > 0 &&
+           (uint64_t)req->n_prompt + req->max_tokens <= e->max_model_len);
+    if (atomic_load(&e->failed))
+        return ST_DEVICE;
+    if (atomic_load(&e->draining))
+        return ST_SHUTDOWN;
+    if (!waiting_enter(&e->waiting, req->n_prompt))
+        return ST_BUSY;
+    req->tokens_mail.kind = MSG_TOKENS;
+    req->done_mail.kind = MSG_DONE;
+    req->tokens_mail.req = req->done_mail.req = req;
+    req->finish = FINISH_NONE;
+    req->stopped_by_id = req->stopped_by_string = -1;
+    atomic_fetch_add(&e->n_inside, 1);
+    /* The letter that will bring it home takes it here as well. */
+    mailbox_post(e->inbox, &req->done_mail.node);
+    return ST_OK;
+}
+
+void engine_cancel(struct engine *e, struct request *req)
+{
+    atomic_store(&req->cancelled, true);
+    atomic_fetch_add(&e->n_cancels, 1);
+    wake(e);
+}
+
+void engine_drain(struct engine *e)
+{
+    atomic_store(&e->draining, true);
+    wake(e);
+}
+
+bool engine_idle(const struct engine *e)
+{
+    return atomic_load(&e->n_inside) == 0;
+}
+
+void engine_stats(const struct engine *e, struct engine_stats *out)
+{
+    const struct published_stats *p = &e->published;
+    uint64_t words[(sizeof *out + 7) / 8];
+    uint32_t before, after;
+
+    do {
+        before = atomic_load_explicit(&p->version, memory_order_acquire);
+        for (size_t i = 0; i < sizeof words / sizeof words[0]; i++)
+            words[i] = atomic_load_explicit(&p->words[i], memory_order_relaxed);
+        atomic_thread_fence(memory_order_acquire);
+        after = atomic_load_explicit(&p->version, memory_order_relaxed);
+    } while (before != after || (before & 1));
+    memcpy(out, words, sizeof *out);
+    /* The room is counted where one enters it. */
+    out->waiting += waiting_requests(&e->waiting);
+    out->waiting_tokens = waiting_tokens(&e->waiting);
+    out->busy = atomic_load(&e->n_inside) > 0;
+}
+
+/* ---- engine thread */
+
+static void publish(struct engine *e)
+{
+    struct engine_stats *s = &e->stats;
+    struct kv_pool_counts kv = kv_pool_counts(e->pool);
+    struct published_stats *p = &e->published;
+    uint64_t words[(sizeof *s + 7) / 8] = { 0 };
+
+    s->running = scheduler_running(e->scheduler);
+    s->waiting = e->n_put_back;
+    s->kv_blocks = kv.blocks;
+    s->kv_blocks_pinned = kv.pinned;
+    s->kv_blocks_cached = kv.cached;
+    s->failed = atomic_load(&e->failed);
+    memcpy(words, s, sizeof *s);
+    uint32_t version = atomic_load_explicit(&p->version, memory_order_relaxed);
+    atomic_store_explicit(&p->version, version + 1, memory_order_relaxed);
+    atomic_thread_fence(memory_order_release);
+    for (size_t i = 0; i < sizeof words / sizeof words[0]; i++)
+        atomic_store_explicit(&p->words[i], words[i], memory_order_relaxed);
+    atomic_store_explicit(&p->version, version + 2, memory_order_release);
+}
+
+/* The request's last moment here: nothing of it may be touched afterwards. */
+static void send_home(struct engine *e, struct request *req)
+{
+    e->stats.finished[req->finish]++;
+    atomic_fetch_sub(&e->n_inside, 1);
+    mailbox_post(e->to_loop, &req->done_mail.node);
+}
+
+static void end_sequence(struct engine *e, struct sequence *q)
+{
+    struct request *req = q->req;
+
+    if (!q->was_admitted)
+        waiting_leave(&e->waiting, q->n_prompt);
+    else if (q->state == SEQ_WAITING)
+        e->n_put_back--;
+    scheduler_remove(e->scheduler, q);
+    sequence_drop_blocks(q, e->pool);
+    sequence_destroy(q);
+    send_home(e, req);
+}
+
+static void publish_output(struct engine *e, const struct sequence *q)
+{
+    struct request *req = q->req;
+
+    atomic_store_explicit(&req->n_output, q->n_tokens - q->n_prompt, memory_order_release);
+    if (!atomic_exchange(&req->mail_pending, true))
+        mailbox_post(e->to_loop, &req->tokens_mail.node);
+}
+
+static void accept_requests(struct engine *e)
+{
+    const struct model_config *m = model_config(e->model);
+
+    for (struct mail_node *node = mailbox_drain(e->inbox), *next; node; node = next) {
+        struct request *req = ((struct message *)node)->req;
+        next = node->next;
+        struct sequence *q = sequence_create(req, e->tok, &e->select, e->next_order++,
+                                             m->vocab, m->eos, m->n_eos);
+        scheduler_add(e->scheduler, q);
+        if (sequence_next_tokens(q) == 0) {  /* one token to score: nothing foretells it */
+            req->finish = FINISH_LENGTH;
+            end_sequence(e, q);
+        }
+    }
+}
+
+static void drop_cancelled(struct engine *e, bool all)
+{
+    uint32_t cancels = atomic_load(&e->n_cancels);
+    struct sequence *q;
+
+    if (cancels == e->seen_cancels && !all)
+        return;
+    e->seen_cancels = cancels;
+    for (uint32_t i = 0; (q = scheduler_at(e->scheduler, i)) != NULL;) {
+        if (all || atomic_load(&q->req->cancelled)) {
+            q->req->finish = FINISH_CANCELLED;
+            end_sequence(e, q);
+        } else
+            i++;
+    }
+}
+
+static uint32_t available_blocks(const struct engine *e)
+{
+    struct kv_pool_counts kv = kv_pool_counts(e->pool);
+
+    return kv.blocks - kv.pinned;
+}
+
+static uint32_t drop_preempted(void *arg, struct sequence *q)
+{
+    struct engine *e = arg;
+
+    e->stats.preemptions++;
+    e->n_put_back++;
+    e->stats.recomputed_tokens += q->n_computed;
+    q->req->n_preempted++;
+    sequence_drop_blocks(q, e->pool);
+    return available_blocks(e);
+}
+
+static void note_admission(struct engine *e, struct sequence *q, uint64_t now_ns)
+{
+    uint32_t cached = q->n_computed;
+
+    if (q->was_admitted) {
+        e->n_put_back--;
+        return;
+    }
+    q->was_admitted = true;
+    waiting_leave(&e->waiting, q->n_prompt);
+    q->req->admitted_ns = now_ns;
+    q->req->n_cached = cached;
+    e->stats.prefix_queries += q->n_prompt;
+    e->stats.prefix_hits += cached;
+    e->stats.prompt_tokens_cached += cached;
+}
+
+static void admit(struct engine *e, struct step_plan *plan)
+{
+    struct sequence *q;
+
+    while ((q = scheduler_next(e->scheduler, plan)) != NULL) {
+        sequence_attach(q, e->pool, &e->select);
+        plan->left.blocks = available_blocks(e);
+        if (!scheduler_admit(e->scheduler, plan, q)) {
+            sequence_drop_blocks(q, e->pool);
+            return;
+        }
+        note_admission(e, q, clock_now_ns());
+    }
+}
+
+/* The device is lost: everybody learns it, nobody is let in any more. */
+static void fail_all(struct engine *e, const struct error *why)
+{
+    struct sequence *q;
+
+    log_error("engine", "%s; failing %u requests", why->text, atomic_load(&e->n_inside));
+    atomic_store(&e->failed, true);
+    accept_requests(e);
+    while ((q = scheduler_at(e->scheduler, 0)) != NULL) {
+        q->req->finish = FINISH_ERROR;
+        q->req->error = *why;
+        end_sequence(e, q);
+    }
+}
+
+static void absorb(struct engine *e, const struct step_plan *plan, uint64_t now_ns)
+{
+    struct step_counts counts = { 0 };
+
+    for (uint32_t i = 0; i < plan->n_slices; i++) {
+        struct sequence *q = plan->slices[i].seq;
+        uint32_t known = q->n_tokens;
+        bool finished = step_absorb(&e->step, &plan->slices[i], &counts, now_ns);
+        if (q->n_tokens > known)
+            publish_output(e, q);
+        if (finished)
+            end_sequence(e, q);
+    }
+    e->stats.prompt_tokens += counts.prompt_tokens;
+    e->stats.output_tokens += counts.output_tokens;
+    e->stats.sparse_rows += counts.sparse_rows;
+    e->stats.dense_rows += counts.dense_rows;
+}
+
+static void step(struct engine *e)
+{
+    struct step_budget budget = {
+        .tokens = e->step_tokens, .logit_rows = e->max_logit_rows,
+        .blocks = available_blocks(e), .drop = drop_preempted, .arg = e,
+    };
+    uint64_t began_ns = clock_now_ns();
+    struct step_plan *plan = scheduler_plan(e->scheduler, &budget);
+    struct error err;
+
+    admit(e, plan);
+    ASSERT(plan->n_slices > 0);
+    if (step_run(&e->step, plan, &err) != ST_OK) {
+        fail_all(e, &err);
+        return;
+    }
+    uint64_t now_ns = clock_now_ns();
+    absorb(e, plan, now_ns);
+    e->stats.steps++;
+    e->stats.step_ns += now_ns - began_ns;
+    e->stats.last_step_ns = now_ns;
+    if (e->check_invariants) {
+        scheduler_check(e->scheduler);
+        kv_pool_check(e->pool);
+    }
+}
+
+static void sleep_until_woken(struct engine *e)
+{
+    uint64_t count;
+
+    while (read(e->wake_fd, &count, sizeof count) < 0)
+        ASSERT(errno == EINTR);
+}
+
+static bool has_work(const struct engine *e)
+{
+    return scheduler_running(e->scheduler) + scheduler_waiting(e->scheduler) > 0;
+}
+
+void *engine_thread(void *arg)
+{
+    struct engine *e = arg;
+
+    pthread_setname_np(pthread_self(), "engine");
+    while (!atomic_load(&e->stopping)) {
+        accept_requests(e);
+        drop_cancelled(e, false);
+        if (has_work(e))
+            step(e);
+        publish(e);
+        if (!has_work(e)) {
+            sleep_until_woken(e);
+            /* The watchdog measures from here on, not from before the sleep. */
+            e->stats.last_step_ns = clock_now_ns();
+            publish(e);
+        }
+    }
+    accept_requests(e);
+    drop_cancelled(e, true);
+    publish(e);
+    return NULL;
+}

@@ -1,0 +1,92 @@
+#ifndef ENGINE_H
+#define ENGINE_H
+
+#include "engine/base/mailbox.h"
+#include "engine/base/status.h"
+#include "engine/model/model_config.h"
+#include "engine/select/select.h"
+
+#include <stdbool.h>
+#include <stdint.h>
+
+/* What the server may know about inference.
+ *
+ * An engine is one device, one model, one thread.  The server hands it
+ * requests and gets messages back; it never sees a tensor, a block or a
+ * stream.
+ *
+ * A request belongs to the loop thread, then from engine_submit() to the
+ * engine, and comes home in MSG_DONE.  The only field both sides may write meanwhile is the
+ * cancel flag, through engine_cancel(). */
+
+struct engine;
+struct request;             /* engine/run/request.h */
+struct tokenizer;           /* engine/model/tokenizer.h */
+
+struct engine_config {
+    const char *model_dir;  /* borrowed for the duration of engine_create(), as all strings */
+    const char *backend;    /* "cpu", "cuda:0" */
+    const char *isa;        /* backend.h; NULL auto */
+    int threads;            /* CPU back end; 0: one a core */
+    uint32_t max_model_len; /* 0: the most that the model and the pool allow */
+    uint32_t max_running;   /* sequences in a step */
+    uint32_t max_waiting;   /* requests in the waiting room */
+    uint64_t max_waiting_tokens; /* their prompt tokens in all; one request always fits */
+    uint32_t step_tokens;   /* token budget of a step; at least max_running + 64 */
+    uint64_t kv_bytes;      /* KV pool with index; 0: a quarter of the device's memory */
+    bool prefix_cache;
+    bool check_invariants;  /* scheduler_check and kv_pool_check after every step */
+    struct select_config select;
+};
+
+/* Loads the model, carves all memory and starts the thread; slow, and the only
+ * call that can fail for lack of memory.  to_loop receives the messages. */
+enum status engine_create(struct engine **out, const struct engine_config *cfg,
+                          struct mailbox *to_loop, struct error *err) MUST_USE;
+
+/* Stop accepting (ST_SHUTDOWN from then on), let what was accepted finish.
+ * Any thread; returns at once.  engine_idle() tells when nothing is left. */
+void engine_drain(struct engine *e);
+bool engine_idle(const struct engine *e);
+
+/* End what is left with FINISH_CANCELLED, send every request home, join the
+ * thread and free.  Call mailbox_drain() afterwards for the last messages.  NULL is fine. */
+void engine_destroy(struct engine *e);
+
+/* Any thread; never blocks.  ST_BUSY when the waiting room is full (decided
+ * now, with everything submitted so far counted), ST_SHUTDOWN while draining,
+ * ST_DEVICE after the device failed.  On failure the caller still owns req. */
+enum status engine_submit(struct engine *e, struct request *req) MUST_USE;
+void engine_cancel(struct engine *e, struct request *req);
+
+/* Constant after create. */
+const struct model_config *engine_model(const struct engine *e);
+uint32_t engine_max_model_len(const struct engine *e);
+const char *engine_device_name(const struct engine *e);
+const struct tokenizer *engine_tokenizer(const struct engine *e); /* of the model's folder */
+
+/* Counters since create and gauges of this moment.  A consistent snapshot
+ * published by the engine thread after each step; any thread. */
+struct engine_stats {
+    uint32_t running, waiting;       /* waiting includes what is submitted but not yet seen */
+    uint64_t waiting_tokens;
+    uint32_t kv_blocks, kv_blocks_pinned, kv_blocks_cached;
+    uint64_t steps, step_ns;         /* count and time spent in steps */
+    uint64_t last_step_ns;           /* clock_now_ns() at the end of the last step */
+    uint64_t prompt_tokens, prompt_tokens_cached, output_tokens;
+    uint64_t sparse_rows, dense_rows; /* decode rows by kind */
+    uint64_t prefix_queries, prefix_hits; /* in tokens */
+    uint64_t preemptions, recomputed_tokens;
+    uint64_t finished[5];            /* by enum finish */
+    bool failed;                     /* the device failed; the process should end */
+    bool busy;                       /* there is work; with last_step_ns, for the watchdog */
+};
+void engine_stats(const struct engine *e, struct engine_stats *out);
+
+/* Choose index channels for a model from a text (select.h) and write them into
+ * its folder; cfg names the model and the device.  Tokens beyond what cfg allows
+ * for a context are left out. */
+enum status engine_calibrate(const struct engine_config *cfg, const char *text_path,
+                             struct error *err) MUST_USE;
+
+#endif

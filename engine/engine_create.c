@@ -1,0 +1,250 @@
+#include "engine/engine_parts.h"
+
+#include "engine/base/invariant.h"
+#include "engine/base/log.h"
+#include "engine/base/mem.h"
+#include "kernels/backend.h"
+
+#include <stdio.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <unistd.h>
+
+enum {
+    MIN_PREFILL_TOKENS = 64,           /* of a step, beside a decode row for each sequence */
+    LOGIT_BYTES = 64 << 20,            /* scoring a prompt may use that much for its logits */
+    MAX_PATH_BYTES = 4096
+};
+
+static void wake_engine(void *arg)
+{
+    struct engine *e = arg;
+    uint64_t one = 1;
+    ssize_t n = write(e->wake_fd, &one, sizeof one);
+
+    (void)n;                           /* a full counter wakes as well */
+}
+
+static enum status path_join(char out[MAX_PATH_BYTES], const char *dir, const char *file,
+                             struct error *err)
+{
+    int n = snprintf(out, MAX_PATH_BYTES, "%s/%s", dir, file);
+
+    return n < MAX_PATH_BYTES ? ST_OK : error_set(err, ST_INVALID, "%s: the path is too long", dir);
+}
+
+static enum status check_config(const struct engine_config *cfg, struct error *err)
+{
+    if (cfg->max_running < 1 || cfg->max_running > 4096)
+        return error_set(err, ST_INVALID, "max-running is %u; 1 to 4096 can be",
+                         cfg->max_running);
+    if (cfg->step_tokens < cfg->max_running + MIN_PREFILL_TOKENS)
+        return error_set(err, ST_INVALID,
+                         "step-tokens is %u; with max-running %u it must be at least %u",
+                         cfg->step_tokens, cfg->max_running,
+                         cfg->max_running + MIN_PREFILL_TOKENS);
+    return ST_OK;
+}
+
+static enum status open_device(struct engine *e, const struct engine_config *cfg,
+                               struct error *err)
+{
+    struct backend_options options = { .threads = cfg->threads, .isa = cfg->isa };
+    char path[MAX_PATH_BYTES];
+
+    TRY(backend_open(&e->be, cfg->backend, &options, err));
+    TRY(model_open(&e->model, e->be, cfg->model_dir, err));
+    TRY(path_join(path, cfg->model_dir, "tokenizer.json", err));
+    TRY(tokenizer_open(&e->tok, path, err));
+    if (tokenizer_n_ids(e->tok) > model_config(e->model)->vocab)
+        return error_set(err, ST_INVALID,
+                         "%s: the tokenizer has %d ids but the model only %d rows for them",
+                         cfg->model_dir, tokenizer_n_ids(e->tok), model_config(e->model)->vocab);
+    return ST_OK;
+}
+
+static enum status plan_selection(struct engine *e, const struct engine_config *cfg,
+                                  const struct kv_shape *shape, struct error *err)
+{
+    int layers = model_config(e->model)->layers;
+    char path[MAX_PATH_BYTES];
+
+    if (cfg->select.index == INDEX_CHANNELS) {
+        e->channels = mem_calloc((size_t)layers * (size_t)shape->kv_heads *
+                                 INDEX_CHANNELS_KEPT, sizeof *e->channels);
+        TRY(path_join(path, cfg->model_dir, "asynctlsd-channels.json", err));
+        if (select_channels_read(e->channels, path, layers, shape, err) != ST_OK)
+            return error_set(err, ST_INVALID,
+                             "%s cannot be used; token-index channels needs it: run "
+                             "asynctlsd --calibrate TEXTFILE once for this model", path);
+    }
+    return select_plan_init(&e->select, &cfg->select, shape, layers, e->channels, err);
+}
+
+/* The longest context: what the model and the pool allow, or what was asked
+ * for if they allow it. */
+static enum status resolve_length(struct engine *e, const struct engine_config *cfg,
+                                  uint32_t blocks, struct error *err)
+{
+    const struct model_config *m = model_config(e->model);
+    uint32_t of_model = (uint32_t)m->max_position;
+    uint64_t of_pool = (uint64_t)blocks * BLOCK_TOKENS;
+
+    if (m->sliding_window > 0 && (uint32_t)m->sliding_window < of_model)
+        of_model = (uint32_t)m->sliding_window;
+    if (cfg->max_model_len > of_model)
+        return error_set(err, ST_INVALID, "max-model-len is %u; the model's %s is %u",
+                         cfg->max_model_len,
+                         m->sliding_window ? "sliding window, which contexts may not pass,"
+                                           : "limit", of_model);
+    if (cfg->max_model_len > of_pool)
+        return error_set(err, ST_INVALID,
+                         "max-model-len is %u; the KV pool holds %llu tokens: raise "
+                         "kv-cache-bytes", cfg->max_model_len, (unsigned long long)of_pool);
+    e->max_model_len = cfg->max_model_len ? cfg->max_model_len
+                       : of_pool < of_model ? (uint32_t)of_pool : of_model;
+    return ST_OK;
+}
+
+static uint32_t logit_rows(const struct engine_config *cfg, int vocab)
+{
+    uint64_t rows = LOGIT_BYTES / (4u * (uint64_t)vocab);
+
+    if (rows > cfg->step_tokens)
+        rows = cfg->step_tokens;
+    if (rows < cfg->max_running + MIN_PREFILL_TOKENS)
+        rows = cfg->max_running + MIN_PREFILL_TOKENS;
+    return (uint32_t)rows;
+}
+
+static void log_memory(const struct engine *e, uint32_t blocks, size_t block_bytes,
+                       size_t scratch_bytes)
+{
+    const struct device_info *info = backend_info(e->be);
+
+    log_info("engine", "device   %s, %zu MB of memory", info->name, info->mem_bytes >> 20);
+    log_info("engine", "weights  %zu MB", model_weight_bytes(e->model) >> 20);
+    log_info("engine", "scratch  %zu MB", scratch_bytes >> 20);
+    log_info("engine", "KV pool  %zu MB: %u blocks, %llu tokens, index included",
+             (blocks * block_bytes) >> 20, blocks, (unsigned long long)blocks * BLOCK_TOKENS);
+    log_info("engine", "contexts up to %u tokens, sparse beyond %d", e->max_model_len,
+             e->select.config.crossover_tokens);
+}
+
+static enum status carve_memory(struct engine *e, const struct engine_config *cfg,
+                                const struct kv_shape *shape, struct error *err)
+{
+    const struct model_config *m = model_config(e->model);
+    size_t block_bytes = kv_pool_bytes_per_block(shape, m->layers);
+    uint64_t kv_bytes = cfg->kv_bytes ? cfg->kv_bytes : backend_info(e->be)->mem_bytes / 4;
+    uint64_t blocks = kv_bytes / block_bytes;
+
+    if (blocks < 1)
+        return error_set(err, ST_INVALID,
+                         "kv-cache-bytes is %llu; one block of 64 tokens takes %zu",
+                         (unsigned long long)kv_bytes, block_bytes);
+    if (blocks > INT32_MAX / 2)
+        blocks = INT32_MAX / 2;
+    TRY(resolve_length(e, cfg, (uint32_t)blocks, err));
+    e->step_tokens = cfg->step_tokens;
+    e->max_logit_rows = logit_rows(cfg, m->vocab);
+    struct model_limits limits = {
+        .max_rows = (int)cfg->step_tokens, .max_seqs = (int)cfg->max_running,
+        .max_logit_rows = (int)e->max_logit_rows,
+        .max_blocks = (int)((e->max_model_len + BLOCK_TOKENS - 1) / BLOCK_TOKENS),
+    };
+    struct kv_pool_config pool = {
+        .blocks = (uint32_t)blocks, .layers = m->layers, .shape = *shape,
+        .prefix_cache = cfg->prefix_cache,
+    };
+    size_t scratch_bytes = model_scratch_bytes(e->model, &limits, &e->select);
+    TRY(model_prepare(e->model, &limits, &e->select, err));
+    TRY(kv_pool_create(&e->pool, e->be, &pool, err));
+    e->step = (struct step_context){
+        .model = e->model, .stream = e->stream, .pool = e->pool, .select = &e->select,
+        .eos = m->eos, .n_eos = m->n_eos, .max_blocks = (uint32_t)limits.max_blocks,
+    };
+    log_memory(e, (uint32_t)blocks, block_bytes, scratch_bytes);
+    return ST_OK;
+}
+
+static enum status engine_load(struct engine *e, const struct engine_config *cfg,
+                               struct error *err)
+{
+    TRY(check_config(cfg, err));
+    TRY(open_device(e, cfg, err));
+    struct kv_shape shape = model_kv_shape(e->model, &cfg->select);
+    TRY(plan_selection(e, cfg, &shape, err));
+    e->stream = stream_create(e->be);
+    TRY(carve_memory(e, cfg, &shape, err));
+    e->scheduler = scheduler_create(cfg->max_running);
+    e->waiting.max_requests = cfg->max_waiting;
+    e->waiting.max_tokens = cfg->max_waiting_tokens;
+    e->check_invariants = cfg->check_invariants;
+    return ST_OK;
+}
+
+enum status engine_create(struct engine **out, const struct engine_config *cfg,
+                          struct mailbox *to_loop, struct error *err)
+{
+    struct engine *e = mem_calloc(1, sizeof *e);
+
+    *out = NULL;
+    e->to_loop = to_loop;
+    e->wake_fd = eventfd(0, EFD_CLOEXEC);
+    ASSERT(e->wake_fd >= 0);
+    e->inbox = mailbox_create(wake_engine, e);
+    enum status st = engine_load(e, cfg, err);
+    if (st == ST_OK && pthread_create(&e->thread, NULL, engine_thread, e) != 0)
+        st = error_set(err, ST_NOMEM, "the engine's thread does not start");
+    if (st != ST_OK) {
+        engine_destroy(e);
+        return st;
+    }
+    e->started = true;
+    *out = e;
+    return ST_OK;
+}
+
+void engine_destroy(struct engine *e)
+{
+    if (!e)
+        return;
+    if (e->started) {
+        atomic_store(&e->draining, true);
+        atomic_store(&e->stopping, true);
+        wake_engine(e);
+        pthread_join(e->thread, NULL);
+    }
+    scheduler_destroy(e->scheduler);
+    kv_pool_destroy(e->pool);
+    tokenizer_close(e->tok);
+    if (e->stream)
+        stream_destroy(e->stream);
+    model_close(e->model);
+    backend_close(e->be);
+    mailbox_destroy(e->inbox);
+    mem_free(e->channels);
+    close(e->wake_fd);
+    mem_free(e);
+}
+
+const struct model_config *engine_model(const struct engine *e)
+{
+    return model_config(e->model);
+}
+
+uint32_t engine_max_model_len(const struct engine *e)
+{
+    return e->max_model_len;
+}
+
+const char *engine_device_name(const struct engine *e)
+{
+    return backend_info(e->be)->name;
+}
+
+const struct tokenizer *engine_tokenizer(const struct engine *e)
+{
+    return e->tok;
+}

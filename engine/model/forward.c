@@ -1,0 +1,336 @@
+#include "engine/base/invariant.h"
+#include "engine/kv/kv_pool.h"
+#include "engine/model/model_parts.h"
+
+#include <math.h>
+
+/* One step: the forward pass as a list of operations, then sampling.
+ *
+ *   x = embed(ids)
+ *   for each layer
+ *       h = norm(x += delta);  q, k, v = linear(h);  rotate, store, index
+ *       attn = attention       dense, or filter - select - attend for sparse rows
+ *       delta = linear(attn);  h = norm(x += delta)
+ *       delta = down(silu(gate(h)) * up(h))
+ *   logits = head(norm(x += delta)) of the wanted rows; sample
+ *
+ * The additions to the residual stream are made by the norm that follows them.
+ *
+ * Past the last layer's attention a row that is not sampled has no reader any
+ * more (its K and V are stored), so from there on only the wanted rows are
+ * computed, and the attention of that layer only from each sequence's first
+ * wanted row on.  A prompt of which nothing is sampled yet ends there. */
+
+struct pass {
+    struct model *m;
+    const struct backend_ops *ops;
+    const struct model_config *g;
+    const struct model_batch *b;
+    const struct step_arrays *a;     /* device */
+    const struct step_scratch *w;
+    struct stream *s;
+    struct kv_pool *pool;
+    struct kv_shape shape;
+    int most_sparse_tokens;          /* the longest context among the sparse rows */
+};
+
+/* ---- the batch */
+
+static void check_batch(const struct model *m)
+{
+    const struct model_batch *b = &m->batch;
+    const struct model_limits *l = &m->limits;
+
+    ASSERT(b->rows > 0 && b->rows <= l->max_rows && b->seqs > 0 && b->seqs <= l->max_seqs);
+    ASSERT(b->sparse_seqs >= 0 && b->sparse_seqs <= b->seqs);
+    ASSERT(b->logit_rows >= 0 && b->logit_rows <= l->max_logit_rows);
+    for (int r = 0; r < b->rows; r++)
+        ASSERT(b->ids[r] >= 0 && b->ids[r] < m->config.vocab && b->positions[r] >= 0);
+    for (int s = 0, next = 0; s < b->seqs; s++) {
+        ASSERT(b->first_row[s] == next && b->n_rows[s] > 0);
+        ASSERT(s >= b->sparse_seqs || b->n_rows[s] == 1);
+        next += b->n_rows[s];
+        ASSERT(next <= b->rows && b->n_tokens[s] == b->positions[next - 1] + 1);
+        ASSERT(b->n_tokens[s] <= l->max_blocks * BLOCK_TOKENS);
+        ASSERT(s < b->seqs - 1 || next == b->rows);
+    }
+    for (int r = 0; r < b->logit_rows; r++)
+        ASSERT(b->rows_of[r] >= 0 && b->rows_of[r] < b->rows);
+}
+
+/* The rows of each sequence that the last layer's attention is for: from the
+ * first wanted one on.  Where none is wanted one row is computed for nothing. */
+static void find_last_rows(struct model *m)
+{
+    const struct model_batch *b = &m->batch;
+    int32_t *first = m->host_arrays.last_first_row, *n = m->host_arrays.last_n_rows;
+
+    for (int s = 0; s < b->seqs; s++)
+        first[s] = b->first_row[s] + b->n_rows[s] - 1;
+    for (int r = 0; r < b->logit_rows; r++) {
+        int row = b->rows_of[r], low = 0, high = b->seqs - 1;
+        while (low < high) {     /* the sequence of the row: the last that starts by then */
+            int middle = (low + high + 1) / 2;
+            if (b->first_row[middle] <= row)
+                low = middle;
+            else
+                high = middle - 1;
+        }
+        first[low] = row < first[low] ? row : first[low];
+    }
+    for (int s = 0; s < b->seqs; s++)
+        n[s] = b->first_row[s] + b->n_rows[s] - first[s];
+}
+
+static void copy_ints(struct stream *s, int32_t *to, const int32_t *from, size_t n)
+{
+    if (to != from && n > 0)
+        stream_copy(s, to, from, n * sizeof *to);
+}
+
+static void upload_batch(struct model *m, struct stream *s)
+{
+    const struct model_batch *b = &m->batch;
+    const struct step_arrays *h = &m->host_arrays, *d = &m->arrays;
+    size_t rows = (size_t)b->rows, seqs = (size_t)b->seqs;
+    size_t table = seqs * (size_t)m->limits.max_blocks;
+
+    copy_ints(s, d->ids, h->ids, rows);
+    copy_ints(s, d->positions, h->positions, rows);
+    copy_ints(s, d->kv_block, h->kv_block, rows);
+    copy_ints(s, d->index_block, h->index_block, rows);
+    copy_ints(s, d->first_row, h->first_row, seqs);
+    copy_ints(s, d->n_rows, h->n_rows, seqs);
+    copy_ints(s, d->n_tokens, h->n_tokens, seqs);
+    copy_ints(s, d->last_first_row, h->last_first_row, seqs);
+    copy_ints(s, d->last_n_rows, h->last_n_rows, seqs);
+    copy_ints(s, d->kv_table, h->kv_table, table);
+    copy_ints(s, d->index_table, h->index_table, table);
+    copy_ints(s, d->rows_of, h->rows_of, (size_t)b->logit_rows);
+}
+
+/* ---- operations with the arguments that this pass has */
+
+static void norm(struct pass *p, void *x, const void *delta, struct weight w, int rows)
+{
+    p->ops->add_norm(p->s, &(struct add_norm_args){
+        .out = p->w->h, .x = x, .delta = delta, .weight = w.data, .weight_type = w.type,
+        .rows = rows, .dim = p->g->hidden, .eps = p->g->norm_eps });
+}
+
+static void linear(struct pass *p, void *out, const void *x, struct weight w,
+                   struct weight bias, int rows, int in_dim, int out_dim)
+{
+    p->ops->linear(p->s, &(struct linear_args){
+        .out = out, .x = x, .weight = w.data, .bias = bias.data, .weight_type = w.type,
+        .rows = rows, .in_dim = in_dim, .out_dim = out_dim, .out_stride = out_dim });
+}
+
+/* Rows by number.  Embedding does this to a table; the activations are one. */
+static void *gather(struct pass *p, void *out, const void *from, int dim)
+{
+    p->ops->embed(p->s, &(struct embed_args){
+        .out = out, .table = from, .ids = p->a->rows_of,
+        .table_type = backend_info(p->m->be)->act, .rows = p->b->logit_rows, .dim = dim });
+    return out;
+}
+
+static void attend_dense(struct pass *p, int layer, int from, bool last)
+{
+    const struct step_arrays *a = p->a;
+    const struct model_batch *b = p->b;
+    const struct step_arrays *h = &p->m->host_arrays;
+    const int32_t *first = last ? a->last_first_row : a->first_row;
+    const int32_t *n = last ? a->last_n_rows : a->n_rows;
+    const int32_t *host_n = last ? h->last_n_rows : h->n_rows;
+    int most_rows = 0, most_tokens = 0;
+
+    if (from == b->seqs)
+        return;
+    for (int s = from; s < b->seqs; s++) {
+        most_rows = host_n[s] > most_rows ? host_n[s] : most_rows;
+        most_tokens = b->n_tokens[s] > most_tokens ? b->n_tokens[s] : most_tokens;
+    }
+    p->ops->attend_dense(p->s, &(struct attend_dense_args){
+        .out = p->w->attn, .q = p->w->q, .q_stride = p->g->heads * p->g->head_dim,
+        .kv = kv_pool_kv(p->pool, layer),
+        .table = a->kv_table + (size_t)from * (size_t)p->m->limits.max_blocks,
+        .first_row = first + from, .n_rows = n + from, .n_tokens = a->n_tokens + from,
+        .shape = p->shape, .seqs = b->seqs - from, .heads = p->g->heads,
+        .max_blocks = p->m->limits.max_blocks,
+        .max_n_rows = most_rows, .max_n_tokens = most_tokens,
+        .scale = 1.0f / sqrtf((float)p->g->head_dim) });
+}
+
+static const int16_t *layer_channels(const struct pass *p, int layer)
+{
+    if (!p->w->channels)
+        return NULL;
+    return p->w->channels + (size_t)(layer * p->g->kv_heads) * INDEX_CHANNELS_KEPT;
+}
+
+/* The two levels, then attention, for the sparse rows 0 .. sparse_seqs - 1. */
+static void attend_sparse(struct pass *p, int layer)
+{
+    const struct select_layer *budget = &p->m->plan.layer[layer];
+    const struct select_config *cfg = &p->m->plan.config;
+    const struct step_scratch *w = p->w;
+    const int q_stride = p->g->heads * p->g->head_dim, seqs = p->b->sparse_seqs;
+    const int max_blocks = p->m->limits.max_blocks, heads = p->g->heads;
+
+    p->ops->block_filter(p->s, &(struct block_filter_args){
+        .kept = w->kept, .n_kept = w->n_kept, .q = w->q, .q_stride = q_stride,
+        .index = kv_pool_index(p->pool, layer), .table = p->a->index_table,
+        .n_tokens = p->a->n_tokens, .channels = layer_channels(p, layer),
+        .scratch = w->select, .shape = p->shape, .seqs = seqs, .heads = heads,
+        .max_blocks = max_blocks, .keep_blocks = budget->keep_blocks,
+        .sink_tokens = cfg->sink_tokens, .recent_tokens = cfg->recent_tokens,
+        .max_n_tokens = p->most_sparse_tokens });
+    p->ops->token_select(p->s, &(struct token_select_args){
+        .chosen = w->chosen, .n_chosen = w->n_chosen, .kept = w->kept, .n_kept = w->n_kept,
+        .q = w->q, .q_stride = q_stride, .index = kv_pool_index(p->pool, layer),
+        .table = p->a->index_table, .n_tokens = p->a->n_tokens,
+        .channels = layer_channels(p, layer), .scratch = w->select, .shape = p->shape,
+        .seqs = seqs, .heads = heads, .max_blocks = max_blocks,
+        .keep_blocks = budget->keep_blocks, .keep_tokens = budget->keep_tokens,
+        .sink_tokens = cfg->sink_tokens, .recent_tokens = cfg->recent_tokens });
+    p->ops->attend_selected(p->s, &(struct attend_selected_args){
+        .out = w->attn, .q = w->q, .q_stride = q_stride, .kv = kv_pool_kv(p->pool, layer),
+        .table = p->a->kv_table, .chosen = w->chosen, .n_chosen = w->n_chosen,
+        .shape = p->shape, .seqs = seqs, .heads = heads, .max_blocks = max_blocks,
+        .keep_tokens = budget->keep_tokens,
+        .scale = 1.0f / sqrtf((float)p->g->head_dim) });
+}
+
+/* ---- sublayers */
+
+static const struct weight no_weight;
+
+/* Norm, projections, rotation; K and V into the pool. */
+static void project(struct pass *p, int layer, const void *delta)
+{
+    const struct layer_weights *l = weights_layer(p->m->weights, layer);
+    const struct step_scratch *w = p->w;
+    const int rows = p->b->rows, hidden = p->g->hidden;
+    const int q_dim = p->g->heads * p->g->head_dim, kv_dim = p->g->kv_heads * p->g->head_dim;
+
+    norm(p, w->x, delta, l->attn_norm, rows);
+    linear(p, w->q, w->h, l->q, l->q_bias, rows, hidden, q_dim);
+    linear(p, w->k, w->h, l->k, l->k_bias, rows, hidden, kv_dim);
+    linear(p, w->v, w->h, l->v, l->v_bias, rows, hidden, kv_dim);
+    p->ops->rope_store(p->s, &(struct rope_store_args){
+        .q = w->q, .k = w->k, .v = w->v,
+        .qkv_stride_q = q_dim, .qkv_stride_k = kv_dim, .qkv_stride_v = kv_dim,
+        .q_norm = l->q_norm.data, .k_norm = l->k_norm.data, .norm_type = l->q_norm.type,
+        .cos_sin = w->cos_sin, .positions = p->a->positions,
+        .kv_block = p->a->kv_block, .index_block = p->a->index_block,
+        .kv = kv_pool_kv(p->pool, layer), .index = kv_pool_index(p->pool, layer),
+        .channels = layer_channels(p, layer), .shape = p->shape,
+        .rows = rows, .heads = p->g->heads, .eps = p->g->norm_eps });
+    if (p->m->observer)
+        p->m->observer(p->m->observer_arg, layer, p->b, w->q, q_dim);
+}
+
+static void attend(struct pass *p, int layer, bool last)
+{
+    int sparse = p->m->plan.layer[layer].dense ? 0 : p->b->sparse_seqs;
+
+    if (sparse > 0)
+        attend_sparse(p, layer);
+    attend_dense(p, layer, sparse, last);
+}
+
+/* Output projection and MLP over rows of attn and x; the result is in delta. */
+static void finish_layer(struct pass *p, int layer, void *x, const void *attn, int rows)
+{
+    const struct layer_weights *l = weights_layer(p->m->weights, layer);
+    const struct step_scratch *w = p->w;
+    const int hidden = p->g->hidden, mlp = p->g->mlp;
+
+    linear(p, w->delta, attn, l->o, no_weight, rows, p->g->heads * p->g->head_dim, hidden);
+    norm(p, x, w->delta, l->mlp_norm, rows);
+    linear(p, w->gate, w->h, l->gate, no_weight, rows, hidden, mlp);
+    linear(p, w->up, w->h, l->up, no_weight, rows, hidden, mlp);
+    p->ops->silu_mul(p->s, &(struct silu_mul_args){
+        .out = w->mid, .gate = w->gate, .up = w->up, .rows = rows, .dim = mlp,
+        .in_stride = mlp });
+    linear(p, w->delta, w->mid, l->down, no_weight, rows, mlp, hidden);
+}
+
+/* True when the wanted rows are all rows in order, as in a step of decodes. */
+static bool wants_all_rows(const struct model_batch *b)
+{
+    if (b->logit_rows != b->rows)
+        return false;
+    for (int r = 0; r < b->rows; r++)
+        if (b->rows_of[r] != r)
+            return false;
+    return true;
+}
+
+/* The last layer's second half, the logits and the tokens. */
+static void finish(struct pass *p, int layer)
+{
+    const struct step_scratch *w = p->w;
+    const struct weight head = weights_head(p->m->weights);
+    const int rows = p->b->logit_rows;
+    void *x = w->x;
+    const void *attn = w->attn;
+
+    if (!wants_all_rows(p->b)) {
+        x = gather(p, w->last_x, w->x, p->g->hidden);
+        attn = gather(p, w->last_attn, w->attn, p->g->heads * p->g->head_dim);
+    }
+    finish_layer(p, layer, x, attn, rows);
+    norm(p, x, w->delta, weights_norm(p->m->weights), rows);
+    p->ops->logits(p->s, &(struct logits_args){
+        .out = w->logits, .x = w->h, .weight = head.data, .weight_type = head.type,
+        .rows = rows, .dim = p->g->hidden, .vocab = p->g->vocab });
+    p->ops->sample(p->s, &(struct sample_args){
+        .out = p->b->result, .logits = w->logits, .params = p->b->sample, .rows = rows,
+        .vocab = p->g->vocab });
+}
+
+static void forward(struct pass *p)
+{
+    const struct weight embed = weights_embed(p->m->weights);
+    const struct step_scratch *w = p->w;
+    const int last = p->g->layers - 1, rows = p->b->rows;
+
+    p->ops->embed(p->s, &(struct embed_args){
+        .out = w->x, .table = embed.data, .ids = p->a->ids, .table_type = embed.type,
+        .rows = rows, .dim = p->g->hidden });
+    p->ops->rope_table(p->s, &(struct rope_table_args){
+        .cos_sin = w->cos_sin, .positions = p->a->positions, .inv_freq = w->inv_freq,
+        .factor = p->g->rope_factor, .rows = rows, .head_dim = p->g->head_dim });
+    for (int layer = 0; layer < last; layer++) {
+        project(p, layer, layer ? w->delta : NULL);
+        attend(p, layer, false);
+        finish_layer(p, layer, w->x, w->attn, rows);
+    }
+    project(p, last, last ? w->delta : NULL);
+    if (p->b->logit_rows == 0)
+        return;
+    attend(p, last, true);
+    finish(p, last);
+}
+
+enum status model_step(struct model *m, struct stream *s, struct kv_pool *pool,
+                       struct error *err)
+{
+    struct pass p = {
+        .m = m, .ops = m->ops, .g = &m->config, .b = &m->batch, .a = &m->arrays,
+        .w = &m->scratch, .s = s, .pool = pool,
+        .shape = model_kv_shape(m, &m->plan.config),
+    };
+
+    ASSERT(m->prepared);
+    check_batch(m);
+    for (int i = 0; i < m->batch.sparse_seqs; i++)
+        if (m->batch.n_tokens[i] > p.most_sparse_tokens)
+            p.most_sparse_tokens = m->batch.n_tokens[i];
+    find_last_rows(m);
+    upload_batch(m, s);
+    forward(&p);
+    return stream_sync(s, err);
+}

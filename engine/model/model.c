@@ -1,0 +1,280 @@
+#include "engine/model/model.h"
+
+#include "engine/base/invariant.h"
+#include "engine/base/mem.h"
+#include "engine/model/model_parts.h"
+
+#include <string.h>
+
+enum { ALIGN_BYTES = 256 };
+
+enum status model_open(struct model **out, struct backend *be, const char *dir,
+                       struct error *err)
+{
+    struct model *m = mem_calloc(1, sizeof *m);
+
+    *out = NULL;
+    m->be = be;
+    m->ops = backend_ops(be);
+    enum status st = model_config_read(&m->config, dir, err);
+    if (st == ST_OK)
+        st = weights_open(&m->weights, be, &m->config, dir, err);
+    if (st != ST_OK) {
+        model_close(m);
+        return st;
+    }
+    *out = m;
+    return ST_OK;
+}
+
+void model_close(struct model *m)
+{
+    if (!m)
+        return;
+    buffer_free(m->be, &m->device);
+    buffer_free(m->be, &m->host);
+    weights_close(m->weights);
+    mem_free(m);
+}
+
+const struct model_config *model_config(const struct model *m)
+{
+    return &m->config;
+}
+
+struct kv_shape model_kv_shape(const struct model *m, const struct select_config *cfg)
+{
+    return (struct kv_shape){
+        .kv_heads = m->config.kv_heads,
+        .head_dim = m->config.head_dim,
+        .filter = cfg->filter,
+        .index = cfg->index,
+    };
+}
+
+size_t model_weight_bytes(const struct model *m)
+{
+    return weights_bytes(m->weights);
+}
+
+/* ---- carving.  With a NULL base the same code measures. */
+
+struct carver {
+    char *base;
+    size_t at;
+};
+
+static void *carve(struct carver *c, size_t rows, size_t columns, size_t element_bytes)
+{
+    size_t bytes = 0;
+
+    ASSERT(!__builtin_mul_overflow(rows, columns, &bytes)
+           && !__builtin_mul_overflow(bytes, element_bytes, &bytes)
+           && bytes < SIZE_MAX / 4 - c->at);
+    void *p = c->base ? c->base + c->at : NULL;
+    c->at += (bytes + ALIGN_BYTES - 1) / ALIGN_BYTES * ALIGN_BYTES;
+    return p;
+}
+
+static int32_t *carve_ints(struct carver *c, int rows, int columns)
+{
+    return carve(c, (size_t)rows, (size_t)columns, sizeof(int32_t));
+}
+
+static void carve_arrays(struct step_arrays *a, struct carver *c, const struct model_limits *l)
+{
+    a->ids = carve_ints(c, l->max_rows, 1);
+    a->positions = carve_ints(c, l->max_rows, 1);
+    a->kv_block = carve_ints(c, l->max_rows, 1);
+    a->index_block = carve_ints(c, l->max_rows, 1);
+    a->first_row = carve_ints(c, l->max_seqs, 1);
+    a->n_rows = carve_ints(c, l->max_seqs, 1);
+    a->n_tokens = carve_ints(c, l->max_seqs, 1);
+    a->last_first_row = carve_ints(c, l->max_seqs, 1);
+    a->last_n_rows = carve_ints(c, l->max_seqs, 1);
+    a->kv_table = carve_ints(c, l->max_seqs, l->max_blocks);
+    a->index_table = carve_ints(c, l->max_seqs, l->max_blocks);
+    a->rows_of = carve_ints(c, l->max_logit_rows, 1);
+}
+
+/* Host memory: what the caller fills and reads. */
+static size_t carve_host(struct model_batch *b, struct step_arrays *a, void *base,
+                         const struct model_limits *l)
+{
+    struct carver c = { base, 0 };
+
+    carve_arrays(a, &c, l);
+    *b = (struct model_batch){
+        .ids = a->ids, .positions = a->positions,
+        .kv_block = a->kv_block, .index_block = a->index_block,
+        .first_row = a->first_row, .n_rows = a->n_rows, .n_tokens = a->n_tokens,
+        .kv_table = a->kv_table, .index_table = a->index_table, .rows_of = a->rows_of,
+    };
+    b->sample = carve(&c, (size_t)l->max_logit_rows, 1, sizeof *b->sample);
+    b->result = carve(&c, (size_t)l->max_logit_rows, 1, sizeof *b->result);
+    return c.at;
+}
+
+/* Attention and MLP of a layer never need their intermediates at the same
+ * time, so these share one stretch. */
+static void carve_sublayers(struct step_scratch *s, struct carver *c,
+                            const struct model_config *g, size_t rows, size_t act)
+{
+    size_t q = (size_t)(g->heads * g->head_dim), kv = (size_t)(g->kv_heads * g->head_dim);
+    struct carver mlp = *c;
+
+    s->q = carve(c, rows, q, act);
+    s->k = carve(c, rows, kv, act);
+    s->v = carve(c, rows, kv, act);
+    s->attn = carve(c, rows, q, act);
+    s->gate = carve(&mlp, rows, (size_t)g->mlp, act);
+    s->up = carve(&mlp, rows, (size_t)g->mlp, act);
+    s->mid = carve(&mlp, rows, (size_t)g->mlp, act);
+    if (mlp.at > c->at)
+        c->at = mlp.at;
+}
+
+static void carve_selection(struct step_scratch *s, struct carver *c, const struct model *m,
+                            const struct model_limits *l, const struct select_plan *plan)
+{
+    const struct kv_shape shape = model_kv_shape(m, &plan->config);
+    const int heads = m->config.heads, rows = l->max_seqs * shape.kv_heads;
+    size_t filter = m->ops->block_filter_scratch(&shape, l->max_seqs, heads, l->max_blocks);
+    size_t select = m->ops->token_select_scratch(&shape, l->max_seqs, heads,
+                                                 plan->max_keep_blocks);
+
+    s->kept = carve_ints(c, rows, plan->max_keep_blocks);
+    s->n_kept = carve_ints(c, rows, 1);
+    s->chosen = carve_ints(c, rows, plan->max_keep_tokens);
+    s->n_chosen = carve_ints(c, rows, 1);
+    s->select = carve(c, filter > select ? filter : select, 1, 1);
+}
+
+static size_t carve_device(struct step_scratch *s, struct step_arrays *a, void *base,
+                           const struct model *m, const struct model_limits *l,
+                           const struct select_plan *plan)
+{
+    const struct model_config *g = &m->config;
+    const struct device_info *info = backend_info(m->be);
+    size_t wanted = (size_t)l->max_logit_rows;
+    /* A row may be wanted more than once, so there may be more of these. */
+    size_t rows = l->max_rows > l->max_logit_rows ? (size_t)l->max_rows : wanted;
+    size_t hidden = (size_t)g->hidden, head_dim = (size_t)g->head_dim;
+    size_t act = dtype_bytes(info->act);
+    struct carver c = { base, 0 };
+
+    s->x = carve(&c, rows, hidden, act);
+    s->h = carve(&c, rows, hidden, act);
+    s->delta = carve(&c, rows, hidden, act);
+    carve_sublayers(s, &c, g, rows, act);
+    s->last_x = carve(&c, wanted, hidden, act);
+    s->last_attn = carve(&c, wanted, (size_t)g->heads * head_dim, act);
+    s->cos_sin = carve(&c, rows, head_dim, sizeof(float));
+    s->logits = carve(&c, wanted, (size_t)g->vocab, sizeof(float));
+    s->inv_freq = carve(&c, head_dim / 2, 1, sizeof(float));
+    s->channels = NULL;
+    if (plan->channels)
+        s->channels = carve(&c, (size_t)(g->layers * g->kv_heads), INDEX_CHANNELS_KEPT,
+                            sizeof(int16_t));
+    carve_selection(s, &c, m, l, plan);
+    if (!info->host_visible)
+        carve_arrays(a, &c, l);
+    return c.at;
+}
+
+size_t model_scratch_bytes(const struct model *m, const struct model_limits *limits,
+                           const struct select_plan *plan)
+{
+    struct model_batch batch;
+    struct step_arrays arrays;
+    struct step_scratch scratch;
+
+    return carve_host(&batch, &arrays, NULL, limits)
+           + carve_device(&scratch, &arrays, NULL, m, limits, plan);
+}
+
+/* ---- preparing */
+
+enum status model_upload(struct model *m, void *device, const void *host, size_t bytes,
+                         struct error *err)
+{
+    struct buffer pinned = { 0 };
+
+    if (buffer_alloc(m->be, &pinned, MEM_PINNED, bytes) != ST_OK)
+        return error_set(err, ST_NODEVMEM, "no memory for a copy of %zu bytes", bytes);
+    memcpy(pinned.base, host, bytes);
+    struct stream *s = stream_create(m->be);
+    stream_copy(s, device, pinned.base, bytes);
+    enum status st = stream_sync(s, err);
+    stream_destroy(s);
+    buffer_free(m->be, &pinned);
+    return st;
+}
+
+static enum status check_supported(const struct model *m, const struct select_plan *plan,
+                                   struct error *err)
+{
+    const struct shape_query q = {
+        .dim = m->config.hidden,
+        .mlp_dim = m->config.mlp,
+        .heads = m->config.heads,
+        .vocab = m->config.vocab,
+        .kv = model_kv_shape(m, &plan->config),
+    };
+    struct error why = { .code = ST_UNSUPPORTED };
+
+    if (m->ops->supports(&q, &why))
+        return ST_OK;
+    return error_set(err, ST_UNSUPPORTED, "%s cannot run this model: %s",
+                     backend_info(m->be)->name, why.text);
+}
+
+static enum status upload_constants(struct model *m, const struct select_plan *plan,
+                                    struct error *err)
+{
+    const struct model_config *g = &m->config;
+
+    TRY(model_upload(m, m->scratch.inv_freq, g->inv_freq,
+                     (size_t)(g->head_dim / 2) * sizeof(float), err));
+    if (!plan->channels)
+        return ST_OK;
+    return model_upload(m, m->scratch.channels, plan->channels,
+                        (size_t)(g->layers * g->kv_heads) * INDEX_CHANNELS_KEPT
+                        * sizeof(int16_t), err);
+}
+
+enum status model_prepare(struct model *m, const struct model_limits *limits,
+                          const struct select_plan *plan, struct error *err)
+{
+    size_t host = carve_host(&m->batch, &m->host_arrays, NULL, limits);
+    size_t device = carve_device(&m->scratch, &m->arrays, NULL, m, limits, plan);
+
+    ASSERT(!m->prepared && plan->n_layers == m->config.layers);
+    ASSERT(limits->max_rows > 0 && limits->max_seqs > 0 && limits->max_blocks > 0);
+    ASSERT(limits->max_logit_rows >= limits->max_seqs);
+    TRY(check_supported(m, plan, err));
+    if (buffer_alloc(m->be, &m->host, MEM_PINNED, host) != ST_OK
+        || buffer_alloc(m->be, &m->device, MEM_DEVICE, device) != ST_OK)
+        return error_set(err, ST_NODEVMEM, "no memory for %zu bytes of scratch",
+                         host + device);
+    m->limits = *limits;
+    m->plan = *plan;
+    carve_host(&m->batch, &m->host_arrays, m->host.base, limits);
+    if (backend_info(m->be)->host_visible)
+        m->arrays = m->host_arrays;
+    carve_device(&m->scratch, &m->arrays, m->device.base, m, limits, plan);
+    m->prepared = true;
+    return upload_constants(m, plan, err);
+}
+
+struct model_batch *model_batch(struct model *m)
+{
+    ASSERT(m->prepared);
+    return &m->batch;
+}
+
+void model_observe(struct model *m, model_observer fn, void *arg)
+{
+    m->observer = fn;
+    m->observer_arg = arg;
+}

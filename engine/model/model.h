@@ -1,0 +1,90 @@
+#ifndef MODEL_H
+#define MODEL_H
+
+#include "engine/base/status.h"
+#include "engine/model/model_config.h"
+#include "engine/select/select.h"
+#include "kernels/ops.h"
+
+#include <stddef.h>
+#include <stdint.h>
+
+struct backend;
+struct stream;
+struct kv_pool;
+
+/* A model on a device: weights, scratch memory and the forward pass.
+ *
+ * Life: model_open() maps and checks the folder; model_prepare() carves the
+ * scratch memory, which needs limits that depend on how much memory the
+ * weights left; then model_batch() is filled and model_step() called, for
+ * ever.  Engine thread, except open. */
+
+struct model;
+
+struct model_limits {
+    int max_rows;        /* query tokens a step */
+    int max_seqs;        /* sequences a step */
+    int max_logit_rows;  /* rows sampled or scored a step, >= max_seqs */
+    int max_blocks;      /* width of the block tables: blocks of the longest context */
+};
+
+/* One step's work, packed by the caller in host memory owned by the model.
+ *
+ * Sequences 0 .. sparse_seqs - 1 are sparse decodes and have one row each, row
+ * s for sequence s; the others are dense, with the rows first_row ..
+ * first_row + n_rows - 1.  Rows of a sequence are consecutive and ascending. */
+struct model_batch {
+    int rows, seqs, sparse_seqs, logit_rows;
+    int32_t *ids;            /* [max_rows] */
+    int32_t *positions;      /* [max_rows] */
+    int32_t *kv_block;       /* [max_rows]  where each row's K and V go */
+    int32_t *index_block;    /* [max_rows] */
+    int32_t *first_row;      /* [max_seqs] */
+    int32_t *n_rows;         /* [max_seqs] */
+    int32_t *n_tokens;       /* [max_seqs]  context length after the step */
+    int32_t *kv_table;       /* [max_seqs, max_blocks] */
+    int32_t *index_table;    /* [max_seqs, max_blocks] */
+    int32_t *rows_of;        /* [max_logit_rows]  rows whose logits are wanted */
+    struct sample_params *sample;   /* [max_logit_rows] */
+    struct sample_result *result;   /* [max_logit_rows], filled by model_step */
+};
+
+enum status model_open(struct model **out, struct backend *be, const char *dir,
+                       struct error *err) MUST_USE;
+void model_close(struct model *m);      /* NULL is fine */
+
+const struct model_config *model_config(const struct model *m);
+struct kv_shape model_kv_shape(const struct model *m, const struct select_config *cfg);
+size_t model_weight_bytes(const struct model *m);
+
+/* Bytes of scratch that model_prepare() will take; the same code lays it out. */
+size_t model_scratch_bytes(const struct model *m, const struct model_limits *limits,
+                           const struct select_plan *plan);
+enum status model_prepare(struct model *m, const struct model_limits *limits,
+                          const struct select_plan *plan, struct error *err) MUST_USE;
+
+struct model_batch *model_batch(struct model *m);
+
+/* Run the batch: forward pass, logits of rows_of, sampling.  K and V go into
+ * pool.  When it returns ST_OK the results are valid and the batch may be
+ * refilled. */
+enum status model_step(struct model *m, struct stream *s, struct kv_pool *pool,
+                       struct error *err) MUST_USE;
+
+/* Called in each layer once q is rotated and K stored, for calibration and
+ * measurement; NULL turns it off.  q is act [rows, heads * head_dim] with row stride
+ * q_stride, device memory. */
+typedef void (*model_observer)(void *arg, int layer, const struct model_batch *batch,
+                               const void *q, int q_stride);
+void model_observe(struct model *m, model_observer fn, void *arg);
+
+/* Choose index channels: for each layer and KV head the INDEX_CHANNELS_KEPT
+ * channels with the largest mean |q| * mean |k| over the tokens given (one
+ * context, prefilled dense in a pool of its own).  out is
+ * [layers][kv_heads][INDEX_CHANNELS_KEPT], ascending channels.  The model must not be
+ * prepared yet; afterwards it must be closed. */
+enum status model_calibrate(struct model *m, const int32_t *ids, uint32_t n_ids,
+                            int16_t *out, struct error *err) MUST_USE;
+
+#endif

@@ -1,0 +1,558 @@
+#include "engine/model/model_config.h"
+
+#include "engine/base/mem.h"
+#include "engine/base/strbuf.h"
+#include "engine/model/json_fields.h"
+#include "engine/model/rope.h"
+#include "engine/select/select.h"
+
+#include <cjson/cJSON.h>
+#include <math.h>
+#include <stdio.h>
+#include <string.h>
+
+enum {
+    MAX_FILE_BYTES = 4 << 20,
+    MAX_WIDTH = 1 << 18,         /* hidden, heads * head_dim */
+    MAX_MLP = 1 << 20,
+    MAX_HEADS = 1024,
+    MAX_VOCAB = 1 << 22,
+    MAX_POSITION = 1 << 24,      /* positions are exact in float up to here */
+    QWEN3_HEAD_DIM = 128,        /* class defaults of the reference implementation */
+    MISTRAL_WINDOW = 4096,
+    QWEN_FULL_LAYERS = 28
+};
+
+struct family_facts {
+    const char *model_type, *architecture;
+    enum model_family family;
+    bool qkv_bias, qk_norm;
+};
+
+static const struct family_facts families[] = {
+    { "qwen3", "Qwen3ForCausalLM", FAMILY_QWEN3, false, true },
+    { "qwen2", "Qwen2ForCausalLM", FAMILY_QWEN2, true, false },
+    { "llama", "LlamaForCausalLM", FAMILY_LLAMA, false, false },
+    { "mistral", "MistralForCausalLM", FAMILY_MISTRAL, false, false },
+};
+
+/* Keys of other architectures that some folders carry under one of our
+ * model_types.  Any other key that is not read here is one the reference
+ * implementations of the four families do not read either. */
+enum neutral { NEVER, FALSE_OR_ZERO, ONE };
+
+static const struct refused_key {
+    const char *key;
+    enum neutral neutral;        /* the value with which the key says nothing */
+    const char *what;
+} refused_keys[] = {
+    { "quantization_config", NEVER, "quantised weights" },
+    { "compression_config", NEVER, "compressed weights" },
+    { "num_experts", FALSE_OR_ZERO, "mixture of experts" },
+    { "num_local_experts", FALSE_OR_ZERO, "mixture of experts" },
+    { "n_routed_experts", FALSE_OR_ZERO, "mixture of experts" },
+    { "moe_intermediate_size", FALSE_OR_ZERO, "mixture of experts" },
+    { "kv_lora_rank", FALSE_OR_ZERO, "multi-head latent attention" },
+    { "q_lora_rank", FALSE_OR_ZERO, "multi-head latent attention" },
+    { "qk_rope_head_dim", FALSE_OR_ZERO, "multi-head latent attention" },
+    { "v_head_dim", FALSE_OR_ZERO, "values of another width than keys" },
+    { "mlp_bias", FALSE_OR_ZERO, "a bias in the MLP" },
+    { "qk_layernorm", FALSE_OR_ZERO, "another norm of queries and keys" },
+    { "use_qk_norm", FALSE_OR_ZERO, "another norm of queries and keys" },
+    { "rope_interleaved", FALSE_OR_ZERO, "interleaved rotary embedding" },
+    { "rope_local_base_freq", NEVER, "a second rotary base" },
+    { "no_rope_layers", NEVER, "layers without rotary embedding" },
+    { "no_rope_layer_interval", NEVER, "layers without rotary embedding" },
+    { "alibi", FALSE_OR_ZERO, "ALiBi" },
+    { "attention_chunk_size", FALSE_OR_ZERO, "chunked attention" },
+    { "attn_temperature_tuning", FALSE_OR_ZERO, "attention temperature" },
+    { "dual_chunk_attention_config", NEVER, "dual chunk attention" },
+    { "sliding_window_pattern", NEVER, "alternating sliding windows" },
+    { "query_pre_attn_scalar", NEVER, "another attention scale" },
+    { "attn_logit_softcapping", FALSE_OR_ZERO, "soft-capped attention" },
+    { "final_logit_softcapping", FALSE_OR_ZERO, "soft-capped logits" },
+    { "clip_qkv", FALSE_OR_ZERO, "clipped queries and keys" },
+    { "logit_scale", ONE, "scaled logits" },
+    { "logits_scaling", ONE, "scaled logits" },
+    { "embedding_multiplier", ONE, "scaled embeddings" },
+    { "attention_multiplier", ONE, "another attention scale" },
+    { "residual_multiplier", ONE, "a scaled residual stream" },
+    { "scale_emb", ONE, "scaled embeddings" },
+    { "scale_depth", ONE, "a scaled residual stream" },
+    { "is_encoder_decoder", FALSE_OR_ZERO, "an encoder" },
+    { "add_cross_attention", FALSE_OR_ZERO, "cross attention" },
+    { "text_config", NEVER, "a multimodal model" },
+    { "vision_config", NEVER, "a multimodal model" },
+    { "audio_config", NEVER, "a multimodal model" },
+    { "auto_map", NEVER, "code that comes with the model" },
+};
+
+static bool is_neutral(const cJSON *item, enum neutral neutral)
+{
+    switch (neutral) {
+    case FALSE_OR_ZERO:
+        return cJSON_IsFalse(item) || (cJSON_IsNumber(item) && item->valuedouble == 0);
+    case ONE:
+        return cJSON_IsNumber(item) && item->valuedouble == 1;
+    case NEVER:
+        break;
+    }
+    return false;
+}
+
+static enum status check_refused(const struct json_file *f, struct error *err)
+{
+    for (size_t i = 0; i < sizeof refused_keys / sizeof *refused_keys; i++) {
+        const struct refused_key *r = &refused_keys[i];
+        const cJSON *item = json_get(f->root, r->key);
+        if (item && !is_neutral(item, r->neutral))
+            return error_set(err, ST_UNSUPPORTED, "%s: \"%s\" asks for %s, which is not "
+                             "implemented", f->name, r->key, r->what);
+    }
+    return ST_OK;
+}
+
+static enum status read_family(struct model_config *c, const struct json_file *f,
+                               struct error *err)
+{
+    const char *type = NULL, *act = "silu";
+    const struct family_facts *facts = NULL;
+    const cJSON *architecture = cJSON_GetArrayItem(json_get(f->root, "architectures"), 0);
+
+    TRY(json_string(f, f->root, "model_type", &type, err));
+    if (!type)
+        return error_set(err, ST_INVALID, "%s: \"model_type\" is missing", f->name);
+    for (size_t i = 0; i < sizeof families / sizeof *families; i++)
+        if (strcmp(families[i].model_type, type) == 0)
+            facts = &families[i];
+    if (!facts)
+        return error_set(err, ST_UNSUPPORTED, "%s: \"model_type\" is \"%.60s\"; qwen3, qwen2, "
+                         "llama and mistral are implemented", f->name, type);
+    if (architecture && (!cJSON_IsString(architecture)
+                         || strcmp(architecture->valuestring, facts->architecture) != 0))
+        return error_set(err, ST_UNSUPPORTED, "%s: \"architectures\" does not say %s, the one "
+                         "implemented for \"model_type\" %s", f->name, facts->architecture, type);
+    TRY(json_string(f, f->root, "hidden_act", &act, err));
+    if (strcmp(act, "silu") != 0 && strcmp(act, "swish") != 0)
+        return error_set(err, ST_UNSUPPORTED, "%s: \"hidden_act\" is \"%.60s\"; only silu is "
+                         "implemented", f->name, act);
+    c->family = facts->family;
+    c->qkv_bias = facts->qkv_bias;
+    c->qk_norm = facts->qk_norm;
+    snprintf(c->family_name, sizeof c->family_name, "%s", type);
+    return ST_OK;
+}
+
+/* Qwen2 has its biases without a key; the others would also get one behind the
+ * attention. */
+static enum status check_attention_bias(const struct model_config *c, const struct json_file *f,
+                                        struct error *err)
+{
+    bool bias = false;
+
+    TRY(json_bool(f, f->root, "attention_bias", &bias, err));
+    if (bias && c->family != FAMILY_QWEN2)
+        return error_set(err, ST_UNSUPPORTED, "%s: \"attention_bias\" is true, which is not "
+                         "implemented for %s", f->name, c->family_name);
+    return ST_OK;
+}
+
+static enum status read_required(const struct json_file *f, const char *key, int max,
+                                 int *value, struct error *err)
+{
+    *value = 0;
+    TRY(json_int(f, f->root, key, 1, max, value, err));
+    if (*value == 0)
+        return error_set(err, ST_INVALID, "%s: \"%s\" is missing", f->name, key);
+    return ST_OK;
+}
+
+static enum status read_heads(struct model_config *c, const struct json_file *f,
+                              struct error *err)
+{
+    TRY(read_required(f, "num_attention_heads", MAX_HEADS, &c->heads, err));
+    c->kv_heads = c->heads;
+    TRY(json_int(f, f->root, "num_key_value_heads", 1, c->heads, &c->kv_heads, err));
+    if (c->heads % c->kv_heads != 0)
+        return error_set(err, ST_INVALID, "%s: \"num_attention_heads\" %d is not a multiple of "
+                         "\"num_key_value_heads\" %d", f->name, c->heads, c->kv_heads);
+    c->head_dim = c->family == FAMILY_QWEN3 ? QWEN3_HEAD_DIM : 0;
+    TRY(json_int(f, f->root, "head_dim", 1, MODEL_MAX_HEAD_DIM, &c->head_dim, err));
+    if (c->head_dim == 0) {
+        if (c->hidden % c->heads != 0)
+            return error_set(err, ST_INVALID, "%s: \"hidden_size\" %d is not a multiple of "
+                             "\"num_attention_heads\" %d and there is no \"head_dim\"", f->name,
+                             c->hidden, c->heads);
+        c->head_dim = c->hidden / c->heads;
+    }
+    if (c->head_dim % 2 != 0 || c->head_dim > MODEL_MAX_HEAD_DIM)
+        return error_set(err, ST_UNSUPPORTED, "%s: a \"head_dim\" of %d is not implemented; it "
+                         "must be even and at most %d", f->name, c->head_dim,
+                         MODEL_MAX_HEAD_DIM);
+    if (c->heads * c->head_dim > MAX_WIDTH)
+        return error_set(err, ST_UNSUPPORTED, "%s: \"num_attention_heads\" * \"head_dim\" is "
+                         "%d, the limit is %d", f->name, c->heads * c->head_dim, MAX_WIDTH);
+    return ST_OK;
+}
+
+static enum status read_shape(struct model_config *c, const struct json_file *f,
+                              struct error *err)
+{
+    double eps = 1e-6;
+
+    TRY(read_required(f, "hidden_size", MAX_WIDTH, &c->hidden, err));
+    TRY(read_required(f, "intermediate_size", MAX_MLP, &c->mlp, err));
+    TRY(read_required(f, "num_hidden_layers", SELECT_MAX_LAYERS, &c->layers, err));
+    TRY(read_required(f, "vocab_size", MAX_VOCAB, &c->vocab, err));
+    TRY(read_required(f, "max_position_embeddings", MAX_POSITION, &c->max_position, err));
+    TRY(read_heads(c, f, err));
+    TRY(json_double(f, f->root, "rms_norm_eps", 1e-12, 0.1, &eps, err));
+    c->norm_eps = (float)eps;
+    return json_bool(f, f->root, "tie_word_embeddings", &c->tied, err);
+}
+
+/* ---- sliding windows */
+
+/* How many layers slide: from layer_types if there, else by the family's rule. */
+static enum status count_sliding(int *sliding, const struct model_config *c,
+                                 const struct json_file *f, int by_rule, struct error *err)
+{
+    const cJSON *types = json_get(f->root, "layer_types"), *t;
+
+    *sliding = by_rule;
+    if (!types)
+        return ST_OK;
+    if (!cJSON_IsArray(types) || cJSON_GetArraySize(types) != c->layers)
+        return error_set(err, ST_INVALID, "%s: \"layer_types\" must be a list of %d names",
+                         f->name, c->layers);
+    *sliding = 0;
+    cJSON_ArrayForEach(t, types) {
+        bool slides = cJSON_IsString(t) && strcmp(t->valuestring, "sliding_attention") == 0;
+        if (!slides && (!cJSON_IsString(t) || strcmp(t->valuestring, "full_attention") != 0))
+            return error_set(err, ST_UNSUPPORTED, "%s: \"layer_types\" has \"%.60s\", which is "
+                             "not implemented", f->name,
+                             cJSON_IsString(t) ? t->valuestring : "no name");
+        *sliding += slides;
+    }
+    return ST_OK;
+}
+
+/* A window that all layers share is the same as full attention up to its own
+ * length, so it becomes a limit of the context.  Windows in some layers would
+ * need two kinds of attention. */
+static enum status read_window(struct model_config *c, const struct json_file *f,
+                               struct error *err)
+{
+    bool qwen = c->family == FAMILY_QWEN2 || c->family == FAMILY_QWEN3, use = false;
+    int window = 0, full_layers = QWEN_FULL_LAYERS, sliding;
+
+    if (c->family == FAMILY_MISTRAL && !cJSON_GetObjectItemCaseSensitive(f->root,
+                                                                         "sliding_window"))
+        window = MISTRAL_WINDOW;
+    TRY(json_int(f, f->root, "sliding_window", 1, MAX_POSITION, &window, err));
+    TRY(json_bool(f, f->root, "use_sliding_window", &use, err));
+    TRY(json_int(f, f->root, "max_window_layers", 0, MAX_POSITION, &full_layers, err));
+    int by_rule = c->layers;
+    if (qwen)
+        by_rule = full_layers < c->layers ? c->layers - full_layers : 0;
+    if (window == 0 || (qwen && !use))
+        window = by_rule = 0;
+    TRY(count_sliding(&sliding, c, f, by_rule, err));
+    if (c->family == FAMILY_MISTRAL && sliding == 0)
+        sliding = by_rule;       /* Mistral's windows do not ask layer_types */
+    if (sliding == 0)
+        return ST_OK;
+    if (c->family == FAMILY_LLAMA || window == 0)
+        return error_set(err, ST_UNSUPPORTED, "%s: \"%s\" asks for sliding windows, which are "
+                         "not implemented for %s", f->name,
+                         window ? "sliding_window" : "layer_types", c->family_name);
+    if (sliding != c->layers)
+        return error_set(err, ST_UNSUPPORTED, "%s: \"%s\" asks for sliding windows in %d of %d "
+                         "layers, which is not implemented", f->name,
+                         json_get(f->root, "layer_types") ? "layer_types" : "max_window_layers",
+                         sliding, c->layers);
+    c->sliding_window = window;
+    return ST_OK;
+}
+
+/* ---- rotary embedding, both layouts */
+
+static const char *const rope_keys[] = {
+    "rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings",
+    "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor", "truncate",
+    "low_freq_factor", "high_freq_factor", "partial_rotary_factor", "finetuned",
+};
+
+static enum status check_rope_keys(const struct json_file *f, const cJSON *p, const char *where,
+                                   struct error *err)
+{
+    for (const cJSON *k = p->child; k; k = k->next) {
+        bool known = cJSON_IsNull(k);
+        for (size_t i = 0; i < sizeof rope_keys / sizeof *rope_keys; i++)
+            known = known || strcmp(k->string, rope_keys[i]) == 0;
+        if (!known)
+            return error_set(err, ST_UNSUPPORTED, "%s: \"%.60s\" in \"%s\" is not implemented",
+                             f->name, k->string, where);
+    }
+    return ST_OK;
+}
+
+/* The object that holds the scaling, an empty one when there is none. */
+static enum status find_rope(const cJSON **out, const char **where, const struct json_file *f,
+                             const cJSON *empty, struct error *err)
+{
+    const char *const keys[] = { "rope_parameters", "rope_scaling" };
+
+    *out = empty;
+    *where = keys[1];
+    for (int i = 0; i < 2; i++) {
+        const cJSON *p = json_get(f->root, keys[i]);
+        if (!p)
+            continue;
+        if (!cJSON_IsObject(p))
+            return error_set(err, ST_INVALID, "%s: \"%s\" must be an object", f->name, keys[i]);
+        if (!p->child)
+            continue;
+        if (*out != empty)
+            return error_set(err, ST_INVALID, "%s: has both \"rope_parameters\" and "
+                             "\"rope_scaling\"; one must go", f->name);
+        *out = p;
+        *where = keys[i];
+    }
+    return check_rope_keys(f, *out, *where, err);
+}
+
+static enum status rope_kind(enum rope_kind *out, const struct json_file *f, const cJSON *p,
+                             const char *where, struct error *err)
+{
+    static const struct { const char *name; enum rope_kind kind; } kinds[] = {
+        { "default", ROPE_DEFAULT }, { "linear", ROPE_LINEAR },
+        { "llama3", ROPE_LLAMA3 },   { "yarn", ROPE_YARN },
+    };
+    const char *type = "default";
+
+    TRY(json_string(f, p, "type", &type, err));
+    TRY(json_string(f, p, "rope_type", &type, err));
+    for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++)
+        if (strcmp(type, kinds[i].name) == 0) {
+            *out = kinds[i].kind;
+            return ST_OK;
+        }
+    return error_set(err, ST_UNSUPPORTED, "%s: \"rope_type\" in \"%s\" is \"%.60s\"; default, "
+                     "linear, llama3 and yarn are implemented", f->name, where, type);
+}
+
+static enum status read_llama3(struct rope_params *r, const struct json_file *f, const cJSON *p,
+                               struct error *err)
+{
+    TRY(json_double(f, p, "low_freq_factor", 1e-3, 1e6, &r->low_freq_factor, err));
+    TRY(json_double(f, p, "high_freq_factor", 1e-3, 1e6, &r->high_freq_factor, err));
+    if (r->low_freq_factor == 0 || r->high_freq_factor <= r->low_freq_factor)
+        return error_set(err, ST_INVALID, "%s: rope_type llama3 needs \"low_freq_factor\" and "
+                         "a larger \"high_freq_factor\"", f->name);
+    return ST_OK;
+}
+
+static enum status read_yarn(struct rope_params *r, const struct json_file *f, const cJSON *p,
+                             struct error *err)
+{
+    TRY(json_double(f, p, "beta_fast", 1e-3, 1e6, &r->beta_fast, err));
+    TRY(json_double(f, p, "beta_slow", 1e-3, 1e6, &r->beta_slow, err));
+    TRY(json_double(f, p, "mscale", 0, 1e3, &r->mscale, err));
+    TRY(json_double(f, p, "mscale_all_dim", 0, 1e3, &r->mscale_all_dim, err));
+    TRY(json_double(f, p, "attention_factor", 1e-3, 1e3, &r->attention_factor, err));
+    TRY(json_bool(f, p, "truncate", &r->truncate, err));
+    if (r->beta_fast <= r->beta_slow)
+        return error_set(err, ST_INVALID, "%s: \"beta_fast\" must be larger than \"beta_slow\"",
+                         f->name);
+    return ST_OK;
+}
+
+/* original_max_position_embeddings also occurs at the top level, where it
+ * wins; without it the context is taken as it is. */
+static enum status read_scaling(struct rope_params *r, const struct json_file *f,
+                                const cJSON *p, int max_position, struct error *err)
+{
+    const char *key = "original_max_position_embeddings";
+
+    r->original = max_position;
+    TRY(json_double(f, p, key, 1, MAX_POSITION, &r->original, err));
+    TRY(json_double(f, f->root, key, 1, MAX_POSITION, &r->original, err));
+    TRY(json_double(f, p, "factor", 1, 1e6, &r->factor, err));
+    if (r->factor == 0 && r->kind == ROPE_YARN)
+        r->factor = max_position / r->original;
+    if (r->factor < 1)
+        return error_set(err, ST_INVALID, "%s: the rotary scaling needs a \"factor\" of at "
+                         "least 1", f->name);
+    if (r->kind == ROPE_LLAMA3)
+        return read_llama3(r, f, p, err);
+    return r->kind == ROPE_YARN ? read_yarn(r, f, p, err) : ST_OK;
+}
+
+static enum status read_rope(struct model_config *c, const struct json_file *f,
+                             struct error *err)
+{
+    const cJSON empty = { .type = cJSON_Object }, *p;
+    struct rope_params r = { .theta = 10000, .beta_fast = 32, .beta_slow = 1, .truncate = true };
+    double partial = 1;
+    const char *where;
+
+    TRY(find_rope(&p, &where, f, &empty, err));
+    TRY(rope_kind(&r.kind, f, p, where, err));
+    TRY(json_double(f, f->root, "rope_theta", 2, 1e12, &r.theta, err));
+    TRY(json_double(f, p, "rope_theta", 2, 1e12, &r.theta, err));
+    TRY(json_double(f, f->root, "partial_rotary_factor", 0, 1, &partial, err));
+    TRY(json_double(f, p, "partial_rotary_factor", 0, 1, &partial, err));
+    if (partial != 1)
+        return error_set(err, ST_UNSUPPORTED, "%s: a \"partial_rotary_factor\" other than 1 is "
+                         "not implemented", f->name);
+    if (r.kind != ROPE_DEFAULT)
+        TRY(read_scaling(&r, f, p, c->max_position, err));
+    rope_frequencies(c->inv_freq, &c->rope_factor, &r, c->head_dim);
+    return ST_OK;
+}
+
+/* ---- special tokens and defaults of requests */
+
+static enum status add_eos(struct model_config *c, const struct json_file *f, const cJSON *item,
+                           struct error *err)
+{
+    double v = cJSON_IsNumber(item) ? item->valuedouble : NAN;
+
+    if (!(v >= 0 && v < c->vocab) || v != floor(v))
+        return error_set(err, ST_INVALID, "%s: \"eos_token_id\" must be token ids from 0 to %d",
+                         f->name, c->vocab - 1);
+    for (int i = 0; i < c->n_eos; i++)
+        if (c->eos[i] == (int32_t)v)
+            return ST_OK;
+    if (c->n_eos == MODEL_MAX_EOS)
+        return error_set(err, ST_UNSUPPORTED, "%s: \"eos_token_id\" has more than %d ids",
+                         f->name, MODEL_MAX_EOS);
+    c->eos[c->n_eos++] = (int32_t)v;
+    return ST_OK;
+}
+
+static enum status read_eos(struct model_config *c, const struct json_file *f,
+                            struct error *err)
+{
+    const cJSON *eos = json_get(f->root, "eos_token_id"), *item;
+
+    if (!eos)
+        return ST_OK;
+    if (!cJSON_IsArray(eos))
+        return add_eos(c, f, eos, err);
+    cJSON_ArrayForEach(item, eos)
+        TRY(add_eos(c, f, item, err));
+    return ST_OK;
+}
+
+static enum status read_tokens(struct model_config *c, const struct json_file *f,
+                               struct error *err)
+{
+    c->bos = c->pad = -1;
+    TRY(json_int(f, f->root, "bos_token_id", -1, c->vocab - 1, &c->bos, err));
+    return json_int(f, f->root, "pad_token_id", -1, c->vocab - 1, &c->pad, err);
+}
+
+static enum status read_default(const struct json_file *f, const char *key, double min,
+                                double max, bool *has, float *value, struct error *err)
+{
+    double v = *value;
+
+    *has = json_get(f->root, key) != NULL;
+    TRY(json_double(f, f->root, key, min, max, &v, err));
+    *value = (float)v;
+    return ST_OK;
+}
+
+static enum status read_generation(struct model_config *c, const struct json_file *f,
+                                   struct error *err)
+{
+    c->temperature = c->top_p = c->repetition = 1;
+    TRY(read_eos(c, f, err));
+    TRY(read_default(f, "temperature", 0, 100, &c->has_temperature, &c->temperature, err));
+    TRY(read_default(f, "top_p", 1e-6, 1, &c->has_top_p, &c->top_p, err));
+    TRY(read_default(f, "min_p", 0, 1, &c->has_min_p, &c->min_p, err));
+    TRY(read_default(f, "repetition_penalty", 1e-2, 100, &c->has_repetition, &c->repetition,
+                     err));
+    c->has_top_k = json_get(f->root, "top_k") != NULL;
+    TRY(json_int(f, f->root, "top_k", -1, MAX_VOCAB, &c->top_k, err));
+    c->top_k = c->top_k < 0 ? 0 : c->top_k;
+    return ST_OK;
+}
+
+static enum status read_config(struct model_config *c, const struct json_file *f,
+                               struct error *err)
+{
+    TRY(read_family(c, f, err));
+    TRY(check_refused(f, err));
+    TRY(check_attention_bias(c, f, err));
+    TRY(read_shape(c, f, err));
+    TRY(read_window(c, f, err));
+    TRY(read_rope(c, f, err));
+    return read_tokens(c, f, err);
+}
+
+/* ---- texts and files */
+
+struct named_text {
+    const char *name, *text;     /* text NULL: absent */
+    size_t n;
+};
+
+static enum status parse_named(struct model_config *out, const struct named_text *config,
+                               const struct named_text *generation, struct error *err)
+{
+    struct json_file f = { 0 }, g = { 0 };
+    enum status st;
+
+    *out = (struct model_config){ .temperature = 1, .top_p = 1, .repetition = 1 };
+    st = json_file_parse(&f, config->name, config->text, config->n, MAX_FILE_BYTES, err);
+    if (st == ST_OK)
+        st = read_config(out, &f, err);
+    if (st == ST_OK && generation->text) {
+        st = json_file_parse(&g, generation->name, generation->text, generation->n,
+                             MAX_FILE_BYTES, err);
+        if (st == ST_OK)
+            st = read_generation(out, &g, err);
+    }
+    if (st == ST_OK && out->n_eos == 0)
+        st = read_eos(out, &f, err);
+    json_file_fini(&g);
+    json_file_fini(&f);
+    return st;
+}
+
+enum status model_config_parse(struct model_config *out, const char *json, size_t n,
+                               const char *generation, size_t n_generation, struct error *err)
+{
+    struct named_text config = { "config.json", json, n };
+    struct named_text defaults = { "generation_config.json", generation, n_generation };
+
+    return parse_named(out, &config, &defaults, err);
+}
+
+enum status model_config_read(struct model_config *out, const char *dir, struct error *err)
+{
+    struct strbuf config_path = { 0 }, defaults_path = { 0 };
+    char *config = NULL, *defaults = NULL;
+    size_t n = 0, n_defaults = 0;
+    bool absent = false;
+
+    strbuf_printf(&config_path, "%s/config.json", dir);
+    strbuf_printf(&defaults_path, "%s/generation_config.json", dir);
+    enum status st = file_read(&config, &n, config_path.data, MAX_FILE_BYTES, NULL, err);
+    if (st == ST_OK) {
+        st = file_read(&defaults, &n_defaults, defaults_path.data, MAX_FILE_BYTES, &absent, err);
+        if (absent)
+            st = ST_OK;
+    }
+    if (st == ST_OK)
+        st = parse_named(out, &(struct named_text){ config_path.data, config, n },
+                         &(struct named_text){ defaults_path.data, defaults, n_defaults }, err);
+    mem_free(config);
+    mem_free(defaults);
+    strbuf_fini(&config_path);
+    strbuf_fini(&defaults_path);
+    return st;
+}

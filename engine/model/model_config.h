@@ -1,0 +1,51 @@
+#ifndef MODEL_CONFIG_H
+#define MODEL_CONFIG_H
+
+#include "engine/base/status.h"
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+/* config.json and generation_config.json of a Hugging Face folder, checked.
+ *
+ * Both layouts are read (rope_theta and rope_scaling of transformers v4,
+ * rope_parameters of v5).  What this program does not implement is refused
+ * with one sentence that names the file and the key: an unknown key that
+ * changes the forward pass is never ignored. */
+
+enum model_family {
+    FAMILY_QWEN3, FAMILY_QWEN2, FAMILY_LLAMA, FAMILY_MISTRAL /* SmolLM2 is a llama */
+};
+
+enum { MODEL_MAX_EOS = 16, MODEL_MAX_HEAD_DIM = 256 };
+
+struct model_config {
+    enum model_family family;
+    char family_name[32];            /* model_type as written */
+    int layers, hidden, mlp, heads, kv_heads, head_dim, vocab;
+    int max_position;                /* tokens, from max_position_embeddings */
+    int sliding_window;              /* 0: none.  Contexts must not exceed it */
+    float norm_eps;
+    bool tied, qkv_bias, qk_norm;
+    float rope_factor;               /* multiplies cos and sin */
+    float inv_freq[MODEL_MAX_HEAD_DIM / 2]; /* [head_dim / 2], scaling applied */
+    int32_t bos, pad;                /* -1: none */
+    int32_t eos[MODEL_MAX_EOS];      /* generation_config first, else config */
+    int n_eos;
+    /* Defaults for requests, from generation_config.json; see has_*. */
+    bool has_temperature, has_top_p, has_top_k, has_min_p, has_repetition;
+    float temperature, top_p, min_p, repetition;
+    int top_k;
+};
+
+/* dir is the model folder. */
+enum status model_config_read(struct model_config *out, const char *dir,
+                              struct error *err) MUST_USE;
+
+/* The same from texts; generation may be NULL.  name_* go into sentences. */
+enum status model_config_parse(struct model_config *out, const char *json, size_t n,
+                               const char *generation, size_t n_generation,
+                               struct error *err) MUST_USE;
+
+#endif

@@ -1,0 +1,60 @@
+#ifndef MODEL_PARTS_H
+#define MODEL_PARTS_H
+
+#include "engine/model/model.h"
+#include "engine/model/weights.h"
+#include "kernels/ops.h"
+
+/* What model.c lays out and forward.c computes with; private to these two and
+ * to calibrate.c. */
+
+/* The integers of a step.  On the host they are what the caller filled in; the
+ * device has a copy, or the same memory when it can see the host's. */
+struct step_arrays {
+    int32_t *ids, *positions, *kv_block, *index_block;     /* [max_rows] */
+    int32_t *first_row, *n_rows, *n_tokens;                /* [max_seqs] */
+    int32_t *last_first_row, *last_n_rows;                 /* [max_seqs]  see forward.c */
+    int32_t *kv_table, *index_table;                       /* [max_seqs, max_blocks] */
+    int32_t *rows_of;                                      /* [max_logit_rows] */
+};
+
+/* Device memory of a step.  T max_rows, R max_logit_rows, S max_seqs. */
+struct step_scratch {
+    void *x;                     /* act [T, M]  residual stream */
+    void *h;                     /* act [T, M]  normed */
+    void *delta;                 /* act [T, M]  what the last sublayer adds */
+    void *q, *k, *v;             /* act [T, H*D], [T, G*D], [T, G*D] */
+    void *attn;                  /* act [T, H*D] */
+    void *gate, *up, *mid;       /* act [T, I]; share memory with q .. attn */
+    void *last_x, *last_attn;    /* act [R, M], [R, H*D]  rows that are wanted */
+    float *cos_sin;              /* [T, D] */
+    float *logits;               /* [R, V] */
+    float *inv_freq;             /* [D / 2] */
+    int16_t *channels;           /* [layers, G, INDEX_CHANNELS_KEPT], NULL without */
+    int32_t *kept, *n_kept;      /* [S, G, max keep_blocks], [S, G] */
+    int32_t *chosen, *n_chosen;  /* [S, G, max keep_tokens], [S, G] */
+    void *select;                /* scratch of block_filter, then of token_select */
+};
+
+struct model {
+    struct backend *be;
+    const struct backend_ops *ops;
+    struct model_config config;
+    struct weights *weights;
+    bool prepared;
+    struct model_limits limits;
+    struct select_plan plan;     /* channels: the caller's; the copy is in scratch */
+    struct buffer host;          /* pinned: batch */
+    struct buffer device;        /* scratch, and the copy of the step's integers */
+    struct model_batch batch;
+    struct step_arrays host_arrays, arrays;
+    struct step_scratch scratch;
+    model_observer observer;
+    void *observer_arg;
+};
+
+/* Copy from any host memory to the device, and wait. */
+enum status model_upload(struct model *m, void *device, const void *host, size_t bytes,
+                         struct error *err) MUST_USE;
+
+#endif

@@ -1,0 +1,384 @@
+#include "engine/model/weights.h"
+
+#include "engine/base/invariant.h"
+#include "engine/base/mem.h"
+#include "engine/model/safetensors.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { MAX_NAME = 160, PER_LAYER_MAX = 14, ALIGN_BYTES = 256, STAGING_BYTES = 8 << 20 };
+
+/* A tensor that has its place, and where that is. */
+struct binding {
+    struct weight *weight;
+    const struct tensor *tensor;
+};
+
+struct weights {
+    struct backend *be;
+    struct safetensors *files;   /* NULL once everything is copied */
+    struct buffer copied;        /* tensors that are not used in the mapping */
+    struct weight embed, norm, head;
+    struct layer_weights *layers;
+    int n_layers;
+    uint64_t bytes, elements;
+};
+
+/* What config.json implies for one tensor.  cols 0: a vector. */
+struct expected {
+    const char *name;            /* behind model.layers.N. */
+    size_t offset;               /* in struct layer_weights */
+    int rows, cols;
+    bool absent;                 /* the family has none */
+};
+
+static void layer_expects(struct expected e[PER_LAYER_MAX], const struct model_config *c)
+{
+    const int q = c->heads * c->head_dim, kv = c->kv_heads * c->head_dim;
+    const int hidden = c->hidden, mlp = c->mlp;
+#define AT(member) offsetof(struct layer_weights, member)
+    const struct expected all[PER_LAYER_MAX] = {
+        { "input_layernorm.weight", AT(attn_norm), hidden, 0, false },
+        { "self_attn.q_proj.weight", AT(q), q, hidden, false },
+        { "self_attn.k_proj.weight", AT(k), kv, hidden, false },
+        { "self_attn.v_proj.weight", AT(v), kv, hidden, false },
+        { "self_attn.o_proj.weight", AT(o), hidden, q, false },
+        { "self_attn.q_proj.bias", AT(q_bias), q, 0, !c->qkv_bias },
+        { "self_attn.k_proj.bias", AT(k_bias), kv, 0, !c->qkv_bias },
+        { "self_attn.v_proj.bias", AT(v_bias), kv, 0, !c->qkv_bias },
+        { "self_attn.q_norm.weight", AT(q_norm), c->head_dim, 0, !c->qk_norm },
+        { "self_attn.k_norm.weight", AT(k_norm), c->head_dim, 0, !c->qk_norm },
+        { "post_attention_layernorm.weight", AT(mlp_norm), hidden, 0, false },
+        { "mlp.gate_proj.weight", AT(gate), mlp, hidden, false },
+        { "mlp.up_proj.weight", AT(up), mlp, hidden, false },
+        { "mlp.down_proj.weight", AT(down), hidden, mlp, false },
+    };
+#undef AT
+    memcpy(e, all, sizeof all);
+}
+
+static uint64_t elements_of(int rows, int cols)
+{
+    return (uint64_t)rows * (uint64_t)(cols ? cols : 1);
+}
+
+uint64_t weights_expected_elements(const struct model_config *c)
+{
+    struct expected e[PER_LAYER_MAX];
+    uint64_t layer = 0;
+
+    layer_expects(e, c);
+    for (int i = 0; i < PER_LAYER_MAX; i++)
+        layer += e[i].absent ? 0 : elements_of(e[i].rows, e[i].cols);
+    return layer * (uint64_t)c->layers + elements_of(c->hidden, 0)
+           + elements_of(c->vocab, c->hidden) * (c->tied ? 1 : 2);
+}
+
+/* ---- binding */
+
+struct binder {
+    struct weights *w;
+    const struct model_config *config;
+    const char *dir;
+    struct error *err;
+    struct binding *bindings;
+    size_t n;
+    bool *used;                  /* [tensors of the folder] */
+    size_t n_missing;
+    char first_missing[MAX_NAME];
+};
+
+static void shape_text(char *out, size_t n, const struct tensor *t)
+{
+    size_t at = (size_t)snprintf(out, n, "[");
+
+    for (int i = 0; i < t->rank && at < n; i++)
+        at += (size_t)snprintf(out + at, n - at, i ? ", %llu" : "%llu",
+                               (unsigned long long)t->shape[i]);
+    if (at < n)
+        snprintf(out + at, n - at, "]");
+}
+
+static enum status check_tensor(const struct binder *b, const struct tensor *t, int rows,
+                                int cols)
+{
+    const char *file = safetensors_file(b->w->files, t);
+    char is[96], want[48];
+
+    if (t->type != TENSOR_BF16 && t->type != TENSOR_F32)
+        return error_set(b->err, ST_UNSUPPORTED, "%s: tensor %s has the type %s; BF16 and F32 "
+                         "are implemented", file, t->name, tensor_type_name(t->type));
+    bool fits = t->rank == (cols ? 2 : 1) && t->shape[0] == (uint64_t)rows
+                && (!cols || t->shape[1] == (uint64_t)cols);
+    if (fits)
+        return ST_OK;
+    shape_text(is, sizeof is, t);
+    snprintf(want, sizeof want, cols ? "[%d, %d]" : "[%d]", rows, cols);
+    return error_set(b->err, ST_INVALID, "%s: tensor %s has the shape %s, config.json implies "
+                     "%s", file, t->name, is, want);
+}
+
+static enum status bind(struct binder *b, struct weight *slot, const char *name, int rows,
+                        int cols)
+{
+    const struct tensor *t = safetensors_find(b->w->files, name);
+
+    if (!t) {
+        if (b->n_missing++ == 0)
+            snprintf(b->first_missing, sizeof b->first_missing, "%s", name);
+        return ST_OK;
+    }
+    TRY(check_tensor(b, t, rows, cols));
+    *slot = (struct weight){ t->data, t->type == TENSOR_F32 ? DTYPE_F32 : DTYPE_BF16 };
+    b->bindings[b->n++] = (struct binding){ slot, t };
+    b->used[t - safetensors_at(b->w->files, 0)] = true;
+    b->w->bytes += t->bytes;
+    b->w->elements += elements_of(rows, cols);
+    return ST_OK;
+}
+
+/* A linear layer reads weight and bias as one type, the rotary step both norms. */
+static enum status check_pair(const struct binder *b, int layer, const struct weight *x,
+                              const struct weight *y, const char *names)
+{
+    if (!x->data || !y->data || x->type == y->type)
+        return ST_OK;
+    return error_set(b->err, ST_UNSUPPORTED, "%s: %s of layer %d are of two types", b->dir,
+                     names, layer);
+}
+
+static enum status bind_layer(struct binder *b, int layer)
+{
+    struct layer_weights *l = &b->w->layers[layer];
+    struct expected e[PER_LAYER_MAX];
+    char name[MAX_NAME];
+
+    layer_expects(e, b->config);
+    for (int i = 0; i < PER_LAYER_MAX; i++) {
+        if (e[i].absent)
+            continue;
+        snprintf(name, sizeof name, "model.layers.%d.%s", layer, e[i].name);
+        TRY(bind(b, (struct weight *)((char *)l + e[i].offset), name, e[i].rows, e[i].cols));
+    }
+    TRY(check_pair(b, layer, &l->q, &l->q_bias, "q_proj.weight and q_proj.bias"));
+    TRY(check_pair(b, layer, &l->k, &l->k_bias, "k_proj.weight and k_proj.bias"));
+    TRY(check_pair(b, layer, &l->v, &l->v_bias, "v_proj.weight and v_proj.bias"));
+    return check_pair(b, layer, &l->q_norm, &l->k_norm, "q_norm.weight and k_norm.weight");
+}
+
+/* Tensors that every reader of these families skips. */
+static bool may_skip(const struct model_config *c, const char *name)
+{
+    static const char prefix[] = "model.layers.", rotary[] = "rotary_emb.inv_freq";
+    size_t n = strlen(name), n_rotary = sizeof rotary - 1;
+    char *end;
+
+    if (c->tied && strcmp(name, "lm_head.weight") == 0)
+        return true;
+    if (n >= n_rotary && strcmp(name + n - n_rotary, rotary) == 0)
+        return true;
+    if (strncmp(name, prefix, sizeof prefix - 1) != 0)
+        return false;
+    const char *number = name + sizeof prefix - 1;
+    if (*number < '0' || *number > '9')
+        return false;
+    unsigned long layer = strtoul(number, &end, 10);
+    return *end == '.' && layer >= (unsigned long)c->layers;
+}
+
+static enum status check_leftovers(const struct binder *b)
+{
+    const struct tensor *first = NULL;
+    size_t n = 0;
+
+    if (b->n_missing)
+        return error_set(b->err, ST_INVALID, "%s: missing tensors: %zu, the first is %s", b->dir,
+                         b->n_missing, b->first_missing);
+    for (size_t i = 0; i < safetensors_count(b->w->files); i++) {
+        const struct tensor *t = safetensors_at(b->w->files, i);
+        if (b->used[i] || may_skip(b->config, t->name))
+            continue;
+        if (!first || strcmp(t->name, first->name) < 0)
+            first = t;
+        n++;
+    }
+    if (first)
+        return error_set(b->err, ST_UNSUPPORTED, "%s: tensors without a place in a %s model: %zu, "
+                         "the first is %.120s", safetensors_file(b->w->files, first),
+                         b->config->family_name, n, first->name);
+    return ST_OK;
+}
+
+static enum status bind_all(struct binder *b)
+{
+    struct weights *w = b->w;
+    const struct model_config *c = b->config;
+
+    TRY(bind(b, &w->embed, "model.embed_tokens.weight", c->vocab, c->hidden));
+    for (int l = 0; l < c->layers; l++)
+        TRY(bind_layer(b, l));
+    TRY(bind(b, &w->norm, "model.norm.weight", c->hidden, 0));
+    if (!c->tied)
+        TRY(bind(b, &w->head, "lm_head.weight", c->vocab, c->hidden));
+    TRY(check_leftovers(b));
+    ASSERT(w->elements == weights_expected_elements(c));
+    return ST_OK;
+}
+
+/* ---- placing */
+
+static bool used_in_place(const struct weights *w, const struct binding *b)
+{
+    return backend_info(w->be)->host_visible
+           && (uintptr_t)b->tensor->data % dtype_bytes(b->weight->type) == 0;
+}
+
+static size_t aligned_bytes(const struct binding *b)
+{
+    return (b->tensor->bytes + ALIGN_BYTES - 1) / ALIGN_BYTES * ALIGN_BYTES;
+}
+
+/* The mapping is not memory that a device can read, so copies go through a
+ * pinned buffer that it can. */
+static enum status upload(struct stream *s, const struct buffer *staging, char *to,
+                          const struct tensor *t, struct error *err)
+{
+    for (size_t at = 0; at < t->bytes; at += staging->bytes) {
+        size_t n = t->bytes - at < staging->bytes ? t->bytes - at : staging->bytes;
+        memcpy(staging->base, (const char *)t->data + at, n);
+        stream_copy(s, to + at, staging->base, n);
+        TRY(stream_sync(s, err));
+    }
+    return ST_OK;
+}
+
+static int by_address(const void *a, const void *b)
+{
+    const struct binding *x = a, *y = b;
+    uintptr_t p = (uintptr_t)x->tensor->data, q = (uintptr_t)y->tensor->data;
+
+    return p < q ? -1 : p > q;
+}
+
+/* In the order of the file, so that a cold disk is read forwards. */
+static enum status copy_all(struct binder *b, struct stream *s, const struct buffer *staging)
+{
+    char *to = b->w->copied.base;
+
+    qsort(b->bindings, b->n, sizeof *b->bindings, by_address);
+    for (size_t i = 0; i < b->n; i++) {
+        const struct binding *x = &b->bindings[i];
+        if (used_in_place(b->w, x))
+            continue;
+        TRY(upload(s, staging, to, x->tensor, b->err));
+        x->weight->data = to;
+        to += aligned_bytes(x);
+    }
+    return ST_OK;
+}
+
+static enum status place(struct binder *b)
+{
+    struct weights *w = b->w;
+    struct buffer staging = { 0 };
+    size_t total = 0;
+
+    for (size_t i = 0; i < b->n; i++)
+        total += used_in_place(w, &b->bindings[i]) ? 0 : aligned_bytes(&b->bindings[i]);
+    if (total == 0)
+        return ST_OK;
+    if (buffer_alloc(w->be, &w->copied, MEM_DEVICE, total) != ST_OK
+        || buffer_alloc(w->be, &staging, MEM_PINNED, STAGING_BYTES) != ST_OK)
+        return error_set(b->err, ST_NODEVMEM, "%s: no memory for %zu bytes of weights", b->dir,
+                         total);
+    struct stream *s = stream_create(w->be);
+    enum status st = copy_all(b, s, &staging);
+    stream_destroy(s);
+    buffer_free(w->be, &staging);
+    return st;
+}
+
+static enum status bind_and_place(struct weights *w, const struct model_config *c,
+                                  const char *dir, struct error *err)
+{
+    struct binder b = { .w = w, .config = c, .dir = dir, .err = err };
+
+    b.bindings = mem_calloc((size_t)c->layers * PER_LAYER_MAX + 3, sizeof *b.bindings);
+    b.used = mem_calloc(safetensors_count(w->files) + 1, sizeof *b.used);
+    enum status st = bind_all(&b);
+    if (st == ST_OK)
+        st = place(&b);
+    if (c->tied)
+        w->head = w->embed;
+    mem_free(b.bindings);
+    mem_free(b.used);
+    return st;
+}
+
+enum status weights_open(struct weights **out, struct backend *be,
+                         const struct model_config *config, const char *dir,
+                         struct error *err)
+{
+    struct weights *w = mem_calloc(1, sizeof *w);
+
+    *out = NULL;
+    w->be = be;
+    w->n_layers = config->layers;
+    w->layers = mem_calloc((size_t)config->layers, sizeof *w->layers);
+    enum status st = safetensors_open(&w->files, dir, err);
+    if (st == ST_OK)
+        st = bind_and_place(w, config, dir, err);
+    if (st != ST_OK) {
+        weights_close(w);
+        return st;
+    }
+    if (!backend_info(be)->host_visible) {
+        safetensors_close(w->files);
+        w->files = NULL;
+    }
+    *out = w;
+    return ST_OK;
+}
+
+void weights_close(struct weights *w)
+{
+    if (!w)
+        return;
+    buffer_free(w->be, &w->copied);
+    safetensors_close(w->files);
+    mem_free(w->layers);
+    mem_free(w);
+}
+
+struct weight weights_embed(const struct weights *w)
+{
+    return w->embed;
+}
+
+struct weight weights_norm(const struct weights *w)
+{
+    return w->norm;
+}
+
+struct weight weights_head(const struct weights *w)
+{
+    return w->head;
+}
+
+const struct layer_weights *weights_layer(const struct weights *w, int layer)
+{
+    ASSERT(layer >= 0 && layer < w->n_layers);
+    return &w->layers[layer];
+}
+
+uint64_t weights_bytes(const struct weights *w)
+{
+    return w->bytes;
+}
+
+uint64_t weights_elements(const struct weights *w)
+{
+    return w->elements;
+}

@@ -1,0 +1,81 @@
+#ifndef SCHEDULER_H
+#define SCHEDULER_H
+
+#include "engine/run/sequence.h"
+
+#include <stdbool.h>
+#include <stdint.h>
+
+/* Decides which sequences advance in the next step, and by how much.
+ *
+ * Pure: no device, no clock, no locks, no allocation after create.  The same
+ * calls give the same plans, so policy is tested with tables and histories.
+ *
+ * Order of claims on a step:
+ *   1. every decoding sequence gets its row, oldest first;
+ *   2. sequences in prefill get the rest of the token budget, oldest first, cut
+ *      at block boundaries unless the slice is the last;
+ *   3. waiting sequences are admitted, oldest first, while the pool can hold
+ *      all their known tokens and one more block beside what the running ones
+ *      still need for theirs.  The next one is never passed over for a smaller one.
+ *
+ * When a running sequence cannot get a block the youngest running one is put
+ * back to waiting.  Youngest, because it has the least to lose; and since the
+ * pool holds at least one context of the greatest length, the oldest always
+ * progresses: nothing livelocks.
+ *
+ * Members of a group share their prompt: while one prefills it the others wait,
+ * without holding up those behind them, and then find its blocks. */
+
+struct scheduler;
+
+struct step_budget {
+    uint32_t tokens;             /* rows of the step */
+    uint32_t logit_rows;
+    uint32_t blocks;             /* that the pool can give: free and reclaimable */
+    /* Drop the blocks of a sequence that is preempted; returns what the pool can
+     * give then.  (Blocks shared with others stay, so nobody can know before.) */
+    uint32_t (*drop)(void *arg, struct sequence *seq);
+    void *arg;
+};
+
+struct step_slice {
+    struct sequence *seq;
+    uint32_t n_tokens;           /* from seq->n_computed on */
+    int first_result;            /* of its logit rows in the batch; step.c's */
+};
+
+struct step_plan {
+    struct step_slice *slices;   /* the scheduler's storage, valid until the next plan */
+    uint32_t n_slices;
+    uint32_t n_preempted;
+    struct step_budget left;     /* of tokens and logit rows; blocks as the pool has them */
+    uint32_t planned_blocks;     /* that the slices will take */
+};
+
+struct scheduler *scheduler_create(uint32_t max_running);
+void scheduler_destroy(struct scheduler *sc);    /* must be empty; NULL is fine */
+
+/* To the waiting ones, by order. */
+void scheduler_add(struct scheduler *sc, struct sequence *seq);
+/* Finished or cancelled, running or waiting. */
+void scheduler_remove(struct scheduler *sc, struct sequence *seq);
+
+/* Claims 1 and 2.  A preempted sequence is waiting when this returns, without
+ * blocks. */
+struct step_plan *scheduler_plan(struct scheduler *sc, const struct step_budget *budget);
+
+/* Claim 3, one at a time: the sequence to try next, or NULL.  The caller
+ * attaches it to the prefix cache, sets plan->left.blocks anew, and asks
+ * scheduler_admit(); on false it drops its blocks and stops for this step. */
+struct sequence *scheduler_next(const struct scheduler *sc, const struct step_plan *plan);
+bool scheduler_admit(struct scheduler *sc, struct step_plan *plan, struct sequence *seq);
+
+/* Every sequence, to look for cancellations: i from 0 until NULL. */
+struct sequence *scheduler_at(const struct scheduler *sc, uint32_t i);
+
+uint32_t scheduler_running(const struct scheduler *sc);
+uint32_t scheduler_waiting(const struct scheduler *sc);
+void scheduler_check(const struct scheduler *sc);
+
+#endif

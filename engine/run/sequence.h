@@ -1,0 +1,91 @@
+#ifndef SEQUENCE_H
+#define SEQUENCE_H
+
+#include "engine/kv/kv_pool.h"
+#include "engine/model/tokenizer.h"
+#include "engine/run/request.h"
+#include "engine/run/stop.h"
+#include "engine/select/select.h"
+
+#include <stdbool.h>
+#include <stdint.h>
+
+/* A request while the engine works on it.
+ *
+ *   tokens   prompt ........ output ....
+ *            [0, n_prompt)   [n_prompt, n_tokens)    known
+ *            [0, n_computed)                         K and V are in the blocks
+ *
+ * A step computes a slice [n_computed, n_computed + n).  If that reaches
+ * n_tokens, the last row's logits give the next token.  So prefill, decode and
+ * the replay after a preemption are one thing: there are known tokens without
+ * K and V.  A slice is dense throughout or a single sparse row.
+ *
+ * Blocks are sealed as they fill and shared through the pool.  The engine
+ * thread alone touches a sequence. */
+
+enum sequence_state { SEQ_WAITING, SEQ_RUNNING };
+
+struct sequence {
+    struct request *req;
+    /* The scheduler's. */
+    enum sequence_state state;
+    uint64_t order;              /* of arrival; decides who goes first and who yields */
+    uint64_t group;
+    uint32_t n_prompt, n_tokens, n_computed, n_blocks;
+    uint32_t sparse_from;        /* first sparse position; UINT32_MAX: none */
+    bool scoring;                /* wants logits of every prompt row */
+    bool was_admitted;           /* left the waiting room once */
+    struct sequence *older, *younger; /* neighbours in the scheduler's list */
+
+    int32_t *tokens;             /* [n_prompt + max_tokens] */
+    kv_block *table;             /* [max_blocks] */
+    uint32_t max_blocks, n_sealed, n_scored;
+
+    struct detokenizer detok;
+    struct stop_matcher stops;
+    struct token_count *counts;  /* with penalties, else NULL */
+    int32_t *count_of;           /* [vocab] index + 1 in counts */
+    uint32_t n_counts;
+    int32_t *banned;             /* with min_tokens, else NULL */
+    uint32_t n_banned;
+};
+
+/* vocab: rows of the model's head.  eos: the model's. */
+struct sequence *sequence_create(struct request *req, const struct tokenizer *tok,
+                                 const struct select_plan *plan, uint64_t order, int vocab,
+                                 const int32_t *eos, int n_eos);
+/* Its blocks must have been dropped.  NULL is fine. */
+void sequence_destroy(struct sequence *q);
+
+/* Tokens that the next slice may have at most, by kind alone; 0: nothing left
+ * to compute. */
+uint32_t sequence_next_tokens(const struct sequence *q);
+/* The next slice is a single row that competes with decodes, not with prefill. */
+bool sequence_is_decoding(const struct sequence *q);
+/* Blocks that it lacks to hold its first n tokens. */
+uint32_t sequence_lacks_blocks(const struct sequence *q, uint32_t n);
+
+/* Before admission: pin what the prefix cache has.  At least one known token
+ * is left to compute.  The sequence has no blocks before. */
+void sequence_attach(struct sequence *q, struct kv_pool *pool, const struct select_plan *plan);
+/* Unpin all blocks: nothing is computed any more. */
+void sequence_drop_blocks(struct sequence *q, struct kv_pool *pool);
+/* Take blocks to hold its first n tokens; the pool has them, the plan said so. */
+void sequence_grow(struct sequence *q, struct kv_pool *pool, uint32_t n);
+/* n more tokens are computed: seal what is full. */
+void sequence_advance(struct sequence *q, struct kv_pool *pool, const struct select_plan *plan,
+                      uint32_t n);
+
+/* Append a sampled token to tokens, counts and the request's output arrays
+ * (not published).  Room is the caller's to know: n_output < max_tokens. */
+void sequence_append(struct sequence *q, const struct sample_result *r);
+
+/* What the sampler is to do for the next token. */
+void sequence_sample_params(const struct sequence *q, struct sample_params *out);
+/* What it is to do for the prompt row at this position (scoring). */
+void sequence_score_params(const struct sequence *q, uint32_t position,
+                           struct sample_params *out);
+void sequence_store_score(struct sequence *q, uint32_t position, const struct sample_result *r);
+
+#endif

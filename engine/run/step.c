@@ -1,0 +1,196 @@
+#include "engine/run/step.h"
+
+#include "engine/base/invariant.h"
+
+#include <string.h>
+
+static bool slice_is_sparse(const struct step_slice *s)
+{
+    return s->seq->n_computed >= s->seq->sparse_from;
+}
+
+/* The first row of the slice that is scored, and how many are. */
+static uint32_t scored_rows(const struct step_slice *s, uint32_t *first)
+{
+    const struct sequence *q = s->seq;
+    uint32_t end = q->n_computed + s->n_tokens;
+
+    *first = q->n_computed > q->n_scored ? q->n_computed : q->n_scored;
+    if (end > q->n_prompt - 1)
+        end = q->n_prompt - 1;
+    return q->scoring && end > *first ? end - *first : 0;
+}
+
+static bool slice_samples(const struct step_slice *s)
+{
+    return s->seq->n_computed + s->n_tokens == s->seq->n_tokens &&
+           s->seq->n_tokens - s->seq->n_prompt < s->seq->req->max_tokens;
+}
+
+static void pack_rows(struct model_batch *b, const struct step_slice *s)
+{
+    const struct sequence *q = s->seq;
+    int row = b->rows;
+
+    for (uint32_t i = 0; i < s->n_tokens; i++, row++) {
+        uint32_t position = q->n_computed + i;
+        b->ids[row] = q->tokens[position];
+        b->positions[row] = (int32_t)position;
+        b->kv_block[row] = b->index_block[row] = (int32_t)q->table[position / BLOCK_TOKENS];
+    }
+    b->rows = row;
+}
+
+static void pack_logits(struct model_batch *b, const struct step_slice *s, int first_row)
+{
+    const struct sequence *q = s->seq;
+    uint32_t first, n = scored_rows(s, &first);
+
+    for (uint32_t p = first; p < first + n; p++) {
+        b->rows_of[b->logit_rows] = first_row + (int32_t)(p - q->n_computed);
+        sequence_score_params(q, p, &b->sample[b->logit_rows++]);
+    }
+    if (slice_samples(s)) {
+        b->rows_of[b->logit_rows] = first_row + (int32_t)s->n_tokens - 1;
+        sequence_sample_params(q, &b->sample[b->logit_rows++]);
+    }
+}
+
+static void pack_slice(const struct step_context *cx, struct model_batch *b,
+                       struct step_slice *s)
+{
+    const struct sequence *q = s->seq;
+    int at = b->seqs++, first_row = b->rows;
+    size_t table = (size_t)at * cx->max_blocks;
+
+    b->first_row[at] = first_row;
+    b->n_rows[at] = (int32_t)s->n_tokens;
+    b->n_tokens[at] = (int32_t)(q->n_computed + s->n_tokens);
+    memcpy(b->kv_table + table, q->table, q->n_blocks * sizeof *q->table);
+    memcpy(b->index_table + table, q->table, q->n_blocks * sizeof *q->table);
+    s->first_result = b->logit_rows;
+    pack_rows(b, s);
+    pack_logits(b, s, first_row);
+}
+
+enum status step_run(const struct step_context *cx, struct step_plan *plan, struct error *err)
+{
+    struct model_batch *b = model_batch(cx->model);
+
+    b->rows = b->seqs = b->sparse_seqs = b->logit_rows = 0;
+    for (uint32_t i = 0; i < plan->n_slices; i++) {
+        const struct step_slice *s = &plan->slices[i];
+        sequence_grow(s->seq, cx->pool, s->seq->n_computed + s->n_tokens);
+    }
+    for (uint32_t i = 0; i < plan->n_slices; i++)
+        if (slice_is_sparse(&plan->slices[i]))
+            pack_slice(cx, b, &plan->slices[i]);
+    b->sparse_seqs = b->seqs;
+    for (uint32_t i = 0; i < plan->n_slices; i++)
+        if (!slice_is_sparse(&plan->slices[i]))
+            pack_slice(cx, b, &plan->slices[i]);
+    return model_step(cx->model, cx->stream, cx->pool, err);
+}
+
+/* ---- results */
+
+static bool is_stop_id(const struct step_context *cx, const struct request *r, int32_t id)
+{
+    if (r->ignore_eos)
+        return false;
+    for (int i = 0; i < cx->n_eos; i++)
+        if (cx->eos[i] == id)
+            return true;
+    for (uint32_t i = 0; i < r->n_stop_ids; i++)
+        if (r->stop_ids[i] == id)
+            return true;
+    return false;
+}
+
+/* Whether the text of the new token completes a stop string. */
+static bool stops_by_string(struct sequence *q, int32_t id)
+{
+    struct request *r = q->req;
+
+    if (r->n_stops == 0)
+        return false;
+    char *room = stop_matcher_room(&q->stops, detokenizer_max_bytes(&q->detok, id));
+    size_t n = detokenizer_push(&q->detok, id, room);
+    r->stopped_by_string = stop_matcher_push(&q->stops, n, &r->text_bytes);
+    if (r->stopped_by_string < 0)
+        return false;
+    if (q->n_tokens - q->n_prompt > r->min_tokens)
+        return true;
+    /* A stop string before min_tokens is text like any other. */
+    r->stopped_by_string = -1;
+    r->text_bytes = 0;
+    stop_matcher_forget(&q->stops);
+    return false;
+}
+
+static bool finish(struct request *r, enum finish how)
+{
+    r->finish = how;
+    return true;
+}
+
+static bool absorb_token(const struct step_context *cx, struct sequence *q,
+                         const struct sample_result *result, uint64_t now_ns)
+{
+    struct request *r = q->req;
+    uint32_t n_output = q->n_tokens - q->n_prompt;
+
+    if (result->token < 0) {
+        error_set(&r->error, ST_DEVICE, "the model's output at token %u is not a number",
+                  n_output);
+        return finish(r, FINISH_ERROR);
+    }
+    sequence_append(q, result);
+    if (n_output == 0)
+        r->first_token_ns = now_ns;
+    r->last_token_ns = now_ns;
+    if (is_stop_id(cx, r, result->token)) {
+        r->stopped_by_id = result->token;
+        return finish(r, FINISH_STOP);
+    }
+    if (stops_by_string(q, result->token))
+        return finish(r, FINISH_STOP);
+    if (n_output + 1 == r->max_tokens)
+        return finish(r, FINISH_LENGTH);
+    return false;
+}
+
+static void count_rows(const struct step_slice *s, struct step_counts *counts)
+{
+    const struct sequence *q = s->seq;
+    uint32_t end = q->n_computed + s->n_tokens;
+    uint32_t of_prompt = q->n_computed >= q->n_prompt ? 0
+                         : (end < q->n_prompt ? end : q->n_prompt) - q->n_computed;
+
+    counts->prompt_tokens += of_prompt;
+    if (slice_is_sparse(s))
+        counts->sparse_rows++;
+    else
+        counts->dense_rows += s->n_tokens - of_prompt;
+}
+
+bool step_absorb(const struct step_context *cx, const struct step_slice *s,
+                 struct step_counts *counts, uint64_t now_ns)
+{
+    const struct sample_result *result = model_batch(cx->model)->result + s->first_result;
+    struct sequence *q = s->seq;
+    bool samples = slice_samples(s);
+    uint32_t first, n_scored = scored_rows(s, &first);
+
+    count_rows(s, counts);
+    for (uint32_t i = 0; i < n_scored; i++)
+        sequence_store_score(q, first + i, result++);
+    if (n_scored)
+        q->n_scored = first + n_scored;
+    sequence_advance(q, cx->pool, cx->select, s->n_tokens);
+    if (!samples)
+        return sequence_next_tokens(q) == 0 && finish(q->req, FINISH_LENGTH);
+    bool finished = absorb_token(cx, q, result, now_ns);
+    counts->output_tokens += q->req->finish != FINISH_ERROR;
+    return finished;
+}

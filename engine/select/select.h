@@ -1,0 +1,78 @@
+#ifndef SELECT_H
+#define SELECT_H
+
+#include "engine/base/status.h"
+#include "kernels/layout.h"
+
+#include <stdbool.h>
+#include <stdint.h>
+
+/* Policy of two-level attention: which filter and index, how much is kept in
+ * which layer, and from which length on.  kernels/ops.h defines the stages,
+ * kernels/layout.h the bytes; docs/ATTENTION.md has the evidence for the
+ * defaults.
+ *
+ * A decode row of a context of n tokens (itself included) is sparse if the
+ * request asks for sparse attention and n > crossover_tokens; every prompt row
+ * is dense.  So whether a token's K and V were computed dense or sparse is a
+ * function of its position alone, see select_provenance(). */
+
+enum { SELECT_MAX_LAYERS = 128 };
+
+struct select_config {
+    enum filter_kind filter;
+    enum index_kind index;
+    int keep_blocks, keep_tokens;    /* per KV head, forced ones included */
+    int sink_tokens, recent_tokens;  /* always kept */
+    int crossover_tokens;            /* contexts up to here are dense */
+    const char *layers;              /* exceptions: "0-1:dense,6:blocks=128,tokens=2048"; NULL none.
+                                        Entries are separated by ';' or by ',' before a digit. */
+};
+
+struct select_layer {
+    bool dense;
+    int keep_blocks, keep_tokens;
+};
+
+struct select_plan {
+    struct select_config config;     /* layers is NULL here */
+    int n_layers;
+    struct select_layer layer[SELECT_MAX_LAYERS];
+    int max_keep_blocks, max_keep_tokens; /* over the layers */
+    /* INDEX_CHANNELS: [n_layers][kv_heads][INDEX_CHANNELS_KEPT], caller's storage; else NULL */
+    const int16_t *channels;
+    uint64_t fingerprint;            /* of all that changes what is selected; never 0 */
+};
+
+/* The defaults of configs/asynctlsd.conf. */
+struct select_config select_default(void);
+
+/* Check cfg against the shape and spread it over the layers.  A sentence for
+ * the operator when impossible: budgets below the forced tokens, a kept-token
+ * budget above keep_blocks * BLOCK_TOKENS, a bad exception, head_dim not a
+ * power of two for INDEX_ROTATED, channels missing for INDEX_CHANNELS. */
+enum status select_plan_init(struct select_plan *plan, const struct select_config *cfg,
+                             const struct kv_shape *shape, int n_layers,
+                             const int16_t *channels, struct error *err) MUST_USE;
+
+/* Provenance (kv_pool.h) of the block that holds positions first ..
+ * first + BLOCK_TOKENS - 1 of a sequence whose prompt has n_prompt tokens: 0 when all
+ * were computed dense; otherwise a value that two sequences share only if each
+ * of these tokens was computed dense in both or sparse in both, with the same
+ * fingerprint. */
+uint64_t select_provenance(const struct select_plan *plan, bool sparse_allowed,
+                           uint32_t n_prompt, uint32_t first);
+
+/* True if the decode row at this position (context position + 1) is sparse. */
+bool select_is_sparse(const struct select_plan *plan, bool sparse_allowed,
+                      uint32_t n_prompt, uint32_t position);
+
+/* Calibrated channels beside the model: DIR/asynctlsd-channels.json,
+ * {"version":1,"layers":L,"kv_heads":G,"head_dim":D,"kept":32,"channels":[[[...]]]}.
+ * Read into out [layers][kv_heads][INDEX_CHANNELS_KEPT]; ST_IO when absent. */
+enum status select_channels_read(int16_t *out, const char *path, int layers,
+                                 const struct kv_shape *shape, struct error *err) MUST_USE;
+enum status select_channels_write(const int16_t *channels, const char *path, int layers,
+                                  const struct kv_shape *shape, struct error *err) MUST_USE;
+
+#endif

@@ -1,0 +1,133 @@
+#include "kernels/backend_open.h"
+
+#include "engine/base/invariant.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+/* The opaque functions of backend.h: each finds the calls of the back end its
+ * object belongs to, through the first members that backend_open.h prescribes. */
+
+static const struct device_calls *calls_of(const struct backend *be)
+{
+    return *(const struct device_calls *const *)(const void *)be;
+}
+
+static struct backend *owner_of(const void *stream_or_event)
+{
+    return *(struct backend *const *)stream_or_event;
+}
+
+/* "N" of "cuda:N", or -1. */
+static int device_number(const char *digits)
+{
+    char *end;
+
+    if (digits[0] < '0' || digits[0] > '9')
+        return -1;
+    long n = strtol(digits, &end, 10);
+    return *end || n > 1023 ? -1 : (int)n;
+}
+
+enum status backend_open(struct backend **out, const char *name,
+                         const struct backend_options *options, struct error *err)
+{
+    *out = NULL;
+    if (strcmp(name, "cpu") == 0)
+        return cpu_backend_open(out, options, err);
+    if (strncmp(name, "cuda:", 5) == 0) {
+        int device = device_number(name + 5);
+        if (device < 0)
+            return error_set(err, ST_INVALID, "'%s' names no device: write cuda:0", name);
+#ifdef WITH_CUDA
+        return cuda_backend_open(out, device, err);
+#else
+        return error_set(err, ST_UNSUPPORTED,
+                         "device cuda:%d: this program was built without CUDA", device);
+#endif
+    }
+    return error_set(err, ST_INVALID, "no device is called '%s': write cpu or cuda:N", name);
+}
+
+void backend_close(struct backend *be)
+{
+    if (be)
+        calls_of(be)->close(be);
+}
+
+const struct device_info *backend_info(const struct backend *be)
+{
+    return calls_of(be)->info(be);
+}
+
+const struct backend_ops *backend_ops(const struct backend *be)
+{
+    return calls_of(be)->ops(be);
+}
+
+enum status buffer_alloc(struct backend *be, struct buffer *out, enum memory_kind kind,
+                         size_t bytes)
+{
+    *out = (struct buffer){ .base = NULL, .bytes = 0, .kind = kind };
+    if (bytes == 0)
+        return ST_OK;
+    return calls_of(be)->buffer_alloc(be, out, kind, bytes);
+}
+
+void buffer_free(struct backend *be, struct buffer *buf)
+{
+    if (buf->base)
+        calls_of(be)->buffer_free(be, buf);
+    buf->base = NULL;
+    buf->bytes = 0;
+}
+
+struct stream *stream_create(struct backend *be)
+{
+    return calls_of(be)->stream_create(be);
+}
+
+void stream_destroy(struct stream *s)
+{
+    if (s)
+        calls_of(owner_of(s))->stream_destroy(s);
+}
+
+enum status stream_sync(struct stream *s, struct error *err)
+{
+    return calls_of(owner_of(s))->stream_sync(s, err);
+}
+
+void stream_copy(struct stream *s, void *dst, const void *src, size_t bytes)
+{
+    if (bytes)
+        calls_of(owner_of(s))->stream_copy(s, dst, src, bytes);
+}
+
+struct event *event_create(struct backend *be)
+{
+    return calls_of(be)->event_create(be);
+}
+
+void event_destroy(struct event *ev)
+{
+    if (ev)
+        calls_of(owner_of(ev))->event_destroy(ev);
+}
+
+void event_record(struct event *ev, struct stream *s)
+{
+    ASSERT(owner_of(ev) == owner_of(s));
+    calls_of(owner_of(s))->event_record(ev, s);
+}
+
+void event_wait(struct stream *s, struct event *ev)
+{
+    ASSERT(owner_of(ev) == owner_of(s));
+    calls_of(owner_of(s))->event_wait(s, ev);
+}
+
+bool event_done(const struct event *ev)
+{
+    return calls_of(owner_of(ev))->event_done(ev);
+}

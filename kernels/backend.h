@@ -1,0 +1,104 @@
+#ifndef KERNELS_BACKEND_H
+#define KERNELS_BACKEND_H
+
+#include "engine/base/status.h"
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* The device boundary.
+ *
+ * Two implementations live behind this header: kernels/cpu, plain C that
+ * defines what every operation means, and kernels/cuda, which must agree with
+ * it within the tolerance written beside each operation in ops.h.  Nothing
+ * above this line knows which one is running; nothing below it knows what a
+ * model, a sequence or a request is.
+ *
+ * Three nouns:
+ *   backend  one device, opened once, used from any thread
+ *   buffer   device memory, or pinned host memory
+ *   stream   an ordered queue of work, used from one thread
+ *
+ * Errors stick.  Operations return nothing.  The first failure on a stream is
+ * remembered, what is queued after it is skipped, and stream_sync() reports
+ * it, so a forward pass reads as a straight list of operations.  A device
+ * failure is final: the engine fails its requests and the process exits.
+ *
+ * The CPU back end executes each operation before the call returns, on a
+ * fixed pool of workers shared by the streams of the back end; only one
+ * stream of a CPU back end may compute at a time, copies may overlap. */
+
+struct backend;
+struct stream;
+struct event;
+
+enum memory_kind { MEM_DEVICE, MEM_PINNED };
+
+struct buffer {
+    void *base;        /* device address, or host address when MEM_PINNED */
+    size_t bytes;
+    enum memory_kind kind;
+};
+
+/* Storage types of tensors. */
+enum dtype { DTYPE_F32, DTYPE_BF16 };
+
+static inline size_t dtype_bytes(enum dtype t)
+{
+    return t == DTYPE_F32 ? 4 : 2;
+}
+
+struct device_info {
+    char name[96];     /* "cpu: 2 threads, avx512-bf16" */
+    size_t mem_bytes;  /* memory of the device; of the host (or its cgroup) on the CPU */
+    int sm_count;      /* 0 on the CPU back end */
+    bool host_visible; /* device memory can be read by the host: true on the CPU */
+    enum dtype act;    /* type of every activation, "act *" in ops.h: F32 on the CPU */
+};
+
+struct backend_options {
+    int threads;       /* CPU: workers, the caller included; 0: one a core */
+    const char *isa;   /* CPU: "auto", "scalar", "avx2", "avx512"; NULL is auto.  Asking for
+                          what the processor lacks is refused. */
+};
+
+struct backend_ops;    /* kernels/ops.h: one required entry per operation */
+
+/* name is "cpu" or "cuda:N".  options may be NULL.  *out is the caller's until
+ * backend_close(). */
+enum status backend_open(struct backend **out, const char *name,
+                         const struct backend_options *options, struct error *err) MUST_USE;
+void backend_close(struct backend *be);             /* NULL is fine */
+const struct device_info *backend_info(const struct backend *be);
+const struct backend_ops *backend_ops(const struct backend *be);
+
+/* Zeroed, aligned to 256 bytes or better.  ST_NODEVMEM when there is none. */
+enum status buffer_alloc(struct backend *be, struct buffer *out,
+                         enum memory_kind kind, size_t bytes) MUST_USE;
+void buffer_free(struct backend *be, struct buffer *buf);   /* an empty one is fine */
+
+struct stream *stream_create(struct backend *be);
+void stream_destroy(struct stream *s);
+
+/* Wait for everything queued so far and report the first failure. */
+enum status stream_sync(struct stream *s, struct error *err) MUST_USE;
+
+/* Ordering between streams.  Waiting never blocks the calling thread. */
+struct event *event_create(struct backend *be);
+void event_destroy(struct event *ev);
+void event_record(struct event *ev, struct stream *s);
+void event_wait(struct stream *s, struct event *ev);
+bool event_done(const struct event *ev);
+
+/* Queue a copy between any two addresses the back end knows. */
+void stream_copy(struct stream *s, void *dst, const void *src, size_t bytes);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

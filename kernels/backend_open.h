@@ -1,0 +1,49 @@
+#ifndef KERNELS_BACKEND_OPEN_H
+#define KERNELS_BACKEND_OPEN_H
+
+#include "kernels/backend.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* How a back end plugs in behind backend.h; private to kernels.
+ *
+ * Each back end defines `struct backend`, `struct stream` and `struct event` as it
+ * likes, under one rule that lets backend.c find its calls:
+ *   the first member of struct backend is  const struct device_calls *calls;
+ *   the first member of struct stream and struct event is  struct backend *be;
+ * Every entry is required and means what backend.h says of the function of the
+ * same name. */
+struct device_calls {
+    void (*close)(struct backend *be);
+    const struct device_info *(*info)(const struct backend *be);
+    const struct backend_ops *(*ops)(const struct backend *be);
+
+    /* bytes > 0; *out is empty on entry. */
+    enum status (*buffer_alloc)(struct backend *be, struct buffer *out,
+                                enum memory_kind kind, size_t bytes);
+    void (*buffer_free)(struct backend *be, struct buffer *buf);  /* not an empty one */
+
+    struct stream *(*stream_create)(struct backend *be);
+    void (*stream_destroy)(struct stream *s);
+    enum status (*stream_sync)(struct stream *s, struct error *err);
+    void (*stream_copy)(struct stream *s, void *dst, const void *src, size_t bytes);
+
+    struct event *(*event_create)(struct backend *be);
+    void (*event_destroy)(struct event *ev);
+    void (*event_record)(struct event *ev, struct stream *s);
+    void (*event_wait)(struct stream *s, struct event *ev);
+    bool (*event_done)(const struct event *ev);
+};
+
+enum status cpu_backend_open(struct backend **out, const struct backend_options *options,
+                             struct error *err) MUST_USE;
+
+/* Defined by kernels/cuda; called only in builds that have it (WITH_CUDA). */
+enum status cuda_backend_open(struct backend **out, int device, struct error *err) MUST_USE;
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,26 @@
+#include "kernels/cpu/linear.h"
+
+#include <limits.h>
+
+static void scalar_direct(const struct dot_block *b)
+{
+    for (int r = 0; r < b->rows; r++) {
+        const float *x = b->x + (size_t)r * (size_t)b->in_dim;
+        float *out = b->out + (size_t)r * b->out_stride;
+        for (int o = 0; o < b->outs; o++) {
+            const void *w = weight_offset(b->weight, b->type, (size_t)o * (size_t)b->in_dim);
+            float sum = 0;
+            for (int k = 0; k < b->in_dim; k++)
+                sum += x[k] * weight_at(w, b->type, (size_t)k);
+            out[o] = b->bias ? sum + weight_at(b->bias, b->type, (size_t)o) : sum;
+        }
+    }
+}
+
+const struct linear_leaf scalar_linear_leaf = {
+    .lanes = 1,
+    .tile_rows = 1,
+    .tile_outs = 1,
+    .direct_rows = INT_MAX,
+    .direct = scalar_direct,
+};

@@ -1,0 +1,123 @@
+#ifndef KERNELS_LAYOUT_H
+#define KERNELS_LAYOUT_H
+
+#include "kernels/backend.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* How keys, values and their indexes lie in memory.  Read by C and CUDA C++.
+ *
+ * A block is BLOCK_TOKENS consecutive tokens of one sequence.  One block id
+ * names the same block in every layer: layer l of the pool is an array
+ * [pool_blocks] of blocks, so one table a sequence serves all layers.
+ *
+ *   keys and values   [kv_head][token][K: head_dim | V: head_dim]  bf16
+ *
+ * K and V of one token and head are neighbours: one row is one fetch.
+ *
+ * The index of a block, in a pool of its own with ids of its own (an offloaded
+ * sequence keeps its index on the device while its K and V are elsewhere), is
+ * [kv_head] records.  A record has up to two parts, in this order:
+ *
+ *   bounds      (filter FILTER_BOUNDS only)
+ *     lo, hi    bf16 [head_dim] each: channel-wise minimum and maximum of the
+ *               block's keys as stored (after rope, rounded to bf16)
+ *
+ *   token index (always: the token selection reads it; FILTER_COARSE too)
+ *     INDEX_ROTATED, a 2-bit key in two bit planes.  With x = R k, R the
+ *     rotation below, and scale = 0.996 * rms(x) rounded to bf16:
+ *       sign    u8 [token][head_dim / 8]  bit d%8 of byte d/8: x[d] >= 0
+ *       large   u8 [token][head_dim / 8]  the same bit: |x[d]| >= scale
+ *       scale   bf16 [token]
+ *     The levels are +-0.5 and +-1.5 times scale.  The filter reads sign and
+ *     scale; the selection both planes.
+ *     INDEX_CHANNELS, INDEX_CHANNELS_KEPT channels c[] of the key, chosen by
+ *     calibration for each layer and KV head:
+ *       coarse  u8 [token][kept / 4]  2-bit codes, channel i in bits 2(i%4)
+ *               of byte i/4; value (code - 1.5) * scale2,
+ *               scale2 = 0.996 * rms over the kept channels
+ *       fine    u8 [token][kept / 2]  4-bit codes, even channel in the low
+ *               nibble; value (code - 8) * scale4, codes 1..15,
+ *               scale4 = absmax / 7
+ *       scale2, scale4  bf16 [token] each
+ *     The filter reads coarse, the selection fine.  Scales are rounded to
+ *     bf16 before codes are computed; a zero key has scale 0 and codes of 0.
+ *
+ * The rotation R = H diag(s) / sqrt(head_dim): s a fixed vector of +-1
+ * (rotation_sign), H the Hadamard matrix in natural order; head_dim is a power
+ * of two.  R is orthogonal, so (R q).(R k) = q.k.  The same for every layer. */
+
+typedef uint16_t bf16;  /* storage only; arithmetic is float */
+
+enum { BLOCK_TOKENS = 64, INDEX_CHANNELS_KEPT = 32 };
+
+enum filter_kind { FILTER_BOUNDS, FILTER_COARSE };
+enum index_kind { INDEX_ROTATED, INDEX_CHANNELS };
+
+struct kv_shape {
+    int kv_heads, head_dim;     /* of this device: local heads */
+    enum filter_kind filter;
+    enum index_kind index;
+};
+
+/* Byte offsets inside an index record; -1 where the part is absent. */
+struct index_layout {
+    int lo, hi;                          /* FILTER_BOUNDS */
+    int sign, large, scale;              /* INDEX_ROTATED */
+    int coarse, fine, scale2, scale4;    /* INDEX_CHANNELS */
+    int record_bytes;                    /* multiple of 16 */
+};
+
+/* Bytes of one block of one layer. */
+static inline size_t kv_block_bytes(const struct kv_shape *s)
+{
+    return (size_t)s->kv_heads * BLOCK_TOKENS * 2 * (size_t)s->head_dim * 2;
+}
+
+static inline struct index_layout index_layout(const struct kv_shape *s)
+{
+    struct index_layout l = { -1, -1, -1, -1, -1, -1, -1, -1, -1, 0 };
+    int at = 0;
+
+    if (s->filter == FILTER_BOUNDS) {
+        l.lo = at;
+        l.hi = at + 2 * s->head_dim;
+        at += 4 * s->head_dim;
+    }
+    if (s->index == INDEX_ROTATED) {
+        l.sign = at;
+        l.large = l.sign + BLOCK_TOKENS * s->head_dim / 8;
+        l.scale = l.large + BLOCK_TOKENS * s->head_dim / 8;
+        at = l.scale + BLOCK_TOKENS * 2;
+    } else {
+        l.coarse = at;
+        l.fine = l.coarse + BLOCK_TOKENS * INDEX_CHANNELS_KEPT / 4;
+        l.scale2 = l.fine + BLOCK_TOKENS * INDEX_CHANNELS_KEPT / 2;
+        l.scale4 = l.scale2 + BLOCK_TOKENS * 2;
+        at = l.scale4 + BLOCK_TOKENS * 2;
+    }
+    l.record_bytes = (at + 15) / 16 * 16;
+    return l;
+}
+
+/* Bytes of the index of one block of one layer. */
+static inline size_t index_block_bytes(const struct kv_shape *s)
+{
+    return (size_t)s->kv_heads * (size_t)index_layout(s).record_bytes;
+}
+
+/* The sign of channel d in the rotation: bit d of a fixed 256-bit string (the
+ * fractional part of pi, so that nobody chose it). */
+static inline int rotation_sign(int d)
+{
+    const uint32_t pi[8] = { 0x243f6a88u, 0x85a308d3u, 0x13198a2eu, 0x03707344u,
+                             0xa4093822u, 0x299f31d0u, 0x082efa98u, 0xec4e6c89u };
+    return (pi[(d >> 5) & 7] >> (d & 31)) & 1 ? -1 : 1;
+}
+
+#ifdef __cplusplus
+}
+#endif
+#endif

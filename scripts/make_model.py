@@ -1,0 +1,260 @@
+#!/usr/bin/env python3
+"""Write model folders with random weights: test models and benchmark shapes.
+
+    make_model.py --tests build/models            every test model
+    make_model.py qwen3-8b /tmp/m                 one preset
+    make_model.py qwen3-0.6b /tmp/m --layers 2    with changes
+    make_model.py --list
+
+The bytes are the same on every machine: weights come from a counter (splitmix64
+of seed, tensor name and element number), through integer sums and single
+float multiplications only.  The scales are chosen so that attention is sharp,
+every sublayer moves the residual stream, and logits have a standard deviation
+of about 2.5: a wrong rotation, head mapping or bias shows in the first token.
+"""
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+TOKENIZER = ROOT / "models" / "asynctlsd-books-9m"
+TOKENIZER_IDS = 6144
+CHUNK = 1 << 16
+
+SCORE_STD = 2.0      # of q.k / sqrt(head_dim)
+LOGIT_STD = 2.5
+ATTN_GAIN = 2.0      # attention averages values away; this gives some back
+MLP_GAIN = 1.5
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 1024}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048}
+
+# layout: of config.json, 4 or 5 for the major version of transformers that
+# writes it.  head_dim None leaves the key out.
+DEFAULTS = dict(layers=2, kv_heads=2, head_dim=None, vocab=TOKENIZER_IDS, tied=False, dtype="bf16",
+                shards=1, layout=4, theta=10000.0, rope=None, max_position=8192, eps=1e-6, seed=1)
+TEST_MODELS = {
+    "qwen3": dict(family="qwen3", hidden=96, mlp=192, heads=4, head_dim=64, tied=True,
+                  theta=1e6, layers=3),
+    "qwen3-yarn-g5": dict(family="qwen3", hidden=64, mlp=160, heads=5, kv_heads=1, head_dim=128,
+                          layout=5, theta=1e6, rope=YARN, dtype="f32"),
+    "qwen2-g7": dict(family="qwen2", hidden=224, mlp=256, heads=7, kv_heads=1, shards=3,
+                     theta=1e6),
+    "llama3": dict(family="llama", hidden=96, mlp=224, heads=4, head_dim=64, eps=1e-5, tied=True,
+                   theta=5e5, rope=LLAMA3, layers=3),
+    "llama-linear-mha": dict(family="llama", hidden=128, mlp=192, heads=2, layout=5, dtype="f32",
+                             eps=1e-5, rope={"rope_type": "linear", "factor": 4.0}),
+    "mistral": dict(family="mistral", hidden=80, mlp=192, heads=4, kv_heads=1, head_dim=64,
+                    eps=1e-5, theta=1e6, shards=2, vocab=6400),
+    "smollm2": dict(family="llama", hidden=576, mlp=512, heads=9, kv_heads=3, tied=True, eps=1e-5,
+                    theta=1e5),
+}
+BENCH_MODELS = {
+    "qwen3-8b": dict(family="qwen3", hidden=4096, mlp=12288, layers=36, heads=32, kv_heads=8,
+                     head_dim=128, vocab=151936, theta=1e6, max_position=131072, shards=5),
+    "qwen3-0.6b": dict(family="qwen3", hidden=1024, mlp=3072, layers=28, heads=16, kv_heads=8,
+                       head_dim=128, vocab=151936, theta=1e6, max_position=131072, tied=True),
+    "smollm2-135m": dict(family="llama", hidden=576, mlp=1536, layers=30, heads=9, kv_heads=3,
+                         vocab=49152, theta=1e5, max_position=8192, eps=1e-5, tied=True),
+}
+PRESETS = {**TEST_MODELS, **BENCH_MODELS}
+ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "qwen2": "Qwen2ForCausalLM",
+                 "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
+
+
+def head_dim_of(m):
+    return m["head_dim"] or m["hidden"] // m["heads"]
+
+
+def tensors(m):
+    """(name, shape, mean, standard deviation) of every tensor."""
+    hidden, mlp, d = m["hidden"], m["mlp"], head_dim_of(m)
+    q, kv = m["heads"] * d, m["kv_heads"] * d
+    sharp = SCORE_STD ** 0.5
+    qk = 1.0 if m["family"] == "qwen3" else sharp
+    yield "model.embed_tokens.weight", (m["vocab"], hidden), 0, \
+        LOGIT_STD * hidden ** -0.5 if m["tied"] else 1.0
+    for n in range(m["layers"]):
+        at = f"model.layers.{n}."
+        yield at + "input_layernorm.weight", (hidden,), 1, 0.2
+        yield at + "self_attn.q_proj.weight", (q, hidden), 0, qk * hidden ** -0.5
+        yield at + "self_attn.k_proj.weight", (kv, hidden), 0, qk * hidden ** -0.5
+        yield at + "self_attn.v_proj.weight", (kv, hidden), 0, hidden ** -0.5
+        yield at + "self_attn.o_proj.weight", (hidden, q), 0, ATTN_GAIN * q ** -0.5
+        if m["family"] == "qwen2":
+            yield at + "self_attn.q_proj.bias", (q,), 0, 0.5
+            yield at + "self_attn.k_proj.bias", (kv,), 0, 0.5
+            yield at + "self_attn.v_proj.bias", (kv,), 0, 0.5
+        if m["family"] == "qwen3":
+            yield at + "self_attn.q_norm.weight", (d,), sharp, 0.2
+            yield at + "self_attn.k_norm.weight", (d,), sharp, 0.2
+        yield at + "post_attention_layernorm.weight", (hidden,), 1, 0.2
+        yield at + "mlp.gate_proj.weight", (mlp, hidden), 0, hidden ** -0.5
+        yield at + "mlp.up_proj.weight", (mlp, hidden), 0, hidden ** -0.5
+        yield at + "mlp.down_proj.weight", (hidden, mlp), 0, MLP_GAIN * mlp ** -0.5
+    yield "model.norm.weight", (hidden,), 1, 0.2
+    if not m["tied"]:
+        yield "lm_head.weight", (m["vocab"], hidden), 0, LOGIT_STD * hidden ** -0.5
+
+
+# ---- numbers
+
+def stream_of(name, seed):
+    """FNV-1a of the name: where in the counter a tensor starts."""
+    h = 14695981039346656037
+    for byte in f"{seed}/{name}".encode():
+        h = (h ^ byte) * 1099511628211 % 2 ** 64
+    return np.uint64(h)
+
+
+def normals(stream, start, n):
+    """Sums of four 16-bit uniforms: normal enough, at most 3.5 deviations, and exact."""
+    with np.errstate(over="ignore"):
+        z = np.arange(start, start + n, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + stream
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        z ^= z >> np.uint64(31)
+    low = np.uint64(0xFFFF)
+    total = (z & low) + (z >> np.uint64(16) & low) + (z >> np.uint64(32) & low) \
+        + (z >> np.uint64(48))
+    return (total.astype(np.int64) - 131070).astype(np.float32) * np.float32(1 / 37837.2)
+
+
+def to_bf16(x):
+    """Round to nearest, ties to even."""
+    u = x.view(np.uint32)
+    return ((u + np.uint32(0x7FFF) + ((u >> np.uint32(16)) & np.uint32(1)))
+            >> np.uint32(16)).astype("<u2")
+
+
+def write_tensor(out, name, shape, mean, std, m):
+    stream, n = stream_of(name, m["seed"]), int(np.prod(shape))
+    for start in range(0, n, CHUNK):
+        x = normals(stream, start, min(CHUNK, n - start)) * np.float32(std)
+        if mean:
+            x += np.float32(mean)
+        out.write((to_bf16(x) if m["dtype"] == "bf16" else x.astype("<f4")).tobytes())
+
+
+# ---- files
+
+def write_shard(path, entries, m):
+    size = 2 if m["dtype"] == "bf16" else 4
+    header, at = {"__metadata__": {"format": "pt"}}, 0
+    for name, shape, _, _ in entries:
+        end = at + size * int(np.prod(shape))
+        header[name] = {"dtype": m["dtype"].upper(), "shape": list(shape),
+                        "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for entry in entries:
+            write_tensor(out, *entry, m)
+    return at
+
+
+def write_weights(folder, m):
+    entries = list(tensors(m))
+    if m["shards"] == 1:
+        write_shard(folder / "model.safetensors", entries, m)
+        return
+    weight_map, total = {}, 0
+    for i in range(m["shards"]):
+        part = entries[i * len(entries) // m["shards"]:(i + 1) * len(entries) // m["shards"]]
+        name = f"model-{i + 1:05d}-of-{m['shards']:05d}.safetensors"
+        total += write_shard(folder / name, part, m)
+        weight_map.update({entry[0]: name for entry in part})
+    write_json(folder / "model.safetensors.index.json",
+               {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def config(m):
+    dtype = "bfloat16" if m["dtype"] == "bf16" else "float32"
+    c = {
+        "architectures": [ARCHITECTURES[m["family"]]], "model_type": m["family"],
+        "hidden_size": m["hidden"], "intermediate_size": m["mlp"],
+        "num_hidden_layers": m["layers"], "num_attention_heads": m["heads"],
+        "num_key_value_heads": m["kv_heads"], "vocab_size": m["vocab"],
+        "max_position_embeddings": m["max_position"], "rms_norm_eps": m["eps"],
+        "hidden_act": "silu", "tie_word_embeddings": m["tied"], "attention_dropout": 0.0,
+        "bos_token_id": 6141, "eos_token_id": 6141, "initializer_range": 0.02, "use_cache": True,
+    }
+    if m["head_dim"]:
+        c["head_dim"] = m["head_dim"]
+    if m["family"] in ("qwen2", "qwen3"):
+        c.update(use_sliding_window=False, sliding_window=None, max_window_layers=m["layers"])
+    if m["family"] in ("qwen3", "llama"):
+        c["attention_bias"] = False
+    if m["family"] == "mistral":
+        c["sliding_window"] = None
+    if m["layout"] == 5:
+        c.update(dtype=dtype, pad_token_id=None,
+                 rope_parameters={"rope_type": "default", **(m["rope"] or {}),
+                                  "rope_theta": m["theta"]})
+        if m["family"] in ("qwen2", "qwen3"):
+            c["layer_types"] = ["full_attention"] * m["layers"]
+    else:
+        c.update(torch_dtype=dtype, rope_theta=m["theta"], rope_scaling=m["rope"])
+    return c
+
+
+def write_json(path, value):
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def make(folder, m):
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("model*.safetensors*"):
+        old.unlink()
+    write_json(folder / "config.json", config(m))
+    write_json(folder / "generation_config.json", {"bos_token_id": 6141, "eos_token_id": [6141]})
+    if m["vocab"] < TOKENIZER_IDS:
+        sys.exit(f"the tokenizer has {TOKENIZER_IDS} ids, a vocabulary of {m['vocab']} is too small")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(TOKENIZER / name, folder / name)
+    write_weights(folder, m)
+
+
+def preset(name, **changes):
+    return {**DEFAULTS, **PRESETS[name], **changes}
+
+
+def main():
+    ap = argparse.ArgumentParser(description=__doc__,
+                                 formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap.add_argument("preset", nargs="?", choices=PRESETS)
+    ap.add_argument("out", nargs="?", type=Path)
+    ap.add_argument("--tests", type=Path, metavar="DIR", help="all test models into DIR")
+    ap.add_argument("--list", action="store_true")
+    for key in ("layers", "hidden", "mlp", "heads", "kv_heads", "head_dim", "vocab", "shards",
+                "layout", "max_position", "seed"):
+        ap.add_argument("--" + key.replace("_", "-"), type=int)
+    ap.add_argument("--dtype", choices=("bf16", "f32"))
+    ap.add_argument("--family", choices=ARCHITECTURES)
+    ap.add_argument("--theta", type=float)
+    ap.add_argument("--rope", type=json.loads, help="rope scaling as a JSON object")
+    ap.add_argument("--tied", type=lambda s: s == "true", metavar="true|false")
+    args = ap.parse_args()
+    if args.list:
+        for name in PRESETS:
+            print(name, {k: v for k, v in PRESETS[name].items()})
+    elif args.tests:
+        for name in TEST_MODELS:
+            make(args.tests / name, preset(name))
+    elif args.preset and args.out:
+        changes = {k: v for k, v in vars(args).items()
+                   if v is not None and k not in ("preset", "out", "tests", "list")}
+        make(args.out, preset(args.preset, **changes))
+    else:
+        ap.error("name a preset and a folder")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+#ifndef SERVER_API_H
+#define SERVER_API_H
+
+#include "engine/base/status.h"
+#include "engine/model/tokenizer.h"
+#include "engine/run/request.h"
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+struct arena;
+struct model_config;
+struct strbuf;              /* engine/base/strbuf.h */
+
+/* The OpenAI wire format of /v1/completions: bodies to native types and back.
+ *
+ * Pure: no sockets, no engine, no clock.  api_parse_completion may run on a
+ * thread of the libuv pool; it touches only what it is given.  JSON trees die
+ * inside; what a completion refers to lives in its arena. */
+
+/* A refusal, as the client will see it.  message is one sentence and names the
+ * field, the value's problem and the limit. */
+struct api_error {
+    int http;                /* 400, 404, ... */
+    const char *type;        /* "invalid_request_error", ...: static strings */
+    const char *code;        /* "context_length_exceeded", ..., or NULL */
+    char param[64];          /* "" is null */
+    char message[400];
+};
+
+struct api_limits {
+    uint32_t max_model_len;  /* prompt + completion tokens */
+    uint32_t max_choices;    /* prompts * max(n, best_of) */
+    uint32_t max_prompts;
+    uint32_t max_stops, max_stop_bytes;
+    uint32_t max_bias;
+    uint32_t max_logprobs;   /* <= SAMPLE_MAX_TOP */
+    uint64_t max_logprob_entries; /* choices * tokens * (1 + logprobs), prompt included if echoed */
+    size_t max_json_values;  /* elements in the body, all levels */
+    size_t max_arena_bytes;
+};
+
+struct api_context {
+    const struct tokenizer *tokenizer;
+    const struct model_config *model;   /* defaults of sampling, vocab */
+    const char *const *model_names;     /* accepted in "model", the first is the canonical one */
+    int n_model_names;
+    struct api_limits limits;
+};
+
+struct api_prompt {
+    const int32_t *ids;      /* in the arena */
+    uint32_t n_ids;
+    const char *text;        /* the prompt as echo returns it; detokenised for id prompts */
+    size_t text_bytes;
+};
+
+struct api_completion {
+    struct arena *arena;     /* owns everything below */
+    struct api_prompt *prompts;
+    uint32_t n_prompts;
+    uint32_t n, best_of;     /* best_of >= n */
+    bool stream, include_usage, echo;
+    int logprobs;            /* -1: not asked for */
+    bool has_seed;           /* else template.seed is to be drawn by the caller, one a choice */
+    const char *model;       /* as written by the client, or the canonical name */
+    /* Everything else of a request, the same for all: sampling, stops, biases,
+     * max_tokens, min_tokens, sparse, n_top, score_prompt.  Not for submission itself. */
+    struct request template;
+};
+
+/* Returns NULL and fills *err, or a completion to be freed with
+ * api_completion_free(). */
+struct api_completion *api_parse_completion(const char *body, size_t n,
+                                            const struct api_context *cx,
+                                            struct api_error *err);
+void api_completion_free(struct api_completion *c);    /* NULL is fine */
+
+/* One choice's part of an answer, for the writers below. */
+struct api_piece {
+    uint32_t index;
+    const char *text;        /* valid UTF-8 */
+    size_t text_bytes;
+    const char *finish_reason;  /* NULL: null */
+    int32_t stop_id;         /* stop_reason extension: id, */
+    const char *stop_string; /* or string, or neither (-1, NULL) */
+    /* Legacy logprobs: n_tokens entries, or logprobs == false. */
+    bool logprobs;
+    uint32_t n_tokens;
+    const int32_t *ids;
+    const struct token_logprob *chosen; /* [n_tokens]; id -1: null (first prompt token) */
+    const struct token_logprob *top;    /* [n_tokens, n_top] or NULL */
+    uint32_t n_top;
+    uint64_t text_offset;    /* of the first token, bytes are not counted: code points */
+};
+
+struct api_usage {
+    uint64_t prompt_tokens, completion_tokens, cached_tokens;
+};
+
+struct api_head {            /* the same in every chunk of an answer */
+    const char *id;          /* "cmpl-..." */
+    const char *model;
+    int64_t created;         /* Unix seconds */
+};
+
+/* Append a whole JSON document to out.  usage NULL: left out of a response,
+ * null in a chunk when usage_null says that the client asked for usage. */
+void api_write_completion(struct strbuf *out, const struct api_head *head,
+                          const struct tokenizer *t, const struct api_piece *pieces,
+                          uint32_t n_pieces, const struct api_usage *usage, bool usage_null);
+void api_write_error(struct strbuf *out, const struct api_error *err);
+void api_write_models(struct strbuf *out, const char *const *names, int n_names,
+                      int64_t created, uint32_t max_model_len, bool one);
+
+/* Append s as a JSON string with its quotes.  Invalid UTF-8 becomes U+FFFD. */
+void api_write_string(struct strbuf *out, const char *s, size_t n);
+
+#endif

@@ -1,0 +1,55 @@
+#ifndef SERVER_API_PARSE_H
+#define SERVER_API_PARSE_H
+
+#include "server/api.h"
+#include "server/json_scan.h"
+
+#include <cjson/cJSON.h>
+
+/* What the files behind api_parse_completion share; nobody else includes it. */
+
+/* A field of the body: its tree and its text. */
+struct api_value {
+    const cJSON *tree;                  /* NULL: absent or null */
+    const char *text;
+    size_t text_bytes;
+    bool fraction;                      /* see json_scan.h */
+};
+
+/* The fields as written, checked one by one but not against each other. */
+struct api_fields {
+    struct api_value model, prompt, stop, stop_ids, bias, stream_options, cache_salt, attention;
+    int64_t max_tokens, min_tokens, n, best_of, logprobs, top_k, seed;   /* -1: no best_of, no logprobs */
+    double temperature, top_p, min_p, presence, frequency, repetition;
+    bool stream, include_usage, echo, has_seed;
+    bool ignore_eos, include_stop, skip_special, add_special;
+};
+
+struct api_parse {
+    const struct api_context *cx;
+    struct api_error *err;
+    struct api_fields fields;
+    struct api_completion *out;
+};
+
+/* Fill the error and return ST_INVALID.  The sentence should name the field. */
+enum status api_refuse(struct api_parse *p, const char *param, const char *fmt, ...)
+    __attribute__((format(printf, 3, 4)));
+
+/* Names that clients sent, cut to what a sentence can carry. */
+int api_quotable_bytes(const char *s);
+
+/* api_parse_fields.c: fill p->fields from the members of root, in one pass. */
+enum status api_read_fields(struct api_parse *p, const cJSON *root, const struct json_scan *scan,
+                            const char *body) MUST_USE;
+
+/* api_parse_prompt.c: p->out->prompts.  max_tokens must be checked before. */
+enum status api_read_prompts(struct api_parse *p) MUST_USE;
+/* Id number i of a list, of JSON number v. */
+enum status api_read_id(struct api_parse *p, const char *param, const cJSON *v, size_t i,
+                        int32_t *out) MUST_USE;
+
+/* Zeroed memory of the completion; refuses the request when there is too much. */
+enum status api_alloc(struct api_parse *p, void **out, size_t count, size_t bytes) MUST_USE;
+
+#endif

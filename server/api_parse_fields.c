@@ -1,0 +1,293 @@
+#include "server/api_parse.h"
+
+#include <math.h>
+#include <string.h>
+
+/* ---- fields that are honoured */
+
+enum field_kind {
+    FIELD_INT,      /* int64_t */
+    FIELD_NUMBER,   /* double */
+    FIELD_BOOL,     /* bool */
+    FIELD_STRING,   /* struct api_value */
+    FIELD_ANY,      /* struct api_value, read by its own function later */
+    FIELD_IGNORED   /* a string or an object that changes nothing */
+};
+
+struct field {
+    const char *name;
+    enum field_kind kind;
+    size_t offset;
+    double min, max;        /* inclusive */
+    bool above_min;         /* min itself is out */
+};
+
+#define AT(member) .offset = offsetof(struct api_fields, member)
+
+/* Bounds that depend on each other or on a limit are checked in api_parse.c. */
+static const struct field fields[] = {
+    { .name = "model", .kind = FIELD_STRING, AT(model) },
+    { .name = "prompt", .kind = FIELD_ANY, AT(prompt) },
+    { .name = "max_tokens", .kind = FIELD_INT, AT(max_tokens), .max = UINT32_MAX },
+    { .name = "min_tokens", .kind = FIELD_INT, AT(min_tokens), .max = UINT32_MAX },
+    { .name = "n", .kind = FIELD_INT, AT(n), .min = 1, .max = 128 },
+    { .name = "best_of", .kind = FIELD_INT, AT(best_of), .min = 1, .max = 128 },
+    { .name = "logprobs", .kind = FIELD_INT, AT(logprobs), .max = UINT32_MAX },
+    { .name = "temperature", .kind = FIELD_NUMBER, AT(temperature), .max = 2 },
+    { .name = "top_p", .kind = FIELD_NUMBER, AT(top_p), .max = 1, .above_min = true },
+    { .name = "top_k", .kind = FIELD_INT, AT(top_k), .min = -1, .max = INT32_MAX },
+    { .name = "min_p", .kind = FIELD_NUMBER, AT(min_p), .max = 1 },
+    { .name = "presence_penalty", .kind = FIELD_NUMBER, AT(presence), .min = -2, .max = 2 },
+    { .name = "frequency_penalty", .kind = FIELD_NUMBER, AT(frequency), .min = -2, .max = 2 },
+    { .name = "repetition_penalty", .kind = FIELD_NUMBER, AT(repetition), .max = 10,
+      .above_min = true },
+    { .name = "logit_bias", .kind = FIELD_ANY, AT(bias) },
+    { .name = "stop", .kind = FIELD_ANY, AT(stop) },
+    { .name = "stop_token_ids", .kind = FIELD_ANY, AT(stop_ids) },
+    { .name = "ignore_eos", .kind = FIELD_BOOL, AT(ignore_eos) },
+    { .name = "include_stop_str_in_output", .kind = FIELD_BOOL, AT(include_stop) },
+    { .name = "skip_special_tokens", .kind = FIELD_BOOL, AT(skip_special) },
+    { .name = "add_special_tokens", .kind = FIELD_BOOL, AT(add_special) },
+    { .name = "echo", .kind = FIELD_BOOL, AT(echo) },
+    { .name = "stream", .kind = FIELD_BOOL, AT(stream) },
+    { .name = "stream_options", .kind = FIELD_ANY, AT(stream_options) },
+    { .name = "attention", .kind = FIELD_STRING, AT(attention) },
+    { .name = "cache_salt", .kind = FIELD_STRING, AT(cache_salt) },
+    { .name = "user", .kind = FIELD_IGNORED },
+    { .name = "metadata", .kind = FIELD_IGNORED },
+};
+
+/* ---- fields that clients of other servers send and this one does not have.
+ * A value that asks for nothing is let through: clients fill in defaults. */
+
+enum harmless { HARMLESS_NOTHING, HARMLESS_FALSE, HARMLESS_TRUE, HARMLESS_EMPTY, HARMLESS_ZERO,
+                HARMLESS_ONE, HARMLESS_TEXT_FORMAT };
+
+struct missing {
+    const char *name;
+    enum harmless harmless;
+    const char *advice;     /* NULL: none */
+};
+
+static const struct missing missing[] = {
+    { "suffix", HARMLESS_NOTHING, NULL },
+    { "messages", HARMLESS_NOTHING, "it belongs to chat completions; send 'prompt'" },
+    { "max_completion_tokens", HARMLESS_NOTHING, "use 'max_tokens'" },
+    { "top_logprobs", HARMLESS_NOTHING, "use 'logprobs'" },
+    { "response_format", HARMLESS_TEXT_FORMAT, NULL },
+    { "tools", HARMLESS_EMPTY, NULL },
+    { "tool_choice", HARMLESS_NOTHING, NULL },
+    { "functions", HARMLESS_EMPTY, NULL },
+    { "function_call", HARMLESS_NOTHING, NULL },
+    { "reasoning_effort", HARMLESS_NOTHING, NULL },
+    { "service_tier", HARMLESS_NOTHING, NULL },
+    { "store", HARMLESS_FALSE, NULL },
+    { "use_beam_search", HARMLESS_FALSE, NULL },
+    { "early_stopping", HARMLESS_FALSE, NULL },
+    { "length_penalty", HARMLESS_ONE, NULL },
+    { "spaces_between_special_tokens", HARMLESS_TRUE, NULL },
+    { "truncate_prompt_tokens", HARMLESS_NOTHING, "prompts are never cut" },
+    { "prompt_logprobs", HARMLESS_NOTHING, "use 'echo' with 'logprobs'" },
+    { "prompt_embeds", HARMLESS_NOTHING, NULL },
+    { "allowed_token_ids", HARMLESS_NOTHING, NULL },
+    { "bad_words", HARMLESS_EMPTY, NULL },
+    { "guided_json", HARMLESS_NOTHING, NULL },
+    { "guided_regex", HARMLESS_NOTHING, NULL },
+    { "guided_choice", HARMLESS_NOTHING, NULL },
+    { "guided_grammar", HARMLESS_NOTHING, NULL },
+    { "guided_decoding_backend", HARMLESS_NOTHING, NULL },
+    { "guided_whitespace_pattern", HARMLESS_NOTHING, NULL },
+    { "structured_outputs", HARMLESS_NOTHING, NULL },
+    { "structural_tag", HARMLESS_NOTHING, NULL },
+    { "json_schema", HARMLESS_NOTHING, NULL },
+    { "regex", HARMLESS_NOTHING, NULL },
+    { "ebnf", HARMLESS_NOTHING, NULL },
+    { "logits_processors", HARMLESS_EMPTY, NULL },
+    { "custom_logit_processor", HARMLESS_NOTHING, NULL },
+    { "lora_path", HARMLESS_NOTHING, NULL },
+    { "priority", HARMLESS_ZERO, NULL },
+    { "return_token_ids", HARMLESS_FALSE, NULL },
+    { "return_tokens_as_token_ids", HARMLESS_FALSE, NULL },
+    { "return_hidden_states", HARMLESS_FALSE, NULL },
+    { "kv_transfer_params", HARMLESS_NOTHING, NULL },
+    { "vllm_xargs", HARMLESS_EMPTY, NULL },
+};
+
+static bool has_nothing(const cJSON *v)
+{
+    if (cJSON_IsString(v))
+        return v->valuestring[0] == '\0';
+    return (cJSON_IsArray(v) || cJSON_IsObject(v)) && v->child == NULL;
+}
+
+static bool asks_for_nothing(const cJSON *v, enum harmless harmless)
+{
+    switch (harmless) {
+    case HARMLESS_NOTHING:
+        return false;
+    case HARMLESS_FALSE:
+        return cJSON_IsFalse(v);
+    case HARMLESS_TRUE:
+        return cJSON_IsTrue(v);
+    case HARMLESS_EMPTY:
+        return has_nothing(v);
+    case HARMLESS_ZERO:
+        return cJSON_IsNumber(v) && v->valuedouble == 0.0;
+    case HARMLESS_ONE:
+        return cJSON_IsNumber(v) && v->valuedouble == 1.0;
+    case HARMLESS_TEXT_FORMAT: {
+        const cJSON *type = cJSON_GetObjectItemCaseSensitive(v, "type");
+        return cJSON_IsString(type) && strcmp(type->valuestring, "text") == 0;
+    }
+    }
+    return false;
+}
+
+static enum status check_missing(struct api_parse *p, const struct missing *m, const cJSON *v)
+{
+    if (cJSON_IsNull(v) || asks_for_nothing(v, m->harmless))
+        return ST_OK;
+    return api_refuse(p, m->name, "'%s' is not supported by this server%s%s.", m->name,
+                      m->advice ? ": " : "", m->advice ? m->advice : "");
+}
+
+/* ---- reading */
+
+static enum status refuse_range(struct api_parse *p, const struct field *f,
+                                const struct api_value *v)
+{
+    int shown = v->text_bytes < 40 ? (int)v->text_bytes : 40;
+
+    if (f->above_min)
+        return api_refuse(p, f->name, "'%s' must be greater than %.10g and at most %.10g, not %.*s.",
+                          f->name, f->min, f->max, shown, v->text);
+    return api_refuse(p, f->name, "'%s' must be between %.10g and %.10g, not %.*s.", f->name,
+                      f->min, f->max, shown, v->text);
+}
+
+/* Digits to a 64-bit integer, exactly: doubles lose the low bits of seeds. */
+static bool exact_integer(int64_t *out, const struct api_value *v)
+{
+    bool negative = v->text[0] == '-';
+    int64_t value = 0;
+
+    for (size_t i = negative; i < v->text_bytes; i++) {
+        int digit = v->text[i] - '0';
+        if (__builtin_mul_overflow(value, 10, &value) ||
+            __builtin_add_overflow(value, negative ? -digit : digit, &value))
+            return false;
+    }
+    *out = value;
+    return true;
+}
+
+static enum status read_int(struct api_parse *p, const struct field *f, const struct api_value *v,
+                            int64_t *out)
+{
+    int64_t value;
+
+    if (!cJSON_IsNumber(v->tree) || v->fraction)
+        return api_refuse(p, f->name, "'%s' must be an integer.", f->name);
+    if (!exact_integer(&value, v) || (double)value < f->min || (double)value > f->max)
+        return refuse_range(p, f, v);
+    *out = value;
+    return ST_OK;
+}
+
+static enum status read_number(struct api_parse *p, const struct field *f,
+                               const struct api_value *v, double *out)
+{
+    double value = v->tree->valuedouble;
+
+    if (!cJSON_IsNumber(v->tree))
+        return api_refuse(p, f->name, "'%s' must be a number.", f->name);
+    if (!isfinite(value) || value < f->min || value > f->max || (f->above_min && value <= f->min))
+        return refuse_range(p, f, v);
+    /* Below the smallest float a value would turn into the zero that is out. */
+    if (f->above_min && (float)value <= (float)f->min)
+        return refuse_range(p, f, v);
+    *out = value;
+    return ST_OK;
+}
+
+static enum status read_seed(struct api_parse *p, const struct api_value *v)
+{
+    if (!cJSON_IsNumber(v->tree) || v->fraction)
+        return api_refuse(p, "seed", "'seed' must be an integer.");
+    if (!exact_integer(&p->fields.seed, v))
+        return api_refuse(p, "seed", "'seed' must fit in 64 bits, with its sign.");
+    p->fields.has_seed = true;
+    return ST_OK;
+}
+
+static enum status read_field(struct api_parse *p, const struct field *f,
+                              const struct api_value *v)
+{
+    void *at = (char *)&p->fields + f->offset;
+
+    switch (f->kind) {
+    case FIELD_INT:
+        return read_int(p, f, v, at);
+    case FIELD_NUMBER:
+        return read_number(p, f, v, at);
+    case FIELD_BOOL:
+        if (!cJSON_IsBool(v->tree))
+            return api_refuse(p, f->name, "'%s' must be true or false.", f->name);
+        *(bool *)at = cJSON_IsTrue(v->tree);
+        return ST_OK;
+    case FIELD_STRING:
+        if (!cJSON_IsString(v->tree))
+            return api_refuse(p, f->name, "'%s' must be a string.", f->name);
+        *(struct api_value *)at = *v;
+        return ST_OK;
+    case FIELD_ANY:
+        *(struct api_value *)at = *v;
+        return ST_OK;
+    case FIELD_IGNORED:
+        if (!cJSON_IsString(v->tree) && !cJSON_IsObject(v->tree))
+            return api_refuse(p, f->name, "'%s' must be a string or an object.", f->name);
+        return ST_OK;
+    }
+    return ST_INVALID;
+}
+
+static enum status read_member(struct api_parse *p, const struct api_value *v)
+{
+    const char *name = v->tree->string;
+
+    if (strcmp(name, "seed") == 0)
+        return cJSON_IsNull(v->tree) ? ST_OK : read_seed(p, v);
+    for (size_t i = 0; i < sizeof fields / sizeof fields[0]; i++)
+        if (strcmp(name, fields[i].name) == 0)
+            return cJSON_IsNull(v->tree) ? ST_OK : read_field(p, &fields[i], v);
+    for (size_t i = 0; i < sizeof missing / sizeof missing[0]; i++)
+        if (strcmp(name, missing[i].name) == 0)
+            return check_missing(p, &missing[i], v->tree);
+    return api_refuse(p, name, "Unrecognized request argument supplied: %.*s",
+                      api_quotable_bytes(name), name);
+}
+
+static enum status check_twice(struct api_parse *p, const cJSON *root)
+{
+    for (const cJSON *a = root->child; a; a = a->next)
+        for (const cJSON *b = a->next; b; b = b->next)
+            if (strcmp(a->string, b->string) == 0)
+                return api_refuse(p, a->string, "'%.*s' appears twice in the request body.",
+                                  api_quotable_bytes(a->string), a->string);
+    return ST_OK;
+}
+
+enum status api_read_fields(struct api_parse *p, const cJSON *root, const struct json_scan *scan,
+                            const char *body)
+{
+    int i = 0;
+
+    TRY(check_twice(p, root));
+    for (const cJSON *child = root->child; child; child = child->next, i++) {
+        const struct json_member *m = &scan->members[i];
+        struct api_value v = { child, body + m->value, m->value_bytes, m->fraction };
+
+        TRY(read_member(p, &v));
+    }
+    return ST_OK;
+}
