@@ -52,7 +52,8 @@ struct api_context {
 struct api_prompt {
     const int32_t *ids;      /* in the arena */
     uint32_t n_ids;
-    const char *text;        /* the prompt as echo returns it; detokenised for id prompts */
+    const char *text;        /* with echo, else NULL: as echo returns it; ids are detokenised,
+                                special tokens included */
     size_t text_bytes;
 };
 
@@ -93,6 +94,8 @@ struct api_piece {
     const struct token_logprob *top;    /* [n_tokens, n_top] or NULL */
     uint32_t n_top;
     uint64_t text_offset;    /* of the first token, bytes are not counted: code points */
+    uint32_t n_echoed;       /* how many of the tokens are the echoed prompt's */
+    bool skip_special;       /* special tokens behind those have no place in the text */
 };
 
 struct api_usage {

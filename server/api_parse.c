@@ -324,19 +324,14 @@ static void fill(struct api_parse *p)
         t->n_top = 0;
 }
 
-/* The product of everything that multiplies. */
-static enum status check_cost(struct api_parse *p)
+/* Log-probabilities multiply with everything else. */
+static enum status check_logprob_entries(struct api_parse *p)
 {
     const struct api_limits *limits = &p->cx->limits;
     const struct api_completion *c = p->out;
     const struct request *t = &c->template;
-    uint64_t choices = (uint64_t)c->n_prompts * c->best_of, entries = 0;
+    uint64_t entries = 0;
 
-    if (choices > limits->max_choices)
-        return api_refuse(p, c->best_of > 1 ? c->best_of > c->n ? "best_of" : "n" : "prompt",
-                          "The request asks for %llu choices (%u prompts times %u); the limit is "
-                          "%u.", (unsigned long long)choices, c->n_prompts, c->best_of,
-                          limits->max_choices);
     if (t->n_top < 0)
         return ST_OK;
     for (uint32_t i = 0; i < c->n_prompts; i++)
@@ -362,7 +357,7 @@ static enum status build(struct api_parse *p)
     TRY(read_bias(p));
     fill(p);
     TRY(api_read_prompts(p));
-    return check_cost(p);
+    return check_logprob_entries(p);
 }
 
 /* The body as a tree; the scan has refused whatever cJSON would misread. */

@@ -1,26 +1,20 @@
 #include "server/api_parse.h"
 
-#include "engine/base/invariant.h"
-#include "engine/base/mem.h"
 #include "engine/base/strbuf.h"
 #include "engine/model/model_config.h"
 
+#include <stdio.h>
 #include <string.h>
 
 enum { WHERE_BYTES = 48 };
 
-/* "'prompt'" or "prompt number 3" of several, for sentences. */
+/* Which prompt, for sentences. */
 static const char *where(char out[WHERE_BYTES], const struct api_parse *p, uint32_t i)
 {
-    struct strbuf s = { 0 };
-
     if (p->out->n_prompts == 1)
-        strbuf_puts(&s, "'prompt'");
+        snprintf(out, WHERE_BYTES, "'prompt'");
     else
-        strbuf_printf(&s, "prompt number %u", i + 1);
-    ASSERT(s.n < WHERE_BYTES);
-    memcpy(out, s.data, s.n + 1);
-    strbuf_fini(&s);
+        snprintf(out, WHERE_BYTES, "'prompt', entry %u,", i);
     return out;
 }
 
@@ -171,7 +165,7 @@ static enum status count_prompts(struct api_parse *p, const cJSON *list, uint32_
 {
     const cJSON *first = list->child;
 
-    if (!cJSON_IsString(first) && !cJSON_IsArray(first))
+    if (!cJSON_IsArray(list) || (!cJSON_IsString(first) && !cJSON_IsArray(first)))
         return api_refuse(p, "prompt", "'prompt' must be a string, a list of strings, a list of "
                           "token ids, or a list of lists of token ids.");
     *n = 0;
@@ -184,6 +178,20 @@ static enum status count_prompts(struct api_parse *p, const cJSON *list, uint32_
                               p->cx->limits.max_prompts);
     }
     return ST_OK;
+}
+
+/* Before tokenising, which is the expensive part. */
+static enum status check_choices(struct api_parse *p, uint32_t n_prompts)
+{
+    const struct api_fields *f = &p->fields;
+    uint64_t choices = (uint64_t)n_prompts * (uint64_t)f->best_of;
+
+    if (choices <= p->cx->limits.max_choices)
+        return ST_OK;
+    return api_refuse(p, f->best_of == 1 ? "prompt" : f->best_of > f->n ? "best_of" : "n",
+                      "The request asks for %llu choices (%u prompts, %lld each); the limit is %u.",
+                      (unsigned long long)choices, n_prompts, (long long)f->best_of,
+                      p->cx->limits.max_choices);
 }
 
 enum status api_read_prompts(struct api_parse *p)
@@ -201,7 +209,8 @@ enum status api_read_prompts(struct api_parse *p)
     if (!one)
         TRY(count_prompts(p, list, &n));
     if (v->fraction)
-        return api_refuse(p, "prompt", "'prompt' must be made of integers where it has numbers.");
+        return api_refuse(p, "prompt", "'prompt' has a token id that is not an integer.");
+    TRY(check_choices(p, n));
     TRY(api_alloc(p, &prompts, n, sizeof(struct api_prompt)));
     p->out->prompts = prompts;
     p->out->n_prompts = n;

@@ -139,11 +139,11 @@ static void carve_selection(struct step_scratch *s, struct carver *c, const stru
 {
     const struct kv_shape shape = model_kv_shape(m, &plan->config);
     const int heads = m->config.heads, rows = l->max_seqs * shape.kv_heads;
+    const int blocks = plan->max_keep_blocks > 0 ? plan->max_keep_blocks : 1; /* all dense: 0 */
     size_t filter = m->ops->block_filter_scratch(&shape, l->max_seqs, heads, l->max_blocks);
-    size_t select = m->ops->token_select_scratch(&shape, l->max_seqs, heads,
-                                                 plan->max_keep_blocks);
+    size_t select = m->ops->token_select_scratch(&shape, l->max_seqs, heads, blocks);
 
-    s->kept = carve_ints(c, rows, plan->max_keep_blocks);
+    s->kept = carve_ints(c, rows, blocks);
     s->n_kept = carve_ints(c, rows, 1);
     s->chosen = carve_ints(c, rows, plan->max_keep_tokens);
     s->n_chosen = carve_ints(c, rows, 1);

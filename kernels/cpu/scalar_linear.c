@@ -1,8 +1,6 @@
 #include "kernels/cpu/linear.h"
 
-#include <limits.h>
-
-static void scalar_direct(const struct dot_block *b)
+void scalar_dot_block(const struct dot_block *b)
 {
     for (int r = 0; r < b->rows; r++) {
         const float *x = b->x + (size_t)r * (size_t)b->in_dim;
@@ -16,11 +14,3 @@ static void scalar_direct(const struct dot_block *b)
         }
     }
 }
-
-const struct linear_leaf scalar_linear_leaf = {
-    .lanes = 1,
-    .tile_rows = 1,
-    .tile_outs = 1,
-    .direct_rows = INT_MAX,
-    .direct = scalar_direct,
-};

@@ -1,0 +1,22 @@
+#ifndef SERVER_ACCESS_H
+#define SERVER_ACCESS_H
+
+#include "server/config.h"
+
+#include <stdbool.h>
+
+/* Who may ask.  Pure.
+ *
+ * A browser sends Origin with every request that one site makes of another,
+ * and with every POST.  A server on loopback is reachable from any page that
+ * its owner visits, so origins that are not listed are refused; programs that
+ * are not browsers send none. */
+
+/* header: the value of Authorization, or NULL.  No keys: everybody may.  The
+ * time it takes tells nothing about the keys but their number and lengths. */
+bool access_key_ok(const struct config_list *keys, const char *header);
+
+/* origin: the value of Origin, or NULL. */
+bool access_origin_ok(const struct config_list *allowed, const char *origin);
+
+#endif

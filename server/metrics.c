@@ -1,0 +1,270 @@
+#include "server/metrics.h"
+
+#include "engine/base/invariant.h"
+#include "engine/base/mem.h"
+#include "engine/base/strbuf.h"
+#include "engine/run/request.h"
+
+#include <string.h>
+
+#define PREFIX "asynctlsd:"
+
+enum { MAX_BUCKETS = 24, MAX_HTTP = 256 };
+
+static const double ttft_bounds[] = { 0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1,
+                                      0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160,
+                                      640, 2560 };
+static const double itl_bounds[] = { 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15,
+                                     0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80 };
+static const double request_bounds[] = { 0.01, 0.05, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10,
+                                         15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920,
+                                         7680 };
+static const double token_bounds[] = { 1, 2, 5, 10, 20, 50, 100, 200, 500, 1e3, 2e3, 5e3, 1e4,
+                                       2e4, 5e4, 1e5, 2e5, 5e5, 1e6 };
+static const double n_bounds[] = { 1, 2, 5, 10, 20 };
+
+struct histogram {
+    const double *bounds;
+    int n_bounds;
+    uint64_t counts[MAX_BUCKETS + 1];          /* the last is +Inf's own */
+    double sum;
+};
+
+/* name, bounds, what it measures */
+#define HISTOGRAMS(X)                                                                         \
+    X(time_to_first_token_seconds, ttft_bounds, "Arrival of a request to its first token.")   \
+    X(inter_token_latency_seconds, itl_bounds, "Time between tokens of one choice.")          \
+    X(e2e_request_latency_seconds, request_bounds, "Arrival of a request to its last token.") \
+    X(request_queue_time_seconds, request_bounds, "Time in the waiting room.")                \
+    X(request_inference_time_seconds, request_bounds, "Admission to the last token.")         \
+    X(request_prefill_time_seconds, request_bounds, "Admission to the first token.")          \
+    X(request_decode_time_seconds, request_bounds, "First token to the last.")                \
+    X(request_prompt_tokens, token_bounds, "Prompt tokens of a choice.")                      \
+    X(request_generation_tokens, token_bounds, "Output tokens of a choice.")                  \
+    X(request_params_n, n_bounds, "n of a request.")                                          \
+    X(request_params_max_tokens, token_bounds, "max_tokens of a request.")                    \
+    X(request_num_preemptions, n_bounds, "Preemptions of a choice.")
+
+enum histogram_id {
+#define X(name, bounds, help) H_##name,
+    HISTOGRAMS(X)
+#undef X
+    N_HISTOGRAMS
+};
+
+struct http_count {
+    const char *route;
+    int code;
+    uint64_t n;
+};
+
+struct metrics {
+    struct histogram histograms[N_HISTOGRAMS];
+    struct http_count http[MAX_HTTP];
+    int n_http;
+};
+
+struct metrics *metrics_create(void)
+{
+    struct metrics *m = mem_calloc(1, sizeof *m);
+
+#define X(name, list, help)                                                          \
+    _Static_assert(sizeof list / sizeof list[0] <= MAX_BUCKETS, "too many buckets"); \
+    m->histograms[H_##name].bounds = list;                                           \
+    m->histograms[H_##name].n_bounds = (int)(sizeof list / sizeof list[0]);
+    HISTOGRAMS(X)
+#undef X
+    return m;
+}
+
+void metrics_destroy(struct metrics *m)
+{
+    mem_free(m);
+}
+
+static void observe(struct metrics *m, enum histogram_id id, double value, uint64_t times)
+{
+    struct histogram *h = &m->histograms[id];
+    int i = 0;
+
+    while (i < h->n_bounds && value > h->bounds[i])
+        i++;
+    h->counts[i] += times;
+    h->sum += value * (double)times;
+}
+
+static void observe_interval(struct metrics *m, enum histogram_id id, uint64_t from, uint64_t to)
+{
+    if (from && to)
+        observe(m, id, to > from ? (double)(to - from) / 1e9 : 0, 1);
+}
+
+void metrics_count_http(struct metrics *m, const char *route, int code)
+{
+    for (int i = 0; i < m->n_http; i++)
+        if (m->http[i].code == code && strcmp(m->http[i].route, route) == 0) {
+            m->http[i].n++;
+            return;
+        }
+    ASSERT(m->n_http < MAX_HTTP);   /* routes and codes are both our own, and few */
+    m->http[m->n_http++] = (struct http_count){ route, code, 1 };
+}
+
+void metrics_note_tokens(struct metrics *m, uint32_t tokens, uint64_t interval_ns)
+{
+    if (tokens)
+        observe(m, H_inter_token_latency_seconds, (double)interval_ns / 1e9 / tokens, tokens);
+}
+
+void metrics_note_params(struct metrics *m, uint32_t n, uint32_t max_tokens)
+{
+    observe(m, H_request_params_n, n, 1);
+    observe(m, H_request_params_max_tokens, max_tokens, 1);
+}
+
+void metrics_note_done(struct metrics *m, const struct request *r, uint64_t submitted_ns)
+{
+    observe_interval(m, H_request_queue_time_seconds, submitted_ns, r->admitted_ns);
+    observe_interval(m, H_time_to_first_token_seconds, r->arrival_ns, r->first_token_ns);
+    observe_interval(m, H_request_prefill_time_seconds, r->admitted_ns, r->first_token_ns);
+    if (r->finish != FINISH_STOP && r->finish != FINISH_LENGTH)
+        return;
+    observe_interval(m, H_e2e_request_latency_seconds, r->arrival_ns, r->last_token_ns);
+    observe_interval(m, H_request_inference_time_seconds, r->admitted_ns, r->last_token_ns);
+    observe_interval(m, H_request_decode_time_seconds, r->first_token_ns, r->last_token_ns);
+    observe(m, H_request_prompt_tokens, r->n_prompt, 1);
+    observe(m, H_request_generation_tokens, atomic_load(&r->n_output), 1);
+    observe(m, H_request_num_preemptions, r->n_preempted, 1);
+}
+
+/* ---- printing */
+
+struct printer {
+    struct strbuf *out;
+    struct strbuf labels;          /* model_name="..." */
+};
+
+static void print_head(struct printer *p, const char *name, const char *type, const char *help)
+{
+    strbuf_printf(p->out, "# HELP " PREFIX "%s %s\n# TYPE " PREFIX "%s %s\n", name, help, name,
+                  type);
+}
+
+static void print_one(struct printer *p, const char *name, const char *type, const char *help,
+                      double value)
+{
+    print_head(p, name, type, help);
+    strbuf_printf(p->out, PREFIX "%s{%s} %.17g\n", name, p->labels.data, value);
+}
+
+static void print_histogram(struct printer *p, const char *name, const char *help,
+                            const struct histogram *h)
+{
+    uint64_t n = 0;
+
+    print_head(p, name, "histogram", help);
+    for (int i = 0; i < h->n_bounds; i++) {
+        n += h->counts[i];
+        strbuf_printf(p->out, PREFIX "%s_bucket{%s,le=\"%g\"} %llu\n", name, p->labels.data,
+                      h->bounds[i], (unsigned long long)n);
+    }
+    n += h->counts[h->n_bounds];
+    strbuf_printf(p->out, PREFIX "%s_bucket{%s,le=\"+Inf\"} %llu\n", name, p->labels.data,
+                  (unsigned long long)n);
+    strbuf_printf(p->out, PREFIX "%s_sum{%s} %.9g\n" PREFIX "%s_count{%s} %llu\n", name,
+                  p->labels.data, h->sum, name, p->labels.data, (unsigned long long)n);
+}
+
+static void print_finished(struct printer *p, const struct engine_stats *s)
+{
+    static const struct { enum finish finish; const char *label; } reasons[] = {
+        { FINISH_STOP, "stop" }, { FINISH_LENGTH, "length" },
+        { FINISH_CANCELLED, "abort" }, { FINISH_ERROR, "error" },
+    };
+
+    print_head(p, "request_success_total", "counter", "Finished choices by reason.");
+    for (size_t i = 0; i < sizeof reasons / sizeof reasons[0]; i++)
+        strbuf_printf(p->out, PREFIX "request_success_total{%s,finished_reason=\"%s\"} %llu\n",
+                      p->labels.data, reasons[i].label,
+                      (unsigned long long)s->finished[reasons[i].finish]);
+}
+
+static void print_engine(struct printer *p, const struct engine_stats *s)
+{
+    double blocks = s->kv_blocks ? s->kv_blocks : 1;
+    const struct { const char *name, *type, *help; double value; } rows[] = {
+        { "num_requests_running", "gauge", "Choices in the batch.", s->running },
+        { "num_requests_waiting", "gauge", "Choices in the waiting room.", s->waiting },
+        { "waiting_tokens", "gauge", "Prompt tokens in the waiting room.",
+          (double)s->waiting_tokens },
+        { "kv_cache_usage_perc", "gauge", "Share of the KV pool in use; 1 is all of it.",
+          s->kv_blocks_pinned / blocks },
+        { "kv_cache_cached_perc", "gauge", "Share of the KV pool kept for reuse.",
+          s->kv_blocks_cached / blocks },
+        { "kv_cache_blocks", "gauge", "Blocks of 64 tokens in the KV pool.", s->kv_blocks },
+        { "prefix_cache_queries", "counter", "Prompt tokens looked up in the prefix cache.",
+          (double)s->prefix_queries },
+        { "prefix_cache_hits", "counter", "Prompt tokens found in the prefix cache.",
+          (double)s->prefix_hits },
+        { "prompt_tokens_total", "counter", "Prompt tokens of admitted choices.",
+          (double)s->prompt_tokens },
+        { "prompt_tokens_cached_total", "counter", "Those of them that were not computed.",
+          (double)s->prompt_tokens_cached },
+        { "generation_tokens_total", "counter", "Output tokens.", (double)s->output_tokens },
+        { "num_preemptions_total", "counter", "Choices put back into the waiting room.",
+          (double)s->preemptions },
+        { "recomputed_tokens_total", "counter", "Tokens computed again after a preemption.",
+          (double)s->recomputed_tokens },
+        { "decode_rows_sparse_total", "counter", "Decoded rows with two-level attention.",
+          (double)s->sparse_rows },
+        { "decode_rows_dense_total", "counter", "Decoded rows with full attention.",
+          (double)s->dense_rows },
+        { "steps_total", "counter", "Steps of the engine.", (double)s->steps },
+        { "step_seconds_total", "counter", "Time spent in steps.", (double)s->step_ns / 1e9 },
+    };
+
+    for (size_t i = 0; i < sizeof rows / sizeof rows[0]; i++)
+        print_one(p, rows[i].name, rows[i].type, rows[i].help, rows[i].value);
+    print_finished(p, s);
+}
+
+static void add_label_value(struct strbuf *out, const char *s)
+{
+    for (; *s; s++) {
+        if (*s == '\\' || *s == '"')
+            strbuf_add(out, "\\", 1);
+        if (*s == '\n')
+            strbuf_puts(out, "\\n");
+        else
+            strbuf_add(out, s, 1);
+    }
+}
+
+void metrics_print(const struct metrics *m, struct strbuf *out, const struct metrics_view *v)
+{
+    struct printer p = { .out = out };
+
+    strbuf_puts(&p.labels, "model_name=\"");
+    add_label_value(&p.labels, v->model_name);
+    strbuf_puts(&p.labels, "\"");
+    if (v->stats)
+        print_engine(&p, v->stats);
+    print_one(&p, "requests_open", "gauge", "Completions whose answer is not finished.",
+              v->streams);
+    print_one(&p, "requests_parsing", "gauge", "Bodies that are being parsed and tokenised.",
+              v->parsing);
+    print_head(&p, "build_info", "gauge", "Always 1; the labels tell.");
+    strbuf_printf(out, PREFIX "build_info{%s,version=\"%s\",device=\"", p.labels.data,
+                  v->version);
+    add_label_value(out, v->device);
+    strbuf_puts(out, "\"} 1\n");
+    print_head(&p, "http_requests_total", "counter", "HTTP exchanges; code 0: no answer given.");
+    for (int i = 0; i < m->n_http; i++)
+        strbuf_printf(out, PREFIX "http_requests_total{%s,route=\"%s\",code=\"%d\"} %llu\n",
+                      p.labels.data, m->http[i].route, m->http[i].code,
+                      (unsigned long long)m->http[i].n);
+#define X(name, list, help) print_histogram(&p, #name, help, &m->histograms[H_##name]);
+    HISTOGRAMS(X)
+#undef X
+    strbuf_fini(&p.labels);
+}

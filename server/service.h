@@ -1,0 +1,77 @@
+#ifndef SERVER_SERVICE_H
+#define SERVER_SERVICE_H
+
+#include "engine/engine.h"
+#include "server/api.h"
+#include "server/config.h"
+#include "server/http.h"
+
+#include <stdbool.h>
+#include <stdint.h>
+#include <uv.h>
+
+struct metrics;
+struct stream;
+
+/* The life of the daemon on the loop thread.
+ *
+ *     LOADING --> READY --> DRAINING --> LEAVING --> the loop ends
+ *        |          |                       ^
+ *        |          +----> FAILED ----------+
+ *        +--> (cannot load) ----------------+
+ *
+ *   LOADING   the port is open; a thread of the pool loads the model
+ *   DRAINING  after a signal: nothing is accepted, what was accepted finishes,
+ *             at the latest when drain-timeout has passed
+ *   FAILED    the device failed: every request is answered with an error
+ *   LEAVING   the engine is gone; the last answers get a moment to be sent */
+
+enum service_state {
+    SERVICE_LOADING, SERVICE_READY, SERVICE_DRAINING, SERVICE_FAILED, SERVICE_LEAVING
+};
+
+struct service {
+    const struct config *cfg;
+    uv_loop_t loop;
+    uv_async_t wake;                 /* the engine has mail for us */
+    uv_timer_t tick;
+    uv_signal_t sigterm, sigint;
+    uv_work_t load;
+    bool loading;
+    struct error load_error;
+    enum service_state state;
+    bool failed;                     /* how LEAVING was reached */
+    uint64_t deadline_ns;            /* of DRAINING, FAILED and LEAVING */
+    int exit_code;
+
+    struct http_server *http;
+    struct metrics *metrics;
+    struct mailbox *mailbox;
+    struct tokenizer *tokenizer;
+    struct engine *engine;           /* NULL while LOADING and LEAVING */
+    struct api_context api;          /* constant from READY on; read by pool threads */
+    int64_t created;                 /* Unix seconds */
+    uint64_t next_id;
+
+    struct stream *streams;          /* all completions that are not freed */
+    int n_streams, n_parsing;
+    int n_answering;                 /* exchanges between body() and closed() */
+
+    uint64_t seen_steps, progress_ns;/* when the engine was last seen to move or idle */
+    uint64_t summary_ns, summary_tokens;
+    bool shrug;                      /* a stall has been logged */
+};
+
+/* Runs until the end; the process's exit code. */
+int service_run(const struct config *cfg);
+
+/* Work is waiting and no step has ended for stall-timeout. */
+bool service_stalled(const struct service *sv);
+
+/* Something that DRAINING or LEAVING waits for has ended. */
+void service_note_end(struct service *sv);
+
+/* The device failed; may be called again. */
+void service_fail(struct service *sv, const char *why);
+
+#endif

@@ -1,0 +1,73 @@
+#ifndef TESTS_SUPPORT_MODEL_RUNNER_H
+#define TESTS_SUPPORT_MODEL_RUNNER_H
+
+#include "engine/kv/kv_pool.h"
+#include "engine/model/model.h"
+
+#include <stdbool.h>
+
+/* A model with a pool, stepped by hand: what the engine does for a request,
+ * without the engine.  Failures are test failures. */
+
+struct runner {
+    struct model *model;
+    struct stream *stream;
+    struct kv_pool *pool;
+    struct select_plan plan;
+    struct model_limits limits;
+};
+
+struct runner_options {
+    const char *dir;             /* model folder */
+    const char *isa;             /* of test_backend(); NULL is auto */
+    struct select_config select; /* filter 0, index 0, ...: use select_default() */
+    const int16_t *channels;     /* for INDEX_CHANNELS */
+    int max_rows, max_seqs, max_logit_rows, max_tokens; /* max_tokens: of one sequence */
+};
+
+/* A context and its blocks. */
+struct test_seq {
+    kv_block *blocks;
+    int n_blocks, n_tokens;
+};
+
+/* What one sequence does in a step: n tokens appended.  want results of the
+ * last `want` rows, each with the runner's 20 largest logprobs. */
+struct test_work {
+    struct test_seq *seq;
+    const int32_t *ids;
+    int n, want;
+    bool sparse;                 /* n must be 1 */
+    struct sample_result *result;/* [want] */
+};
+
+void runner_open(struct runner *r, const struct runner_options *o);
+void runner_close(struct runner *r);
+
+void seq_init(struct runner *r, struct test_seq *seq, int max_tokens);
+void seq_fini(struct runner *r, struct test_seq *seq);
+
+/* One step.  Sparse works come first. */
+void runner_step(struct runner *r, struct test_work *works, int n_works);
+
+/* Append n tokens of one sequence in chunks; the result of the last row. */
+struct sample_result runner_feed(struct runner *r, struct test_seq *seq, const int32_t *ids,
+                                 int n, int chunk);
+
+/* Append one token, sparse or dense. */
+struct sample_result runner_decode(struct runner *r, struct test_seq *seq, int32_t id,
+                                   bool sparse);
+
+/* The prompt of n tokens that scripts/make_references.py uses. */
+void test_prompt(int32_t *ids, int n);
+
+/* The largest difference of logprobs over the ids that both lists have; 1000
+ * when the most likely ids of one are far from the other's list. */
+double logprob_difference(const struct sample_result *a, const struct sample_result *b);
+
+bool results_identical(const struct sample_result *a, const struct sample_result *b);
+
+/* Of all weight files in the folder; as weights_sum of make_references.py. */
+uint64_t folder_weights_sum(const char *dir);
+
+#endif
