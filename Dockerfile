@@ -8,7 +8,7 @@
 
 FROM debian:12-slim AS build
 RUN apt-get update && apt-get install -y --no-install-recommends gcc make libc6-dev libuv1-dev \
-    libmicrohttpd-dev libcjson-dev libpcre2-dev libutf8proc-dev libxxhash-dev \
+    libmicrohttpd-dev libcjson-dev libutf8proc-dev libxxhash-dev \
     && rm -rf /var/lib/apt/lists/*
 WORKDIR /src
 COPY Makefile ./
@@ -20,7 +20,7 @@ RUN make -j"$(nproc)" CUDA=0 B=/src/out all
 
 FROM debian:12-slim
 RUN apt-get update && apt-get install -y --no-install-recommends libuv1 libmicrohttpd12 libcjson1 \
-    libpcre2-8-0 libutf8proc2 curl \
+    libutf8proc2 curl \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --system --no-create-home --shell /usr/sbin/nologin asynctlsd
 COPY --from=build /src/out/asynctlsd /usr/local/bin/asynctlsd

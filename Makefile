@@ -22,7 +22,7 @@ CFLAGS   += -std=c11 -O2 -g -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wno-
 NVFLAGS  += -std=c++17 -O3 -g -lineinfo -I. -MD -MP -Xptxas -warn-spills -Werror all-warnings \
             -Xcompiler -Wall,-Wextra $(foreach a,$(CUDA_ARCHS),-gencode arch=compute_$a,code=sm_$a)
 LDFLAGS  += $(SAN:%=-fsanitize=%)
-LDLIBS   += -luv -lmicrohttpd -lcjson -lpcre2-8 -lutf8proc -lpthread -lm
+LDLIBS   += -luv -lmicrohttpd -lcjson -lutf8proc -lpthread -lm
 
 ENGINE := $(wildcard engine/base/*.c engine/*.c engine/*/*.c)
 CPU    := $(wildcard kernels/*.c kernels/cpu/*.c)

@@ -10,7 +10,7 @@ set -eu
 # package and a file it brings, to see without asking the package manager
 build="gcc:bin/gcc make:bin/make libc6-dev:include/stdio.h libuv1-dev:include/uv.h \
 libmicrohttpd-dev:include/microhttpd.h libcjson-dev:include/cjson/cJSON.h \
-libpcre2-dev:include/pcre2.h libutf8proc-dev:include/utf8proc.h libxxhash-dev:include/xxhash.h"
+libutf8proc-dev:include/utf8proc.h libxxhash-dev:include/xxhash.h"
 test="check:include/check.h libsubunit-dev:include/subunit/child.h python3:bin/python3 \
 python3-venv:share/doc/python3-venv git:bin/git \
 clang:bin/clang libclang-rt-14-dev:lib/llvm-14/lib/clang/14.0.6/lib/linux/libclang_rt.fuzzer-x86_64.a \

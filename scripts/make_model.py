@@ -40,13 +40,13 @@ DEFAULTS = dict(layers=2, kv_heads=2, head_dim=None, vocab=TOKENIZER_IDS, tied=F
                 shards=1, layout=4, theta=10000.0, rope=None, max_position=8192, eps=1e-6, seed=1)
 TEST_MODELS = {
     "qwen3": dict(family="qwen3", hidden=96, mlp=192, heads=4, head_dim=64, tied=True,
-                  theta=1e6, layers=3),
+                  theta=1e6),
     "qwen3-yarn-g5": dict(family="qwen3", hidden=64, mlp=160, heads=5, kv_heads=1, head_dim=128,
                           layout=5, theta=1e6, rope=YARN, dtype="f32"),
     "qwen2-g7": dict(family="qwen2", hidden=224, mlp=256, heads=7, kv_heads=1, shards=3,
                      theta=1e6),
     "llama3": dict(family="llama", hidden=96, mlp=224, heads=4, head_dim=64, eps=1e-5, tied=True,
-                   theta=5e5, rope=LLAMA3, layers=3),
+                   theta=5e5, rope=LLAMA3),
     "llama-linear-mha": dict(family="llama", hidden=128, mlp=192, heads=2, layout=5, dtype="f32",
                              eps=1e-5, rope={"rope_type": "linear", "factor": 4.0}),
     "mistral": dict(family="mistral", hidden=80, mlp=192, heads=4, kv_heads=1, head_dim=64,
@@ -76,16 +76,17 @@ def tensors(m):
     hidden, mlp, d = m["hidden"], m["mlp"], head_dim_of(m)
     q, kv = m["heads"] * d, m["kv_heads"] * d
     sharp = SCORE_STD ** 0.5
+    embed = LOGIT_STD * hidden ** -0.5 if m["tied"] else 1.0
     qk = 1.0 if m["family"] == "qwen3" else sharp
-    yield "model.embed_tokens.weight", (m["vocab"], hidden), 0, \
-        LOGIT_STD * hidden ** -0.5 if m["tied"] else 1.0
+    yield "model.embed_tokens.weight", (m["vocab"], hidden), 0, embed
     for n in range(m["layers"]):
         at = f"model.layers.{n}."
         yield at + "input_layernorm.weight", (hidden,), 1, 0.2
         yield at + "self_attn.q_proj.weight", (q, hidden), 0, qk * hidden ** -0.5
         yield at + "self_attn.k_proj.weight", (kv, hidden), 0, qk * hidden ** -0.5
         yield at + "self_attn.v_proj.weight", (kv, hidden), 0, hidden ** -0.5
-        yield at + "self_attn.o_proj.weight", (hidden, q), 0, ATTN_GAIN * q ** -0.5
+        gain = ATTN_GAIN * (min(1.0, 2 * embed) if n == 0 else 1.0)
+        yield at + "self_attn.o_proj.weight", (hidden, q), 0, gain * q ** -0.5
         if m["family"] == "qwen2":
             yield at + "self_attn.q_proj.bias", (q,), 0, 0.5
             yield at + "self_attn.k_proj.bias", (kv,), 0, 0.5

@@ -37,7 +37,8 @@ enum status api_alloc(struct api_parse *p, void **out, size_t count, size_t byte
 {
     size_t total;
 
-    *out = __builtin_mul_overflow(count, bytes, &total) ? NULL : arena_alloc(p->out->arena, total);
+    *out =
+        __builtin_mul_overflow(count, bytes, &total) ? NULL : arena_alloc(p->out->arena, total);
     if (*out)
         return ST_OK;
     return api_refuse(p, "prompt", "The request needs more than %zu bytes of memory.",
@@ -58,13 +59,17 @@ static enum status copy_string(struct api_parse *p, const char **out, const char
 static struct api_fields defaults(const struct model_config *m)
 {
     return (struct api_fields){
-        .max_tokens = DEFAULT_MAX_TOKENS, .n = 1, .best_of = -1, .logprobs = -1,
+        .max_tokens = DEFAULT_MAX_TOKENS,
+        .n = 1,
+        .best_of = -1,
+        .logprobs = -1,
         .top_k = m->has_top_k ? m->top_k : 0,
         .temperature = m->has_temperature ? (double)m->temperature : 1.0,
         .top_p = m->has_top_p ? (double)m->top_p : 1.0,
         .min_p = m->has_min_p ? (double)m->min_p : 0.0,
         .repetition = m->has_repetition ? (double)m->repetition : 1.0,
-        .skip_special = true, .add_special = true,
+        .skip_special = true,
+        .add_special = true,
     };
 }
 
@@ -94,7 +99,8 @@ static enum status read_stream_options(struct api_parse *p)
     if (!cJSON_IsObject(options))
         return api_refuse(p, "stream_options", "'stream_options' must be an object.");
     if (!p->fields.stream)
-        return api_refuse(p, "stream_options", "'stream_options' is only allowed when 'stream' is "
+        return api_refuse(p, "stream_options",
+                          "'stream_options' is only allowed when 'stream' is "
                           "true.");
     for (const cJSON *v = options->child; v; v = v->next) {
         bool usage = strcmp(v->string, "include_usage") == 0;
@@ -102,11 +108,13 @@ static enum status read_stream_options(struct api_parse *p)
         if (cJSON_IsNull(v) || (!usage && cJSON_IsFalse(v)))
             continue;
         if (!usage)
-            return api_refuse(p, "stream_options", "'stream_options' has '%.*s', which is not "
-                              "supported by this server.", api_quotable_bytes(v->string),
-                              v->string);
+            return api_refuse(p, "stream_options",
+                              "'stream_options' has '%.*s', which is not "
+                              "supported by this server.",
+                              api_quotable_bytes(v->string), v->string);
         if (!cJSON_IsBool(v))
-            return api_refuse(p, "stream_options.include_usage", "'stream_options.include_usage' "
+            return api_refuse(p, "stream_options.include_usage",
+                              "'stream_options.include_usage' "
                               "must be true or false.");
         p->fields.include_usage = cJSON_IsTrue(v);
     }
@@ -129,11 +137,13 @@ static enum status check_counts(struct api_parse *p)
         return api_refuse(p, "logprobs", "'logprobs' must be between 0 and %u, not %lld.",
                           p->cx->limits.max_logprobs, (long long)f->logprobs);
     if (f->max_tokens == 0 && !f->echo)
-        return api_refuse(p, "max_tokens", "'max_tokens' must be at least 1 unless 'echo' is true.");
+        return api_refuse(p, "max_tokens",
+                          "'max_tokens' must be at least 1 unless 'echo' is true.");
     if (f->min_tokens > f->max_tokens)
-        return api_refuse(p, "min_tokens", "'min_tokens' (%lld) must not be greater than "
-                          "'max_tokens' (%lld).", (long long)f->min_tokens,
-                          (long long)f->max_tokens);
+        return api_refuse(p, "min_tokens",
+                          "'min_tokens' (%lld) must not be greater than "
+                          "'max_tokens' (%lld).",
+                          (long long)f->min_tokens, (long long)f->max_tokens);
     return ST_OK;
 }
 
@@ -239,19 +249,24 @@ static enum status read_bias(struct api_parse *p)
     if (!map)
         return ST_OK;
     if (!cJSON_IsObject(map))
-        return api_refuse(p, "logit_bias", "'logit_bias' must be an object of token ids and "
+        return api_refuse(p, "logit_bias",
+                          "'logit_bias' must be an object of token ids and "
                           "numbers.");
     TRY(count_entries(p, "logit_bias", map, p->cx->limits.max_bias, &n));
     TRY(api_alloc(p, &memory, n, sizeof *bias));
     bias = memory;
     for (const cJSON *v = map->child; v; v = v->next, i++) {
         if (!bias_id(v->string, p->cx->model->vocab, &bias[i].id))
-            return api_refuse(p, "logit_bias", "'logit_bias' has the key '%.*s', which is not a "
-                              "token id between 0 and %d.", api_quotable_bytes(v->string),
-                              v->string, p->cx->model->vocab - 1);
+            return api_refuse(p, "logit_bias",
+                              "'logit_bias' has the key '%.*s', which is not a "
+                              "token id between 0 and %d.",
+                              api_quotable_bytes(v->string), v->string,
+                              p->cx->model->vocab - 1);
         if (!cJSON_IsNumber(v) || v->valuedouble < -100 || v->valuedouble > 100)
-            return api_refuse(p, "logit_bias", "'logit_bias' of token %d must be a number between "
-                              "-100 and 100.", bias[i].id);
+            return api_refuse(p, "logit_bias",
+                              "'logit_bias' of token %d must be a number between "
+                              "-100 and 100.",
+                              bias[i].id);
         bias[i].bias = (float)v->valuedouble;
     }
     if (n > 1)
@@ -338,7 +353,8 @@ static enum status check_logprob_entries(struct api_parse *p)
         entries += c->best_of * (1 + (uint64_t)t->n_top) *
                    (t->max_tokens + (t->score_prompt ? (uint64_t)c->prompts[i].n_ids : 0));
     if (entries > limits->max_logprob_entries)
-        return api_refuse(p, "logprobs", "The request asks for %llu log-probabilities (choices "
+        return api_refuse(p, "logprobs",
+                          "The request asks for %llu log-probabilities (choices "
                           "times tokens times 1 + 'logprobs'); the limit is %llu.",
                           (unsigned long long)entries,
                           (unsigned long long)limits->max_logprob_entries);

@@ -10,16 +10,17 @@
 
 /* A field of the body: its tree and its text. */
 struct api_value {
-    const cJSON *tree;                  /* NULL: absent or null */
+    const cJSON *tree; /* NULL: absent or null */
     const char *text;
     size_t text_bytes;
-    bool fraction;                      /* see json_scan.h */
+    bool fraction; /* see json_scan.h */
 };
 
 /* The fields as written, checked one by one but not against each other. */
 struct api_fields {
     struct api_value model, prompt, stop, stop_ids, bias, stream_options, cache_salt, attention;
-    int64_t max_tokens, min_tokens, n, best_of, logprobs, top_k, seed;   /* -1: no best_of, no logprobs */
+    int64_t max_tokens, min_tokens, n, top_k, seed;
+    int64_t best_of, logprobs; /* -1: absent */
     double temperature, top_p, min_p, presence, frequency, repetition;
     bool stream, include_usage, echo, has_seed;
     bool ignore_eos, include_stop, skip_special, add_special;
@@ -40,8 +41,8 @@ enum status api_refuse(struct api_parse *p, const char *param, const char *fmt, 
 int api_quotable_bytes(const char *s);
 
 /* api_parse_fields.c: fill p->fields from the members of root, in one pass. */
-enum status api_read_fields(struct api_parse *p, const cJSON *root, const struct json_scan *scan,
-                            const char *body) MUST_USE;
+enum status api_read_fields(struct api_parse *p, const cJSON *root,
+                            const struct json_scan *scan, const char *body) MUST_USE;
 
 /* api_parse_prompt.c: p->out->prompts.  max_tokens must be checked before. */
 enum status api_read_prompts(struct api_parse *p) MUST_USE;

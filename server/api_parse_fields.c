@@ -6,24 +6,25 @@
 /* ---- fields that are honoured */
 
 enum field_kind {
-    FIELD_INT,      /* int64_t */
-    FIELD_NUMBER,   /* double */
-    FIELD_BOOL,     /* bool */
-    FIELD_STRING,   /* struct api_value */
-    FIELD_ANY,      /* struct api_value, read by its own function later */
-    FIELD_IGNORED   /* a string or an object that changes nothing */
+    FIELD_INT,    /* int64_t */
+    FIELD_NUMBER, /* double */
+    FIELD_BOOL,   /* bool */
+    FIELD_STRING, /* struct api_value */
+    FIELD_ANY,    /* struct api_value, read by its own function later */
+    FIELD_IGNORED /* a string or an object that changes nothing */
 };
 
 struct field {
     const char *name;
     enum field_kind kind;
     size_t offset;
-    double min, max;        /* inclusive */
-    bool above_min;         /* min itself is out */
+    double min, max; /* inclusive */
+    bool above_min;  /* min itself is out */
 };
 
 #define AT(member) .offset = offsetof(struct api_fields, member)
 
+/* clang-format off */
 /* Bounds that depend on each other or on a limit are checked in api_parse.c. */
 static const struct field fields[] = {
     { .name = "model", .kind = FIELD_STRING, AT(model) },
@@ -32,7 +33,7 @@ static const struct field fields[] = {
     { .name = "min_tokens", .kind = FIELD_INT, AT(min_tokens), .max = UINT32_MAX },
     { .name = "n", .kind = FIELD_INT, AT(n), .min = 1, .max = 128 },
     { .name = "best_of", .kind = FIELD_INT, AT(best_of), .min = 1, .max = 128 },
-    { .name = "logprobs", .kind = FIELD_INT, AT(logprobs), .max = UINT32_MAX },
+    { .name = "logprobs", .kind = FIELD_INT, AT(logprobs), .max = SAMPLE_MAX_TOP },
     { .name = "temperature", .kind = FIELD_NUMBER, AT(temperature), .max = 2 },
     { .name = "top_p", .kind = FIELD_NUMBER, AT(top_p), .max = 1, .above_min = true },
     { .name = "top_k", .kind = FIELD_INT, AT(top_k), .min = -1, .max = INT32_MAX },
@@ -56,17 +57,25 @@ static const struct field fields[] = {
     { .name = "user", .kind = FIELD_IGNORED },
     { .name = "metadata", .kind = FIELD_IGNORED },
 };
+/* clang-format on */
 
 /* ---- fields that clients of other servers send and this one does not have.
  * A value that asks for nothing is let through: clients fill in defaults. */
 
-enum harmless { HARMLESS_NOTHING, HARMLESS_FALSE, HARMLESS_TRUE, HARMLESS_EMPTY, HARMLESS_ZERO,
-                HARMLESS_ONE, HARMLESS_TEXT_FORMAT };
+enum harmless {
+    HARMLESS_NOTHING,
+    HARMLESS_FALSE,
+    HARMLESS_TRUE,
+    HARMLESS_EMPTY,
+    HARMLESS_ZERO,
+    HARMLESS_ONE,
+    HARMLESS_TEXT_FORMAT
+};
 
 struct missing {
     const char *name;
     enum harmless harmless;
-    const char *advice;     /* NULL: none */
+    const char *advice; /* NULL: none */
 };
 
 static const struct missing missing[] = {
@@ -159,7 +168,8 @@ static enum status refuse_range(struct api_parse *p, const struct field *f,
     int shown = v->text_bytes < 40 ? (int)v->text_bytes : 40;
 
     if (f->above_min)
-        return api_refuse(p, f->name, "'%s' must be greater than %.10g and at most %.10g, not %.*s.",
+        return api_refuse(p, f->name,
+                          "'%s' must be greater than %.10g and at most %.10g, not %.*s.",
                           f->name, f->min, f->max, shown, v->text);
     return api_refuse(p, f->name, "'%s' must be between %.10g and %.10g, not %.*s.", f->name,
                       f->min, f->max, shown, v->text);
@@ -181,8 +191,8 @@ static bool exact_integer(int64_t *out, const struct api_value *v)
     return true;
 }
 
-static enum status read_int(struct api_parse *p, const struct field *f, const struct api_value *v,
-                            int64_t *out)
+static enum status read_int(struct api_parse *p, const struct field *f,
+                            const struct api_value *v, int64_t *out)
 {
     int64_t value;
 
@@ -201,7 +211,8 @@ static enum status read_number(struct api_parse *p, const struct field *f,
 
     if (!cJSON_IsNumber(v->tree))
         return api_refuse(p, f->name, "'%s' must be a number.", f->name);
-    if (!isfinite(value) || value < f->min || value > f->max || (f->above_min && value <= f->min))
+    if (!isfinite(value) || value < f->min || value > f->max ||
+        (f->above_min && value <= f->min))
         return refuse_range(p, f, v);
     /* Below the smallest float a value would turn into the zero that is out. */
     if (f->above_min && (float)value <= (float)f->min)
@@ -277,8 +288,8 @@ static enum status check_twice(struct api_parse *p, const cJSON *root)
     return ST_OK;
 }
 
-enum status api_read_fields(struct api_parse *p, const cJSON *root, const struct json_scan *scan,
-                            const char *body)
+enum status api_read_fields(struct api_parse *p, const cJSON *root,
+                            const struct json_scan *scan, const char *body)
 {
     int i = 0;
 

@@ -50,11 +50,15 @@ enum status api_read_id(struct api_parse *p, const char *param, const cJSON *v, 
     int vocab = p->cx->model->vocab;
 
     if (!cJSON_IsNumber(v))
-        return api_refuse(p, param, "'%s' must be made of token ids, but entry %zu is not an "
-                          "integer.", param, i);
+        return api_refuse(p, param,
+                          "'%s' must be made of token ids, but entry %zu is not an "
+                          "integer.",
+                          param, i);
     if (v->valuedouble < 0 || v->valuedouble >= vocab)
-        return api_refuse(p, param, "'%s' has the token id %.10g at entry %zu; ids are between 0 "
-                          "and %d.", param, v->valuedouble, i, vocab - 1);
+        return api_refuse(p, param,
+                          "'%s' has the token id %.10g at entry %zu; ids are between 0 "
+                          "and %d.",
+                          param, v->valuedouble, i, vocab - 1);
     *out = (int32_t)v->valuedouble;
     return ST_OK;
 }
@@ -103,8 +107,10 @@ static enum status check_rows(struct api_parse *p, const struct token_list *list
 {
     for (size_t i = 0; i < list->n; i++)
         if (list->ids[i] >= p->cx->model->vocab)
-            return api_refuse(p, "prompt", "'prompt' has the token %d, which the model does not "
-                              "know.", list->ids[i]);
+            return api_refuse(p, "prompt",
+                              "'prompt' has the token %d, which the model does not "
+                              "know.",
+                              list->ids[i]);
     return ST_OK;
 }
 
@@ -166,13 +172,16 @@ static enum status count_prompts(struct api_parse *p, const cJSON *list, uint32_
     const cJSON *first = list->child;
 
     if (!cJSON_IsArray(list) || (!cJSON_IsString(first) && !cJSON_IsArray(first)))
-        return api_refuse(p, "prompt", "'prompt' must be a string, a list of strings, a list of "
+        return api_refuse(p, "prompt",
+                          "'prompt' must be a string, a list of strings, a list of "
                           "token ids, or a list of lists of token ids.");
     *n = 0;
     for (const cJSON *v = first; v; v = v->next) {
         if ((v->type & 0xFF) != (first->type & 0xFF))
-            return api_refuse(p, "prompt", "'prompt' mixes kinds: entry %u is not %s as the first "
-                              "is.", *n, cJSON_IsString(first) ? "a string" : "a list");
+            return api_refuse(p, "prompt",
+                              "'prompt' mixes kinds: entry %u is not %s as the first "
+                              "is.",
+                              *n, cJSON_IsString(first) ? "a string" : "a list");
         if (++*n > p->cx->limits.max_prompts)
             return api_refuse(p, "prompt", "'prompt' has more than %u prompts.",
                               p->cx->limits.max_prompts);
@@ -188,10 +197,14 @@ static enum status check_choices(struct api_parse *p, uint32_t n_prompts)
 
     if (choices <= p->cx->limits.max_choices)
         return ST_OK;
-    return api_refuse(p, f->best_of == 1 ? "prompt" : f->best_of > f->n ? "best_of" : "n",
-                      "The request asks for %llu choices (%u prompts, %lld each); the limit is %u.",
-                      (unsigned long long)choices, n_prompts, (long long)f->best_of,
-                      p->cx->limits.max_choices);
+    return api_refuse(
+        p,
+        f->best_of == 1     ? "prompt"
+        : f->best_of > f->n ? "best_of"
+                            : "n",
+        "The request asks for %llu choices (%u prompts, %lld each); the limit is %u.",
+        (unsigned long long)choices, n_prompts, (long long)f->best_of,
+        p->cx->limits.max_choices);
 }
 
 enum status api_read_prompts(struct api_parse *p)

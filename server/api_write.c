@@ -47,8 +47,10 @@ static void add_control(struct strbuf *out, unsigned code)
         const char pair[2] = { '\\', letters[short_name - names] };
         strbuf_add(out, pair, 2);
     } else {
-        const char escape[6] = { '\\', 'u', hex[code >> 12 & 15], hex[code >> 8 & 15],
-                                 hex[code >> 4 & 15], hex[code & 15] };
+        const char escape[6] = {
+            '\\',          'u', hex[code >> 12 & 15], hex[code >> 8 & 15], hex[code >> 4 & 15],
+            hex[code & 15]
+        };
         strbuf_add(out, escape, 6);
     }
 }
@@ -68,7 +70,7 @@ static unsigned line_separator(const char *s, int n)
 
 void api_write_string(struct strbuf *out, const char *s, size_t n)
 {
-    size_t at = 0, run = 0;   /* s[run..at) is copied as it is */
+    size_t at = 0, run = 0; /* s[run..at) is copied as it is */
 
     strbuf_add(out, "\"", 1);
     while (at < n) {
@@ -152,8 +154,8 @@ static void add_top(struct strbuf *out, const struct tokenizer *t,
         add_token_name(names, t, entry->id);
         size_t length = names->n - start[n];
         while (k < n && (start[k + 1] - start[k] != length ||
-                         (length && memcmp(names->data + start[k], names->data + start[n],
-                                           length) != 0)))
+                         (length &&
+                          memcmp(names->data + start[k], names->data + start[n], length) != 0)))
             k++;
         if (k == n) {
             value[n] = entry->logprob;
@@ -166,7 +168,8 @@ static void add_top(struct strbuf *out, const struct tokenizer *t,
     strbuf_puts(out, "{");
     for (uint32_t k = 0; k < n; k++) {
         strbuf_puts(out, k ? "," : "");
-        api_write_string(out, names->data ? names->data + start[k] : "", start[k + 1] - start[k]);
+        api_write_string(out, names->data ? names->data + start[k] : "",
+                         start[k + 1] - start[k]);
         strbuf_puts(out, ":");
         add_logprob(out, value[k]);
     }
@@ -185,7 +188,8 @@ static uint64_t code_points(const struct tokenizer *t, int32_t id)
     return count;
 }
 
-static void add_offsets(struct strbuf *out, const struct tokenizer *t, const struct api_piece *p)
+static void add_offsets(struct strbuf *out, const struct tokenizer *t,
+                        const struct api_piece *p)
 {
     uint64_t offset = p->text_offset;
 
@@ -197,8 +201,8 @@ static void add_offsets(struct strbuf *out, const struct tokenizer *t, const str
     }
 }
 
-static void add_logprobs(struct strbuf *out, const struct tokenizer *t, const struct api_piece *p,
-                         struct strbuf *scratch)
+static void add_logprobs(struct strbuf *out, const struct tokenizer *t,
+                         const struct api_piece *p, struct strbuf *scratch)
 {
     strbuf_puts(out, "{\"text_offset\":[");
     add_offsets(out, t, p);

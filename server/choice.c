@@ -239,6 +239,8 @@ static void describe_tokens(struct choice *c, struct api_piece *out, uint32_t fr
     out->ids = (in_prompt ? r->prompt : r->output) + at;
     out->chosen = (in_prompt ? r->prompt_chosen : r->chosen) + at;
     out->top = n_top ? (in_prompt ? r->prompt_top : r->top) + at * n_top : NULL;
+    out->n_echoed = in_prompt ? c->n_echo - from : 0;
+    out->skip_special = r->skip_special;
     if (from < to)
         out->text_offset = count_points(c, c->starts[from]);
 }

@@ -157,8 +157,10 @@ static enum status read_key_file(struct config *c, struct error *err)
         for (size_t i = 0; i < length; i++)
             sound = sound && line[i] > ' ' && line[i] <= '~';
         if (!sound)
-            status = error_set(err, ST_INVALID, "%s:%d: a key is made of printable characters "
-                               "without spaces", c->api_key_file, number);
+            status = error_set(err, ST_INVALID,
+                               "%s:%d: a key is made of printable characters "
+                               "without spaces",
+                               c->api_key_file, number);
         else if (length)
             config_list_add(&c->api_keys, line, length);
     }
@@ -221,9 +223,9 @@ static const char *env_config_path(char **env)
 
 /* What stands at argv[*i]: --key=value, --key value, or --flag.  *i moves past it. */
 struct argument {
-    const char *key;      /* without the dashes */
+    const char *key; /* without the dashes */
     size_t key_bytes;
-    const char *value;    /* NULL: none was given */
+    const char *value; /* NULL: none was given */
 };
 
 static bool key_is(const struct argument *a, const char *key)
@@ -242,7 +244,8 @@ static enum status argument_read(struct argument *out, int *i, int argc, char **
     const char *word = argv[(*i)++];
 
     if (strncmp(word, "--", 2) != 0 || word[2] == '\0')
-        return error_set(err, ST_INVALID, "'%.80s' is not an option; options begin with --", word);
+        return error_set(err, ST_INVALID, "'%.80s' is not an option; options begin with --",
+                         word);
     out->key = word + 2;
     out->key_bytes = strcspn(out->key, "=");
     out->value = out->key[out->key_bytes] == '=' ? out->key + out->key_bytes + 1 : NULL;
@@ -284,7 +287,7 @@ static enum status argument_set(struct config *c, const struct argument *a, stru
     if (key_is(a, "calibrate"))
         return flag_set(c, a, err);
     if (!o)
-        return ST_OK;    /* --config: read before everything else */
+        return ST_OK; /* --config: read before everything else */
     snprintf(place, sizeof place, "--%s", o->key);
     return option_set(o, c, a->value, place, err);
 }
@@ -299,7 +302,7 @@ static const char *scan_arguments(struct config *c, int argc, char **argv)
         bool sound = argument_read(&a, &i, argc, argv, NULL) == ST_OK;
 
         if (!sound)
-            continue;    /* refused with its sentence later, unless help is asked for */
+            continue; /* refused with its sentence later, unless help is asked for */
         if (key_is(&a, "config"))
             path = a.value;
         else if (key_is(&a, "help"))
@@ -351,9 +354,10 @@ static enum status complete(struct config *c, struct error *err)
     if (!e->backend || !c->host)
         return error_set(err, ST_INVALID, "%s cannot be none", e->backend ? "host" : "backend");
     if (e->step_tokens < e->max_running)
-        return error_set(err, ST_INVALID, "step-tokens (%u) is less than max-running (%u): every "
-                         "running sequence needs a token in each step", e->step_tokens,
-                         e->max_running);
+        return error_set(err, ST_INVALID,
+                         "step-tokens (%u) is less than max-running (%u): every "
+                         "running sequence needs a token in each step",
+                         e->step_tokens, e->max_running);
     if (c->max_bodies_bytes < c->max_body_bytes)
         return error_set(err, ST_INVALID, "max-bodies-bytes is less than max-body-bytes");
     if (c->api_key_file)
@@ -361,8 +365,10 @@ static enum status complete(struct config *c, struct error *err)
     if (c->api_keys.n == 0 && c->api_key_file)
         return error_set(err, ST_INVALID, "%s has no key", c->api_key_file);
     if (c->api_keys.n == 0 && !c->insecure_no_key && !listen_is_loopback(c->host))
-        return error_set(err, ST_INVALID, "host %s is reachable from other machines: set api-key "
-                         "or api-key-file, or say insecure-no-key yes", c->host);
+        return error_set(err, ST_INVALID,
+                         "host %s is reachable from other machines: set api-key "
+                         "or api-key-file, or say insecure-no-key yes",
+                         c->host);
     if (c->model_names.n == 0)
         name_after_folder(c);
     if (c->limits.max_choices > e->max_waiting)
@@ -370,7 +376,8 @@ static enum status complete(struct config *c, struct error *err)
     return ST_OK;
 }
 
-enum status config_read(struct config *out, int argc, char **argv, char **env, struct error *err)
+enum status config_read(struct config *out, int argc, char **argv, char **env,
+                        struct error *err)
 {
     config_init(out);
     const char *path = scan_arguments(out, argc, argv);

@@ -26,10 +26,10 @@ struct strbuf;
 
 enum config_action {
     CONFIG_SERVE,
-    CONFIG_CHECK,            /* --check-config: print and end */
-    CONFIG_HELP,             /* --help */
-    CONFIG_VERSION,          /* --version */
-    CONFIG_CALIBRATE         /* --calibrate TEXTFILE: choose channels, write them beside the model */
+    CONFIG_CHECK,    /* --check-config: print and end */
+    CONFIG_HELP,     /* --help */
+    CONFIG_VERSION,  /* --version */
+    CONFIG_CALIBRATE /* --calibrate TEXTFILE: write channels beside the model */
 };
 
 struct config_list {
@@ -39,28 +39,28 @@ struct config_list {
 
 struct config {
     enum config_action action;
-    char *calibrate_text;              /* path given to --calibrate */
+    char *calibrate_text; /* path given to --calibrate */
 
     /* Ready for engine_create.  Its strings belong to this struct too. */
     struct engine_config engine;
-    struct config_list model_names;    /* served-model-name; never empty once complete */
+    struct config_list model_names; /* served-model-name; never empty once complete */
 
     char *host;
-    uint32_t port;                     /* 0: any free one */
-    struct config_list api_keys;       /* api-key and the lines of api-key-file */
+    uint32_t port;               /* 0: any free one */
+    struct config_list api_keys; /* api-key and the lines of api-key-file */
     char *api_key_file;
-    bool insecure_no_key;              /* allowed to listen beyond loopback without a key */
-    bool metrics_public;               /* /metrics without a key */
-    struct config_list allowed_origins;/* browsers: requests with another Origin get 403; "*" all */
+    bool insecure_no_key;               /* allowed to listen beyond loopback without a key */
+    bool metrics_public;                /* /metrics without a key */
+    struct config_list allowed_origins; /* of pages in browsers; another gets 403; "*" all */
 
     uint64_t max_body_bytes, max_bodies_bytes;
     uint32_t max_connections;
-    uint64_t idle_timeout_ms, body_timeout_ms;   /* at least one second */
-    uint64_t ping_interval_ms;         /* silence before a stream gets a comment */
-    uint64_t drain_timeout_ms;         /* SIGTERM: then what is left is cancelled */
-    uint64_t stall_timeout_ms;         /* work but no step for so long: /health says 503; 0 never */
+    uint64_t idle_timeout_ms, body_timeout_ms; /* at least one second */
+    uint64_t ping_interval_ms;                 /* silence before a stream gets a comment */
+    uint64_t drain_timeout_ms;                 /* SIGTERM: then what is left is cancelled */
+    uint64_t stall_timeout_ms; /* work but no step so long: /health is 503; 0 never */
 
-    struct api_limits limits;          /* all but max_model_len, which engine_max_model_len() knows */
+    struct api_limits limits; /* all but max_model_len: engine_max_model_len() */
     enum log_level log_level;
 };
 
@@ -69,7 +69,7 @@ struct config {
  * whatever the result is. */
 enum status config_read(struct config *out, int argc, char **argv, char **env,
                         struct error *err) MUST_USE;
-void config_fini(struct config *c);    /* a zeroed one is fine */
+void config_fini(struct config *c); /* a zeroed one is fine */
 
 /* The pieces of config_read, for tests: defaults; then the lines of a file,
  * name going into sentences. */
@@ -81,6 +81,6 @@ enum status config_parse_text(struct config *c, const char *text, size_t n, cons
  * keys are masked. */
 void config_print(struct strbuf *out, const struct config *c);
 void config_help(struct strbuf *out);
-const char *config_version(void);      /* "0.1.0" */
+const char *config_version(void); /* "0.1.0" */
 
 #endif

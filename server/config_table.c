@@ -9,6 +9,7 @@
 enum { MILLION = 1000000 };
 enum { SECOND_MS = 1000, HOUR_MS = 3600 * SECOND_MS };
 
+/* clang-format off */
 /* The defaults of the attention group are select_default()'s; a test compares them. */
 static const struct option table[] = {
     { .group = "Model and memory",
@@ -143,6 +144,7 @@ static const struct option table[] = {
     { .key = "check-invariants", .type = OPTION_BOOL, AT(engine.check_invariants),
       .initial = "no", .help = "Check the scheduler and the KV pool after every step; slow." },
 };
+/* clang-format on */
 
 size_t config_n_options(void)
 {

@@ -7,6 +7,6 @@
 
 size_t config_n_options(void);
 const struct option *config_option(size_t i);
-const struct option *config_find(const char *key, size_t n);   /* NULL: no such key */
+const struct option *config_find(const char *key, size_t n); /* NULL: no such key */
 
 #endif

@@ -19,11 +19,18 @@ struct unit {
 
 static const struct unit no_units[] = { { "", 1 }, { NULL, 0 } };
 static const struct unit byte_units[] = {
-    { "tb", 1ull << 40 }, { "gb", 1ull << 30 }, { "mb", 1ull << 20 },
-    { "kb", 1ull << 10 }, { "", 1 },            { NULL, 0 },
+    { "tb", 1ull << 40 },
+    { "gb", 1ull << 30 },
+    { "mb", 1ull << 20 },
+    { "kb", 1ull << 10 },
+    { "", 1 },
+    { NULL, 0 },
 };
 static const struct unit time_units[] = {
-    { "m", 60000 }, { "s", 1000 }, { "ms", 1 }, { NULL, 0 },
+    { "s", 1000 },
+    { "ms", 1 },
+    { "m", 60000 },
+    { NULL, 0 },
 };
 
 static const struct unit *units_of(const struct option *o)
@@ -52,7 +59,7 @@ static bool number_parse(uint64_t *out, const char *text, const struct unit *uni
     return false;
 }
 
-/* The largest unit that divides it. */
+/* The first unit of the list that divides it. */
 static void number_print(struct strbuf *out, uint64_t value, const struct unit *units)
 {
     const struct unit *u = units;
@@ -131,8 +138,8 @@ static enum status word_check(const struct option *o, const char *text, const ch
 {
     if (choice_find(o->choices, text) >= 0)
         return ST_OK;
-    return error_set(err, ST_INVALID, "%s: %s is '%.80s', which is not one of %s", place, o->key,
-                     text, o->choices);
+    return error_set(err, ST_INVALID, "%s: %s is '%.80s', which is not one of %s", place,
+                     o->key, text, o->choices);
 }
 
 /* Keys travel in a header and are compared as they are: no spaces, no controls. */
@@ -199,8 +206,8 @@ static enum status bool_set(const struct option *o, bool *at, const char *text,
     bool yes = strcmp(text, "yes") == 0;
 
     if (!yes && strcmp(text, "no") != 0)
-        return error_set(err, ST_INVALID, "%s: %s is '%.80s', which is neither yes nor no", place,
-                         o->key, text);
+        return error_set(err, ST_INVALID, "%s: %s is '%.80s', which is neither yes nor no",
+                         place, o->key, text);
     *at = yes;
     return ST_OK;
 }
@@ -216,7 +223,8 @@ static enum status text_check(const struct option *o, const char *text, const ch
         return error_set(err, ST_INVALID, "%s: the value of %s is longer than %d bytes", place,
                          o->key, MAX_VALUE_BYTES);
     if (!utf8_is_valid(text, n))
-        return error_set(err, ST_INVALID, "%s: the value of %s is not valid UTF-8", place, o->key);
+        return error_set(err, ST_INVALID, "%s: the value of %s is not valid UTF-8", place,
+                         o->key);
     for (size_t i = 0; i < n; i++)
         if (((unsigned char)text[i] < ' ' && text[i] != '\t') || text[i] == 0x7f)
             return error_set(err, ST_INVALID, "%s: the value of %s has a control character",
@@ -274,7 +282,7 @@ void option_print(const struct option *o, const void *base, struct strbuf *out)
         number_print(out, *(const uint32_t *)at, no_units);
         break;
     case OPTION_INT:
-        number_print(out, (uint64_t)*(const int *)at, no_units);
+        number_print(out, (uint64_t) * (const int *)at, no_units);
         break;
     case OPTION_U64:
     case OPTION_BYTES:

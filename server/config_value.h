@@ -15,27 +15,27 @@ struct strbuf;
  * there. */
 
 enum option_type {
-    OPTION_U32,     /* uint32_t */
-    OPTION_INT,     /* int */
-    OPTION_U64,     /* uint64_t or size_t */
-    OPTION_BYTES,   /* the same, written 4096, 512mb, 16gb (units of 1024) */
-    OPTION_MS,      /* uint64_t, written 500ms, 30s, 5m */
-    OPTION_BOOL,    /* bool, written yes, no */
-    OPTION_CHOICE,  /* an enum that counts from 0, one of choices */
-    OPTION_WORD,    /* char *, one of choices */
-    OPTION_TEXT,    /* char *, NULL is written none */
-    OPTION_LIST     /* struct config_list, separated by commas, empty is written none */
+    OPTION_U32,    /* uint32_t */
+    OPTION_INT,    /* int */
+    OPTION_U64,    /* uint64_t or size_t */
+    OPTION_BYTES,  /* the same, written 4096, 512mb, 16gb (units of 1024) */
+    OPTION_MS,     /* uint64_t, written 500ms, 30s, 5m */
+    OPTION_BOOL,   /* bool, written yes, no */
+    OPTION_CHOICE, /* an enum that counts from 0, one of choices */
+    OPTION_WORD,   /* char *, one of choices */
+    OPTION_TEXT,   /* char *, NULL is written none */
+    OPTION_LIST    /* struct config_list, separated by commas, empty is written none */
 };
 
 struct option {
-    const char *group;      /* heading; not NULL in the first option of a group */
+    const char *group; /* heading; not NULL in the first option of a group */
     const char *key;
     enum option_type type;
     size_t offset;
-    const char *initial;    /* the default, as text */
-    uint64_t min, max;      /* of numbers, in their own unit */
-    const char *choices;    /* "one|two" */
-    bool secret;            /* neither printed nor repeated in a sentence */
+    const char *initial; /* the default, as text */
+    uint64_t min, max;   /* of numbers, in their own unit */
+    const char *choices; /* "one|two" */
+    bool secret;         /* neither printed nor repeated in a sentence */
     const char *help;
 };
 

@@ -27,7 +27,7 @@ enum {
     MAX_HEADERS = 8
 };
 
-enum exchange_state { X_HEAD, X_BODY, X_WAIT, X_READY, X_SENDING };
+enum exchange_state { X_HEAD, X_BODY, X_WAIT, X_READY, X_SENDING, X_CLOSED };
 
 struct http_exchange {
     struct http_server *server;
@@ -493,6 +493,7 @@ static void on_completed(void *cls, struct MHD_Connection *connection, void **co
     if (!x)
         return;
     ASSERT(!x->suspended);
+    x->state = X_CLOSED;
     s->handler.closed(s->handler.arg, x, code == MHD_REQUEST_TERMINATED_COMPLETED_OK);
     if (x->response) {
         MHD_destroy_response(x->response);
@@ -606,6 +607,15 @@ void http_destroy(struct http_server *s)
 }
 
 /* ---- small accessors */
+
+int http_n_answering(const struct http_server *s)
+{
+    int n = 0;
+
+    for (const struct http_exchange *x = s->exchanges; x; x = x->next)
+        n += x->state >= X_WAIT && x->state < X_CLOSED;
+    return n;
+}
 
 const char *http_method(const struct http_exchange *x)
 {

@@ -65,6 +65,9 @@ enum status http_create(struct http_server **out, uv_loop_t *loop, const struct 
                         const struct http_handler *handler, struct error *err) MUST_USE;
 uint16_t http_port(const struct http_server *s);
 
+/* Exchanges between the end of their body and closed(). */
+int http_n_answering(const struct http_server *s);
+
 /* Accept no more connections; open ones close after their current answer. */
 void http_quiesce(struct http_server *s);
 

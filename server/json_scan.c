@@ -10,7 +10,7 @@ struct scanner {
     size_t n, at;
     size_t n_values, max_values;
     int depth;
-    uint64_t objects;            /* bit d: the container at depth d + 1 is an object */
+    uint64_t objects; /* bit d: the container at depth d + 1 is an object */
     struct json_scan *out;
     struct error *err;
 };
@@ -81,8 +81,10 @@ static enum status scan_escape(struct scanner *sc)
     if (code < 0)
         return broken(sc, "incomplete \\u escape");
     if (code == 0)
-        return error_set(sc->err, ST_INVALID, "The request body has a NUL character (\\u0000) at "
-                         "byte %zu, which texts cannot hold.", sc->at);
+        return error_set(sc->err, ST_INVALID,
+                         "The request body has a NUL character (\\u0000) at "
+                         "byte %zu, which texts cannot hold.",
+                         sc->at);
     if (code >= 0xDC00 && code <= 0xDFFF)
         return broken(sc, "lone surrogate");
     if (code >= 0xD800 && code <= 0xDBFF) {
@@ -199,8 +201,8 @@ static enum status open_container(struct scanner *sc)
     bool object = peek(sc) == '{';
 
     if (sc->depth == JSON_MAX_DEPTH)
-        return error_set(sc->err, ST_INVALID, "The request body is nested deeper than %d levels.",
-                         JSON_MAX_DEPTH);
+        return error_set(sc->err, ST_INVALID,
+                         "The request body is nested deeper than %d levels.", JSON_MAX_DEPTH);
     sc->objects &= ~(UINT64_C(1) << sc->depth);
     sc->objects |= (uint64_t)object << sc->depth;
     sc->depth++;
@@ -226,8 +228,16 @@ static enum status scan_value(struct scanner *sc, bool *opened)
     case '"':
         return scan_string(sc);
     case '-':
-    case '0': case '1': case '2': case '3': case '4':
-    case '5': case '6': case '7': case '8': case '9':
+    case '0':
+    case '1':
+    case '2':
+    case '3':
+    case '4':
+    case '5':
+    case '6':
+    case '7':
+    case '8':
+    case '9':
         TRY(scan_number(sc, &fraction));
         if (fraction && current_member(sc))
             current_member(sc)->fraction = true;
@@ -289,9 +299,11 @@ enum status json_scan(struct json_scan *out, const char *text, size_t n, size_t 
 
     out->n_members = 0;
     if (n == 0)
-        return error_set(err, ST_INVALID, "The request body is empty; a JSON object is expected.");
+        return error_set(err, ST_INVALID,
+                         "The request body is empty; a JSON object is expected.");
     if (n >= 3 && memcmp(text, "\xEF\xBB\xBF", 3) == 0)
-        return error_set(err, ST_INVALID, "The request body begins with a byte order mark; JSON "
+        return error_set(err, ST_INVALID,
+                         "The request body begins with a byte order mark; JSON "
                          "has none.");
     size_t valid = utf8_valid_prefix(text, n);
     if (valid != n)

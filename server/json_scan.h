@@ -17,17 +17,17 @@
 
 enum {
     JSON_MAX_DEPTH = 64,
-    JSON_MAX_MEMBERS = 128,      /* of the outermost object */
-    JSON_MAX_NUMBER_BYTES = 60   /* cJSON reads at most 63 */
+    JSON_MAX_MEMBERS = 128,    /* of the outermost object */
+    JSON_MAX_NUMBER_BYTES = 60 /* cJSON reads at most 63 */
 };
 
 struct json_member {
-    size_t value, value_bytes;   /* the span of the value in the text */
-    bool fraction;               /* some number in it has a point or an exponent */
+    size_t value, value_bytes; /* the span of the value in the text */
+    bool fraction;             /* some number in it has a point or an exponent */
 };
 
 struct json_scan {
-    bool object;                 /* the outermost value is an object */
+    bool object; /* the outermost value is an object */
     int n_members;
     struct json_member members[JSON_MAX_MEMBERS]; /* in the order of the text */
 };

@@ -24,7 +24,7 @@ struct stream;
  *   DRAINING  after a signal: nothing is accepted, what was accepted finishes,
  *             at the latest when drain-timeout has passed
  *   FAILED    the device failed: every request is answered with an error
- *   LEAVING   the engine is gone; the last answers get a moment to be sent */
+ *   LEAVING   what is left has been cancelled; answers get a moment to be sent */
 
 enum service_state {
     SERVICE_LOADING, SERVICE_READY, SERVICE_DRAINING, SERVICE_FAILED, SERVICE_LEAVING
@@ -40,22 +40,19 @@ struct service {
     bool loading;
     struct error load_error;
     enum service_state state;
-    bool failed;                     /* how LEAVING was reached */
     uint64_t deadline_ns;            /* of DRAINING, FAILED and LEAVING */
     int exit_code;
 
     struct http_server *http;
     struct metrics *metrics;
     struct mailbox *mailbox;
-    struct tokenizer *tokenizer;
-    struct engine *engine;           /* NULL while LOADING and LEAVING */
+    struct engine *engine;           /* NULL while LOADING */
     struct api_context api;          /* constant from READY on; read by pool threads */
     int64_t created;                 /* Unix seconds */
     uint64_t next_id;
 
     struct stream *streams;          /* all completions that are not freed */
     int n_streams, n_parsing;
-    int n_answering;                 /* exchanges between body() and closed() */
 
     uint64_t seen_steps, progress_ns;/* when the engine was last seen to move or idle */
     uint64_t summary_ns, summary_tokens;

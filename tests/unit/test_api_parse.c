@@ -5,6 +5,7 @@
 #include "tests/support/byte_tokenizer.h"
 
 #include <check.h>
+#include <stdio.h>
 #include <string.h>
 
 /* One token a byte, contexts of 100 tokens, a vocabulary with rows behind the
@@ -197,7 +198,7 @@ static const struct refusal refusals[] = {
     { P "\"best_of\":2,\"stream\":true}", "best_of",
       "'best_of' greater than 'n' cannot be streamed." },
     { P "\"logprobs\":6}", "logprobs", "'logprobs' must be between 0 and 5, not 6." },
-    { P "\"logprobs\":-1}", "logprobs", "'logprobs' must be between 0 and 4294967295, not -1." },
+    { P "\"logprobs\":-1}", "logprobs", "'logprobs' must be between 0 and 20, not -1." },
     { P "\"logprobs\":true}", "logprobs", "'logprobs' must be an integer." },
     { P "\"logprobs\":\"1\"}", "logprobs", "'logprobs' must be an integer." },
     { P "\"logprobs\":4,\"max_tokens\":60,\"n\":4}", "logprobs",
@@ -572,7 +573,8 @@ END_TEST
 START_TEST(every_field_arrives)
 {
     struct api_completion *c = accept(
-        "{\"model\":\"alias\",\"prompt\":[[72,105],[299]],\"max_tokens\":7,\"min_tokens\":3,\"n\":2,"
+        "{\"model\":\"alias\",\"prompt\":[[72,105],[299]],\"max_tokens\":7,\"min_tokens\":3,"
+        "\"n\":2,"
         "\"best_of\":3,\"logprobs\":2,\"temperature\":0.5,\"top_p\":0.75,\"top_k\":5,"
         "\"min_p\":0.25,\"presence_penalty\":-1.5,\"frequency_penalty\":1.5,"
         "\"repetition_penalty\":1.25,\"logit_bias\":{\"7\":-100,\"5\":1.5},"
@@ -781,7 +783,8 @@ END_TEST
 START_TEST(truncated_bodies_are_refused)
 {
     static const char body[] =
-        "{\"prompt\":[\"\\ud83d\\ude42\\n\"],\"logit_bias\":{\"5\":-1.5e0},\"echo\":true,\"n\":12}";
+        "{\"prompt\":[\"\\ud83d\\ude42\\n\"],\"logit_bias\":{\"5\":-1.5e0},\"echo\":true,"
+        "\"n\":12}";
     struct api_error err;
 
     for (size_t n = 0; n < sizeof body - 1; n++) {

@@ -1,0 +1,301 @@
+#include "server/routes.h"
+
+#include "engine/base/invariant.h"
+#include "engine/base/log.h"
+#include "server/access.h"
+#include "server/metrics.h"
+#include "server/reply.h"
+#include "server/service.h"
+#include "server/stream.h"
+
+#include <string.h>
+#include <strings.h>
+
+enum { ROUTE_GET = 1, ROUTE_POST = 2, ROUTE_PUBLIC = 4, ROUTE_PREFIX = 8, ROUTE_ENGINE = 16 };
+
+struct route {
+    const char *path;
+    unsigned flags;
+    void (*answer)(struct service *sv, struct http_exchange *x);
+};
+
+/* ---- answers */
+
+static void reply_json(struct http_exchange *x, const char *text)
+{
+    struct strbuf body = { 0 };
+
+    strbuf_puts(&body, text);
+    http_reply(x, 200, "application/json", &body);
+}
+
+static void answer_health(struct service *sv, struct http_exchange *x)
+{
+    struct engine_stats stats = { 0 };
+    struct api_error err;
+
+    if (sv->engine)
+        engine_stats(sv->engine, &stats);
+    if (sv->state == SERVICE_FAILED || stats.failed) {
+        refusal_error(&err, REFUSE_FAILED, NULL);
+        err.http = 503;
+        reply_api_error(x, &err);
+    } else if (service_stalled(sv)) {
+        reply_refusal(x, REFUSE_STALLED);
+    } else {
+        reply_json(x, "{\"status\":\"ok\"}");
+    }
+}
+
+static void answer_ready(struct service *sv, struct http_exchange *x)
+{
+    switch (sv->state) {
+    case SERVICE_READY:   reply_json(x, "{\"status\":\"ready\"}"); break;
+    case SERVICE_LOADING: reply_refusal(x, REFUSE_LOADING); break;
+    default:              reply_refusal(x, REFUSE_DRAINING); break;
+    }
+}
+
+static void answer_version(struct service *sv, struct http_exchange *x)
+{
+    struct strbuf body = { 0 };
+
+    (void)sv;
+    strbuf_printf(&body, "{\"version\":\"%s\"}", config_version());
+    http_reply(x, 200, "application/json", &body);
+}
+
+static void answer_metrics(struct service *sv, struct http_exchange *x)
+{
+    struct engine_stats stats;
+    struct metrics_view view = {
+        .model_name = sv->api.model_names[0], .parsing = (uint32_t)sv->n_parsing,
+        .streams = sv->n_streams, .version = config_version(),
+        .device = sv->engine ? engine_device_name(sv->engine) : "none",
+    };
+    struct strbuf body = { 0 };
+
+    if (sv->engine) {
+        engine_stats(sv->engine, &stats);
+        view.stats = &stats;
+    }
+    metrics_print(sv->metrics, &body, &view);
+    http_reply(x, 200, "text/plain; version=0.0.4; charset=utf-8", &body);
+}
+
+static void answer_models(struct service *sv, struct http_exchange *x)
+{
+    struct strbuf body = { 0 };
+
+    api_write_models(&body, sv->api.model_names, sv->api.n_model_names, sv->created,
+                     sv->api.limits.max_model_len, false);
+    http_reply(x, 200, "application/json", &body);
+}
+
+static int hex_digit(char c)
+{
+    return c >= '0' && c <= '9' ? c - '0'
+         : c >= 'a' && c <= 'f' ? c - 'a' + 10
+         : c >= 'A' && c <= 'F' ? c - 'A' + 10 : -1;
+}
+
+/* Is the percent-encoded text the name?  Malformed escapes are nobody's name. */
+static bool decodes_to(const char *encoded, const char *name)
+{
+    for (; *encoded; name++) {
+        int c = (unsigned char)*encoded++;
+        if (c == '%') {
+            int high = hex_digit(encoded[0]);
+            int low = high < 0 ? -1 : hex_digit(encoded[1]);
+            if (low < 0)
+                return false;
+            c = high * 16 + low;
+            encoded += 2;
+        }
+        if (c == 0 || c != (unsigned char)*name)
+            return false;
+    }
+    return *name == '\0';
+}
+
+static void answer_model(struct service *sv, struct http_exchange *x)
+{
+    const char *wanted = http_path(x) + strlen("/v1/models/");
+    struct strbuf body = { 0 };
+
+    for (int i = 0; i < sv->api.n_model_names; i++) {
+        if (!decodes_to(wanted, sv->api.model_names[i]))
+            continue;
+        api_write_models(&body, &sv->api.model_names[i], 1, sv->created,
+                         sv->api.limits.max_model_len, true);
+        http_reply(x, 200, "application/json", &body);
+        return;
+    }
+    reply_refusal(x, REFUSE_MODEL);
+}
+
+static const struct route routes[] = {
+    { "/v1/completions", ROUTE_POST | ROUTE_ENGINE, stream_start },
+    { "/v1/models", ROUTE_GET | ROUTE_ENGINE, answer_models },
+    { "/v1/models/", ROUTE_GET | ROUTE_ENGINE | ROUTE_PREFIX, answer_model },
+    { "/health", ROUTE_GET | ROUTE_PUBLIC, answer_health },
+    { "/ready", ROUTE_GET | ROUTE_PUBLIC, answer_ready },
+    { "/version", ROUTE_GET, answer_version },
+    { "/metrics", ROUTE_GET, answer_metrics },
+};
+
+static const struct route *find_route(const char *path)
+{
+    for (size_t i = 0; i < sizeof routes / sizeof routes[0]; i++) {
+        const struct route *r = &routes[i];
+        size_t n = strlen(r->path);
+        if ((r->flags & ROUTE_PREFIX) ? strncmp(path, r->path, n) == 0 && path[n]
+                                      : strcmp(path, r->path) == 0)
+            return r;
+    }
+    return NULL;
+}
+
+/* ---- the head */
+
+static bool method_fits(const struct route *r, const char *method)
+{
+    if (r->flags & ROUTE_POST)
+        return strcmp(method, "POST") == 0;
+    return strcmp(method, "GET") == 0 || strcmp(method, "HEAD") == 0;
+}
+
+static bool is_public(const struct service *sv, const struct route *r)
+{
+    return r && ((r->flags & ROUTE_PUBLIC) ||
+                 (sv->cfg->metrics_public && r->answer == answer_metrics));
+}
+
+/* curl -d says form when nobody tells it otherwise; the body decides then. */
+static bool media_type_fits(const char *type)
+{
+    static const char *const fits[] = { "application/json", "application/x-www-form-urlencoded" };
+
+    if (!type)
+        return true;
+    for (size_t i = 0; i < sizeof fits / sizeof fits[0]; i++) {
+        size_t n = strlen(fits[i]);
+        if (strncasecmp(type, fits[i], n) == 0 && strchr("; \t", type[n]))
+            return true;
+    }
+    return false;
+}
+
+/* What a browser needs to hear before it lets an allowed page read answers. */
+static void add_cors(struct http_exchange *x, const char *origin)
+{
+    http_add_header(x, "Access-Control-Allow-Origin", origin);
+    http_add_header(x, "Vary", "Origin");
+}
+
+static void answer_preflight(struct http_exchange *x)
+{
+    struct strbuf nothing = { 0 };
+
+    http_add_header(x, "Access-Control-Allow-Methods", "GET, POST, OPTIONS");
+    http_add_header(x, "Access-Control-Allow-Headers",
+                    "Authorization, Content-Type, x-request-id");
+    http_add_header(x, "Access-Control-Max-Age", "600");
+    http_reply(x, 204, "text/plain", &nothing);
+}
+
+static bool refuse_by_state(struct service *sv, struct http_exchange *x)
+{
+    switch (sv->state) {
+    case SERVICE_READY:   return false;
+    case SERVICE_LOADING: reply_refusal(x, REFUSE_LOADING); return true;
+    case SERVICE_FAILED:  reply_refusal(x, REFUSE_FAILED); return true;
+    default:              reply_refusal(x, REFUSE_DRAINING); return true;
+    }
+}
+
+static void on_head(void *arg, struct http_exchange *x)
+{
+    struct service *sv = arg;
+    const struct route *r = find_route(http_path(x));
+    const char *method = http_method(x), *origin = http_header(x, "Origin");
+
+    if (!access_origin_ok(&sv->cfg->allowed_origins, origin)) {
+        reply_refusal(x, REFUSE_ORIGIN);
+        return;
+    }
+    if (origin)
+        add_cors(x, origin);
+    if (origin && strcmp(method, "OPTIONS") == 0 &&
+        http_header(x, "Access-Control-Request-Method")) {
+        answer_preflight(x);
+        return;
+    }
+    if (!is_public(sv, r) &&
+        !access_key_ok(&sv->cfg->api_keys, http_header(x, "Authorization"))) {
+        reply_refusal(x, REFUSE_KEY);
+        return;
+    }
+    if (!r) {
+        reply_refusal(x, REFUSE_ROUTE);
+    } else if (!method_fits(r, method)) {
+        http_add_header(x, "Allow", (r->flags & ROUTE_POST) ? "POST" : "GET, HEAD");
+        reply_refusal(x, REFUSE_METHOD);
+    } else if ((r->flags & ROUTE_POST) && !media_type_fits(http_header(x, "Content-Type"))) {
+        reply_refusal(x, REFUSE_MEDIA_TYPE);
+    } else if (r->flags & ROUTE_ENGINE) {
+        refuse_by_state(sv, x);
+    }
+}
+
+static void on_body(void *arg, struct http_exchange *x)
+{
+    struct service *sv = arg;
+    const struct route *r = find_route(http_path(x));
+
+    ASSERT(r);
+    /* The state may have changed while the body came in. */
+    if ((r->flags & ROUTE_ENGINE) && refuse_by_state(sv, x))
+        return;
+    r->answer(sv, x);
+}
+
+static void on_drained(void *arg, struct http_exchange *x)
+{
+    (void)arg;
+    if (http_owner(x))
+        stream_drained(http_owner(x));
+}
+
+static void on_half_closed(void *arg, struct http_exchange *x)
+{
+    (void)arg;
+    if (http_owner(x))
+        stream_half_closed(http_owner(x));
+}
+
+static void on_closed(void *arg, struct http_exchange *x, bool whole)
+{
+    struct service *sv = arg;
+    const struct route *r = find_route(http_path(x));
+
+    metrics_count_http(sv->metrics, r ? r->path : "none", http_status(x));
+    if (http_owner(x))
+        stream_closed(http_owner(x), whole);
+    else if (http_status(x) >= 400)
+        log_info("http", "%s %s %s %d%s", http_request_id(x), http_method(x),
+                 r ? r->path : "(no route)", http_status(x), whole ? "" : " disconnected");
+    else
+        log_debug("http", "%s %s %s %d", http_request_id(x), http_method(x),
+                  r ? r->path : "(no route)", http_status(x));
+    service_note_end(sv);
+}
+
+struct http_handler routes_handler(struct service *sv)
+{
+    return (struct http_handler){
+        .arg = sv, .head = on_head, .body = on_body, .drained = on_drained,
+        .half_closed = on_half_closed, .closed = on_closed,
+        .error_body = reply_transport_error,
+    };
+}

@@ -1,0 +1,320 @@
+#include "server/service.h"
+
+#include "engine/base/clock.h"
+#include "engine/base/invariant.h"
+#include "engine/base/log.h"
+#include "engine/base/mem.h"
+#include "server/listen.h"
+#include "server/metrics.h"
+#include "server/reply.h"
+#include "server/routes.h"
+#include "server/stream.h"
+
+#include <pthread.h>
+#include <signal.h>
+#include <stdio.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+enum {
+    TICK_MS = 250,
+    /* For answers on their way after the last request has been cancelled. */
+    LEAVE_NS = 1000000000,
+    SPARE_DESCRIPTORS = 64
+};
+
+/* What a supervisor sees: 3 asks for a restart, 1 does not get better by one. */
+enum { EXIT_DONE = 0, EXIT_CONFIG = 1, EXIT_DEVICE = 3 };
+
+/* ---- progress */
+
+static void note_progress(struct service *sv, uint64_t now_ns)
+{
+    struct engine_stats stats;
+
+    if (!sv->engine)
+        return;
+    engine_stats(sv->engine, &stats);
+    if (!stats.busy || stats.steps != sv->seen_steps || !sv->progress_ns) {
+        sv->seen_steps = stats.steps;
+        sv->progress_ns = now_ns;
+        sv->shrug = false;
+    }
+    if (stats.failed)
+        service_fail(sv, "the device failed");
+    if (service_stalled(sv) && !sv->shrug) {
+        sv->shrug = true;
+        log_error("service", "no step for %.0f s with %u running and %u waiting requests",
+                  (double)(now_ns - sv->progress_ns) / 1e9, stats.running, stats.waiting);
+    }
+}
+
+bool service_stalled(const struct service *sv)
+{
+    uint64_t limit_ns = sv->cfg->stall_timeout_ms * 1000000u;
+
+    return limit_ns > 0 && sv->engine && clock_now_ns() - sv->progress_ns > limit_ns;
+}
+
+static void log_summary(struct service *sv, uint64_t now_ns)
+{
+    const uint64_t interval_ns = 10000000000u;
+    struct engine_stats s;
+
+    if (!sv->engine || now_ns - sv->summary_ns < interval_ns)
+        return;
+    engine_stats(sv->engine, &s);
+    if (s.output_tokens != sv->summary_tokens || s.running + s.waiting > 0)
+        log_info("engine", "%u running, %u waiting, %.1f output tokens/s, KV pool %.1f %% used, "
+                 "%.1f %% cached", s.running, s.waiting,
+                 (double)(s.output_tokens - sv->summary_tokens) /
+                 ((double)(now_ns - sv->summary_ns) / 1e9),
+                 100.0 * s.kv_blocks_pinned / (s.kv_blocks ? s.kv_blocks : 1),
+                 100.0 * s.kv_blocks_cached / (s.kv_blocks ? s.kv_blocks : 1));
+    sv->summary_ns = now_ns;
+    sv->summary_tokens = s.output_tokens;
+}
+
+/* ---- leaving */
+
+static void leave(struct service *sv, enum refusal why)
+{
+    struct api_error err;
+
+    refusal_error(&err, why, NULL);
+    sv->state = SERVICE_LEAVING;
+    sv->deadline_ns = clock_now_ns() + LEAVE_NS;
+    stream_fail_all(sv, &err);
+}
+
+void service_note_end(struct service *sv)
+{
+    if (sv->http && sv->state >= SERVICE_DRAINING && !sv->n_streams && !sv->loading &&
+        !http_n_answering(sv->http))
+        uv_stop(&sv->loop);
+}
+
+void service_fail(struct service *sv, const char *why)
+{
+    if (sv->state == SERVICE_FAILED || sv->exit_code == EXIT_DEVICE)
+        return;
+    log_error("service", "%s; ending with exit code %d", why, EXIT_DEVICE);
+    sv->exit_code = EXIT_DEVICE;
+    sv->state = SERVICE_FAILED;
+    /* The engine sends every request home by itself; this is for those it
+     * cannot reach any more. */
+    sv->deadline_ns = clock_now_ns() + LEAVE_NS;
+}
+
+static void drain(struct service *sv)
+{
+    log_info("service", "draining: %d completions open, %.0f s at most", sv->n_streams,
+             (double)sv->cfg->drain_timeout_ms / 1e3);
+    sv->state = SERVICE_DRAINING;
+    sv->deadline_ns = clock_now_ns() + sv->cfg->drain_timeout_ms * 1000000u;
+    http_quiesce(sv->http);
+    if (sv->engine)
+        engine_drain(sv->engine);
+    service_note_end(sv);
+}
+
+static void on_signal(uv_signal_t *handle, int number)
+{
+    struct service *sv = handle->data;
+
+    if (sv->state >= SERVICE_DRAINING) {
+        log_warn("service", "second signal (%d): ending at once", number);
+        _exit(1);
+    }
+    drain(sv);
+}
+
+static void on_tick(uv_timer_t *timer)
+{
+    struct service *sv = timer->data;
+    uint64_t now_ns = clock_now_ns();
+
+    note_progress(sv, now_ns);
+    log_summary(sv, now_ns);
+    stream_tick(sv, now_ns);
+    if (sv->state < SERVICE_DRAINING)
+        return;
+    service_note_end(sv);
+    if (now_ns < sv->deadline_ns)
+        return;
+    if (sv->state == SERVICE_LEAVING && !sv->loading)
+        uv_stop(&sv->loop);
+    else if (sv->state == SERVICE_DRAINING || sv->state == SERVICE_FAILED)
+        leave(sv, sv->state == SERVICE_FAILED ? REFUSE_FAILED : REFUSE_DRAINING);
+}
+
+/* ---- mail */
+
+static void take_mail(struct service *sv)
+{
+    struct mail_node *next;
+
+    for (struct mail_node *node = mailbox_drain(sv->mailbox); node; node = next) {
+        next = node->next;
+        stream_take_message(sv, (struct message *)node);
+    }
+    stream_send_pending(sv);
+}
+
+static void on_wake(uv_async_t *wake)
+{
+    take_mail(wake->data);
+}
+
+static void wake_loop(void *arg)
+{
+    uv_async_send(&((struct service *)arg)->wake);
+}
+
+/* ---- loading */
+
+static void on_load(uv_work_t *work)
+{
+    struct service *sv = work->data;
+
+    if (engine_create(&sv->engine, &sv->cfg->engine, sv->mailbox, &sv->load_error) != ST_OK)
+        sv->engine = NULL;
+}
+
+static void announce(const struct service *sv)
+{
+    const char *host = sv->cfg->host, *name = sv->api.model_names[0];
+    bool brackets = strchr(host, ':') != NULL;
+    char url[300];
+
+    snprintf(url, sizeof url, "http://%s%s%s:%u", brackets ? "[" : "", host, brackets ? "]" : "",
+             http_port(sv->http));
+    log_info("service", "ready: %s serves %s on %s, contexts of up to %u tokens", url, name,
+             engine_device_name(sv->engine), sv->api.limits.max_model_len);
+    printf("ready: %s\n\n"
+           "curl -N %s/v1/completions -H 'Content-Type: application/json' \\%s\n"
+           "  -d '{\"model\": \"%s\", \"prompt\": \"It was a dark and stormy night\", "
+           "\"max_tokens\": 64, \"stream\": true}'\n", url, url,
+           sv->cfg->api_keys.n ? "\n  -H \"Authorization: Bearer $KEY\" \\" : "", name);
+    fflush(stdout);
+}
+
+static void on_loaded(uv_work_t *work, int status)
+{
+    struct service *sv = work->data;
+
+    ASSERT(status == 0);
+    sv->loading = false;
+    if (!sv->engine) {
+        log_error("service", "cannot serve %s: %s", sv->cfg->engine.model_dir,
+                  sv->load_error.text);
+        sv->exit_code = EXIT_CONFIG;
+        sv->state = SERVICE_LEAVING;
+        service_note_end(sv);
+        return;
+    }
+    sv->api.tokenizer = engine_tokenizer(sv->engine);
+    sv->api.model = engine_model(sv->engine);
+    sv->api.limits.max_model_len = engine_max_model_len(sv->engine);
+    if (sv->state != SERVICE_LOADING) {
+        service_note_end(sv);
+        return;
+    }
+    sv->state = SERVICE_READY;
+    announce(sv);
+}
+
+/* ---- start and end */
+
+static enum status start_http(struct service *sv, struct error *err)
+{
+    const struct config *cfg = sv->cfg;
+    const struct http_handler handler = routes_handler(sv);
+    /* A connection that waits for the engine takes two descriptors. */
+    uint32_t descriptors = listen_raise_descriptors();
+    uint32_t most = descriptors > SPARE_DESCRIPTORS ? (descriptors - SPARE_DESCRIPTORS) / 2 : 1;
+    struct http_config http = {
+        .host = cfg->host, .port = (uint16_t)cfg->port,
+        .max_body_bytes = cfg->max_body_bytes, .max_bodies_bytes = cfg->max_bodies_bytes,
+        .max_connections = cfg->max_connections < most ? cfg->max_connections : most,
+        .idle_timeout_s = (uint32_t)((cfg->idle_timeout_ms + 999) / 1000),
+        .body_timeout_s = (uint32_t)((cfg->body_timeout_ms + 999) / 1000),
+    };
+
+    if (http.max_connections < cfg->max_connections)
+        log_warn("http", "%u descriptors allow %u connections, not %u", descriptors,
+                 http.max_connections, cfg->max_connections);
+    TRY(http_create(&sv->http, &sv->loop, &http, &handler, err));
+    log_info("http", "listening on %s port %u", cfg->host, http_port(sv->http));
+    return ST_OK;
+}
+
+static void start_handles(struct service *sv)
+{
+    ASSERT(uv_loop_init(&sv->loop) == 0);
+    ASSERT(uv_async_init(&sv->loop, &sv->wake, on_wake) == 0);
+    ASSERT(uv_timer_init(&sv->loop, &sv->tick) == 0);
+    ASSERT(uv_signal_init(&sv->loop, &sv->sigterm) == 0);
+    ASSERT(uv_signal_init(&sv->loop, &sv->sigint) == 0);
+    sv->wake.data = sv->tick.data = sv->sigterm.data = sv->sigint.data = sv;
+    uv_timer_start(&sv->tick, on_tick, TICK_MS, TICK_MS);
+    uv_signal_start(&sv->sigterm, on_signal, SIGTERM);
+    uv_signal_start(&sv->sigint, on_signal, SIGINT);
+    sv->mailbox = mailbox_create(wake_loop, sv);
+}
+
+/* Backwards: bodies with the pool, connections, the engine, its last mail. */
+static void stop(struct service *sv)
+{
+    if (sv->state < SERVICE_DRAINING)
+        sv->state = SERVICE_LEAVING;
+    while (sv->n_parsing > 0)
+        uv_run(&sv->loop, UV_RUN_ONCE);
+    http_destroy(sv->http);
+    sv->http = NULL;
+    engine_destroy(sv->engine);
+    take_mail(sv);
+    ASSERT(sv->n_streams == 0);
+    uv_close((uv_handle_t *)&sv->wake, NULL);
+    uv_close((uv_handle_t *)&sv->tick, NULL);
+    uv_close((uv_handle_t *)&sv->sigterm, NULL);
+    uv_close((uv_handle_t *)&sv->sigint, NULL);
+    while (uv_run(&sv->loop, UV_RUN_DEFAULT) != 0)
+        continue;
+    ASSERT(uv_loop_close(&sv->loop) == 0);
+    mailbox_destroy(sv->mailbox);
+    metrics_destroy(sv->metrics);
+}
+
+int service_run(const struct config *cfg)
+{
+    struct service *sv = mem_calloc(1, sizeof *sv);
+    struct error err;
+
+    pthread_setname_np(pthread_self(), "loop");
+    signal(SIGPIPE, SIG_IGN);
+    sv->cfg = cfg;
+    sv->created = (int64_t)time(NULL);
+    sv->metrics = metrics_create();
+    sv->api = (struct api_context){ .model_names = (const char *const *)cfg->model_names.items,
+                                    .n_model_names = cfg->model_names.n, .limits = cfg->limits };
+    if (sv->api.limits.max_choices > cfg->engine.max_waiting)
+        sv->api.limits.max_choices = cfg->engine.max_waiting;
+    start_handles(sv);
+    sv->summary_ns = clock_now_ns();
+    if (start_http(sv, &err) != ST_OK) {
+        log_error("service", "%s", err.text);
+        sv->exit_code = EXIT_CONFIG;
+    } else {
+        sv->loading = true;
+        sv->load.data = sv;
+        ASSERT(uv_queue_work(&sv->loop, &sv->load, on_load, on_loaded) == 0);
+        uv_run(&sv->loop, UV_RUN_DEFAULT);
+    }
+    stop(sv);
+    int code = sv->exit_code;
+    log_info("service", "ended with exit code %d", code);
+    mem_free(sv);
+    return code;
+}

@@ -1,0 +1,560 @@
+#include "server/stream.h"
+
+#include "engine/base/clock.h"
+#include "engine/base/invariant.h"
+#include "engine/base/log.h"
+#include "engine/base/mem.h"
+#include "server/choice.h"
+#include "server/metrics.h"
+#include "server/reply.h"
+#include "server/request_head.h"
+#include "server/service.h"
+
+#include <stdio.h>
+#include <string.h>
+#include <sys/random.h>
+#include <time.h>
+
+enum {
+    /* Larger bodies are parsed off the loop: at 1 MB/s of tokenising 16 KB
+     * hold up the streams for 16 ms. */
+    INLINE_BODY_BYTES = 16 * 1024,
+    /* A slow reader's text stays in ids beyond that. */
+    HIGH_WATER_BYTES = 256 * 1024
+};
+
+static const char ping[] = ": ping\n\n";
+
+struct stream {
+    struct service *sv;
+    struct http_exchange *x;         /* NULL once the client is gone */
+    struct stream *prev, *next;      /* sv->streams */
+    uint64_t arrival_ns;
+
+    bool parsing;                    /* with the pool: work, body, completion, error */
+    uv_work_t work;
+    struct strbuf body;
+    struct api_completion *completion;
+    struct api_error error;
+
+    struct choice *choices;          /* prompts times best_of, prompt by prompt */
+    uint32_t n_choices, n_submitted, n_home;
+    bool admitted;
+    bool half_closed;
+    bool begun;                      /* the 200 of an event stream is out */
+    bool answered;                   /* nothing more will be sent */
+    bool dirty;                      /* there is news from the engine */
+    uint64_t last_write_ns;
+    char id[40];
+    int64_t created;
+};
+
+static struct choice *choice_of(const struct request *r)
+{
+    return (struct choice *)r;
+}
+_Static_assert(offsetof(struct choice, req) == 0, "a request leads back to its choice");
+
+static bool is_stream(const struct stream *s)
+{
+    return s->completion->stream;
+}
+
+/* ---- lifetime */
+
+static void maybe_free(struct stream *s)
+{
+    struct service *sv = s->sv;
+
+    if (s->x || s->parsing || s->n_home < s->n_submitted)
+        return;
+    if (s->prev)
+        s->prev->next = s->next;
+    else
+        sv->streams = s->next;
+    if (s->next)
+        s->next->prev = s->prev;
+    sv->n_streams--;
+    for (uint32_t i = 0; i < s->n_choices; i++)
+        choice_fini(&s->choices[i]);
+    mem_free(s->choices);
+    api_completion_free(s->completion);
+    ASSERT(!s->body.data);
+    mem_free(s);
+    service_note_end(sv);
+}
+
+static void cancel(struct stream *s)
+{
+    for (uint32_t i = 0; i < s->n_submitted; i++)
+        if (!s->choices[i].home)
+            engine_cancel(s->sv->engine, &s->choices[i].req);
+}
+
+/* ---- answers */
+
+static void write_event(struct stream *s, const struct strbuf *json)
+{
+    struct strbuf event = { 0 };
+
+    strbuf_puts(&event, "data: ");
+    strbuf_add(&event, json->data, json->n);
+    strbuf_puts(&event, "\n\n");
+    http_stream_write(s->x, event.data, event.n);
+    strbuf_fini(&event);
+    s->last_write_ns = clock_now_ns();
+}
+
+static void begin(struct stream *s)
+{
+    if (!s->begun)
+        http_stream_begin(s->x);
+    s->begun = true;
+}
+
+static void write_ping(struct stream *s, uint64_t now_ns)
+{
+    begin(s);
+    http_stream_write(s->x, ping, sizeof ping - 1);
+    s->last_write_ns = now_ns;
+}
+
+static void end_events(struct stream *s)
+{
+    static const char done[] = "data: [DONE]\n\n";
+
+    http_stream_write(s->x, done, sizeof done - 1);
+    http_stream_end(s->x);
+    s->answered = true;
+}
+
+/* The client gets a true status while that is possible, an error event and
+ * the end of the stream otherwise. */
+static void fail(struct stream *s, const struct api_error *err)
+{
+    cancel(s);
+    if (!s->x || s->answered)
+        return;
+    if (s->begun) {
+        struct strbuf json = { 0 };
+        api_write_error(&json, err);
+        write_event(s, &json);
+        strbuf_fini(&json);
+        end_events(s);
+    } else {
+        reply_api_error(s->x, err);
+        s->answered = true;
+    }
+}
+
+static void fail_with(struct stream *s, enum refusal why, const char *message)
+{
+    struct api_error err;
+
+    refusal_error(&err, why, message);
+    fail(s, &err);
+}
+
+/* A prompt counts once, however many choices it has; what the choice that ran
+ * first found in the cache counts as cached. */
+static struct api_usage usage_of(const struct stream *s)
+{
+    const struct api_completion *c = s->completion;
+    struct api_usage u = { 0 };
+
+    for (uint32_t p = 0; p < c->n_prompts; p++) {
+        uint32_t cached = UINT32_MAX;
+        for (uint32_t i = p * c->best_of; i < (p + 1) * c->best_of && i < s->n_choices; i++) {
+            const struct request *r = &s->choices[i].req;
+            if (s->choices[i].home && r->n_cached < cached)
+                cached = r->n_cached;
+            u.completion_tokens += choice_n_output(&s->choices[i]);
+        }
+        u.prompt_tokens += c->prompts[p].n_ids;
+        u.cached_tokens += cached == UINT32_MAX ? 0 : cached;
+    }
+    return u;
+}
+
+static struct api_head head_of(const struct stream *s)
+{
+    return (struct api_head){ .id = s->id, .model = s->completion->model,
+                              .created = s->created };
+}
+
+/* Did the engine give up on one of the choices?  Then the answer is an error,
+ * never a made-up finish reason. */
+static bool failed(struct stream *s)
+{
+    for (uint32_t i = 0; i < s->n_submitted; i++) {
+        const struct request *r = &s->choices[i].req;
+        if (!s->choices[i].home)
+            continue;
+        if (r->finish == FINISH_ERROR) {
+            log_error("stream", "%s: %s", http_request_id(s->x), r->error.text);
+            fail_with(s, r->error.code == ST_DEVICE ? REFUSE_FAILED : REFUSE_ENGINE, NULL);
+            return true;
+        }
+        if (r->finish == FINISH_CANCELLED) {
+            fail_with(s, REFUSE_DRAINING, NULL);
+            return true;
+        }
+    }
+    return false;
+}
+
+static void send_events(struct stream *s)
+{
+    const struct tokenizer *t = s->sv->api.tokenizer;
+    const struct api_head head = head_of(s);
+    bool include_usage = s->completion->include_usage, all_sent = true;
+    struct strbuf json = { 0 };
+    struct api_piece piece;
+
+    for (uint32_t i = 0; i < s->n_choices; i++) {
+        struct choice *c = &s->choices[i];
+        while (http_stream_pending_bytes(s->x) < HIGH_WATER_BYTES && choice_next(c, &piece)) {
+            begin(s);
+            strbuf_clear(&json);
+            api_write_completion(&json, &head, t, &piece, 1, NULL, include_usage);
+            write_event(s, &json);
+        }
+        all_sent = all_sent && c->end_sent;
+    }
+    if (all_sent) {
+        if (include_usage) {
+            struct api_usage usage = usage_of(s);
+            strbuf_clear(&json);
+            api_write_completion(&json, &head, t, NULL, 0, &usage, false);
+            write_event(s, &json);
+        }
+        end_events(s);
+    }
+    strbuf_fini(&json);
+}
+
+/* The n best of the best_of choices of a prompt, best first, to the front. */
+static void rank(struct choice **list, uint32_t count, uint32_t n)
+{
+    for (uint32_t i = 0; i < n; i++) {
+        uint32_t best = i;
+        for (uint32_t k = i + 1; k < count; k++)
+            if (choice_mean_logprob(list[k]) > choice_mean_logprob(list[best]))
+                best = k;
+        struct choice *c = list[best];
+        memmove(list + i + 1, list + i, (best - i) * sizeof *list);
+        list[i] = c;
+    }
+}
+
+static void send_whole(struct stream *s)
+{
+    const struct api_completion *c = s->completion;
+    const struct api_head head = head_of(s);
+    const struct api_usage usage = usage_of(s);
+    struct api_piece *pieces = mem_calloc((size_t)c->n_prompts * c->n, sizeof *pieces);
+    struct choice **list = mem_calloc(c->best_of, sizeof *list);
+    struct strbuf json = { 0 };
+
+    for (uint32_t p = 0; p < c->n_prompts; p++) {
+        for (uint32_t i = 0; i < c->best_of; i++)
+            list[i] = &s->choices[p * c->best_of + i];
+        if (c->best_of > c->n)
+            rank(list, c->best_of, c->n);
+        for (uint32_t i = 0; i < c->n; i++) {
+            struct api_piece *piece = &pieces[p * c->n + i];
+            choice_whole(list[i], piece);
+            piece->index = p * c->n + i;
+        }
+    }
+    api_write_completion(&json, &head, s->sv->api.tokenizer, pieces, c->n_prompts * c->n, &usage,
+                         false);
+    http_reply(s->x, 200, "application/json", &json);
+    s->answered = true;
+    mem_free(list);
+    mem_free(pieces);
+}
+
+/* Send what can be sent. */
+static void send_news(struct stream *s)
+{
+    if (!s->x || !s->admitted || s->answered || failed(s))
+        return;
+    if (is_stream(s))
+        send_events(s);
+    else if (s->n_home == s->n_choices)
+        send_whole(s);
+}
+
+/* ---- admission */
+
+static uint64_t mix_seed(uint64_t seed, uint32_t i)
+{
+    uint64_t z = seed + i * 0x9E3779B97F4A7C15u;
+
+    if (i == 0)
+        return seed;    /* one choice draws exactly from the seed that was given */
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9u;
+    z = (z ^ z >> 27) * 0x94D049BB133111EBu;
+    return z ^ z >> 31;
+}
+
+static void make_choices(struct stream *s)
+{
+    struct service *sv = s->sv;
+    const struct api_completion *c = s->completion;
+    uint64_t seed = c->template.seed;
+
+    if (!c->has_seed)
+        ASSERT(getrandom(&seed, sizeof seed, 0) == (ssize_t)sizeof seed);
+    s->n_choices = c->n_prompts * c->best_of;
+    s->choices = mem_calloc(s->n_choices, sizeof *s->choices);
+    for (uint32_t p = 0; p < c->n_prompts; p++) {
+        uint64_t group = c->best_of > 1 ? ++sv->next_id : 0;
+        /* Without a seed of the client's no two choices may agree by design. */
+        uint64_t base = c->has_seed ? seed : mix_seed(seed, p);
+        for (uint32_t i = 0; i < c->best_of; i++) {
+            struct choice *choice = &s->choices[p * c->best_of + i];
+            struct request *r = &choice->req;
+            choice_init(choice, c, p, p * c->n + i, sv->api.tokenizer, sv->api.model);
+            r->id = ++sv->next_id;
+            r->group = group;
+            r->seed = mix_seed(base, i);
+            r->arrival_ns = s->arrival_ns;
+            r->owner = s;
+        }
+    }
+}
+
+static void refuse_submit(struct stream *s, enum status status)
+{
+    switch (status) {
+    case ST_BUSY:     fail_with(s, REFUSE_QUEUE_FULL, NULL); break;
+    case ST_SHUTDOWN: fail_with(s, REFUSE_DRAINING, NULL); break;
+    case ST_DEVICE:   fail_with(s, REFUSE_FAILED, NULL); break;
+    default:          fail_with(s, REFUSE_ENGINE, NULL); break;
+    }
+}
+
+/* All choices are let in or none. */
+static void submit(struct stream *s)
+{
+    struct service *sv = s->sv;
+
+    for (uint32_t i = 0; i < s->n_choices; i++) {
+        struct choice *c = &s->choices[i];
+        c->submitted_ns = clock_now_ns();
+        c->home = false;
+        enum status status = engine_submit(sv->engine, &c->req);
+        if (status != ST_OK) {
+            c->home = true;
+            refuse_submit(s, status);
+            return;
+        }
+        s->n_submitted++;
+    }
+    s->admitted = true;
+    metrics_note_params(sv->metrics, s->completion->n, s->completion->template.max_tokens);
+}
+
+static void take_parsed(struct stream *s)
+{
+    struct service *sv = s->sv;
+
+    http_give_body(sv->http, &s->body);
+    if (!s->x)
+        return;
+    if (!s->completion) {
+        fail(s, &s->error);
+        return;
+    }
+    if (sv->state != SERVICE_READY) {
+        fail_with(s, sv->state == SERVICE_FAILED ? REFUSE_FAILED : REFUSE_DRAINING, NULL);
+        return;
+    }
+    if (s->half_closed && !is_stream(s)) {
+        http_drop(s->x);
+        return;
+    }
+    make_choices(s);
+    submit(s);
+    if (s->half_closed && !s->answered)
+        write_ping(s, clock_now_ns());
+}
+
+static void parse(struct stream *s)
+{
+    s->completion = api_parse_completion(s->body.data ? s->body.data : "", s->body.n,
+                                         &s->sv->api, &s->error);
+}
+
+static void on_parse(uv_work_t *work)
+{
+    parse(work->data);
+}
+
+static void on_parsed(uv_work_t *work, int status)
+{
+    struct stream *s = work->data;
+    struct service *sv = s->sv;
+
+    ASSERT(status == 0);    /* never cancelled */
+    s->parsing = false;
+    sv->n_parsing--;
+    take_parsed(s);
+    maybe_free(s);
+}
+
+void stream_start(struct service *sv, struct http_exchange *x)
+{
+    struct stream *s = mem_calloc(1, sizeof *s);
+
+    s->sv = sv;
+    s->x = x;
+    s->arrival_ns = http_arrival_ns(x);
+    s->last_write_ns = s->arrival_ns;
+    s->created = (int64_t)time(NULL);
+    request_id_make(s->id, sizeof s->id, "cmpl-");
+    s->next = sv->streams;
+    if (s->next)
+        s->next->prev = s;
+    sv->streams = s;
+    sv->n_streams++;
+    http_set_owner(x, s);
+    s->body = http_take_body(x);
+    if (s->body.n <= INLINE_BODY_BYTES) {
+        parse(s);
+        take_parsed(s);
+        return;
+    }
+    s->parsing = true;
+    sv->n_parsing++;
+    s->work.data = s;
+    ASSERT(uv_queue_work(&sv->loop, &s->work, on_parse, on_parsed) == 0);
+}
+
+/* ---- the engine's mail */
+
+static void take_tokens(struct service *sv, struct choice *c)
+{
+    uint64_t now_ns = clock_now_ns();
+    uint32_t n = choice_read(c);
+
+    if (n && c->last_seen_ns)
+        metrics_note_tokens(sv->metrics, n, now_ns - c->last_seen_ns);
+    else if (n > 1)
+        metrics_note_tokens(sv->metrics, n - 1, 0);
+    if (n)
+        c->last_seen_ns = now_ns;
+}
+
+void stream_take_message(struct service *sv, struct message *m)
+{
+    struct choice *c = choice_of(m->req);
+    struct stream *s = m->req->owner;
+
+    if (m->kind == MSG_TOKENS) {
+        /* Cleared before the count is read: what comes later sends mail again. */
+        atomic_store(&c->req.mail_pending, false);
+        take_tokens(sv, c);
+    } else {
+        ASSERT(!c->home);
+        c->home = true;
+        s->n_home++;
+        take_tokens(sv, c);
+        metrics_note_done(sv->metrics, &c->req, c->submitted_ns);
+    }
+    s->dirty = true;
+}
+
+void stream_send_pending(struct service *sv)
+{
+    struct stream *next;
+
+    for (struct stream *s = sv->streams; s; s = next) {
+        next = s->next;
+        if (!s->dirty)
+            continue;
+        s->dirty = false;
+        send_news(s);
+        maybe_free(s);
+    }
+}
+
+/* ---- the transport's news */
+
+void stream_drained(struct stream *s)
+{
+    send_news(s);
+}
+
+/* Some clients close their sending side as soon as they have asked.  A stream
+ * finds out by writing; any other answer has nothing to write yet, so there
+ * the client counts as gone. */
+void stream_half_closed(struct stream *s)
+{
+    if (s->answered)
+        return;
+    s->half_closed = true;
+    if (s->parsing)
+        return;
+    if (s->admitted && is_stream(s))
+        write_ping(s, clock_now_ns());
+    else
+        http_drop(s->x);
+}
+
+static double ms_between(uint64_t from, uint64_t to)
+{
+    return from && to > from ? (double)(to - from) / 1e6 : 0;
+}
+
+static void log_end(const struct stream *s, bool whole)
+{
+    struct api_usage u = s->completion ? usage_of(s) : (struct api_usage){ 0 };
+    uint64_t first = 0;
+
+    for (uint32_t i = 0; i < s->n_choices; i++) {
+        uint64_t t = choice_n_output(&s->choices[i]) ? s->choices[i].req.first_token_ns : 0;
+        if (t && (!first || t < first))
+            first = t;
+    }
+    log_info("http", "%s POST /v1/completions %d%s prompt=%llu cached=%llu completion=%llu "
+             "ttft=%.1fms total=%.1fms", http_request_id(s->x), http_status(s->x),
+             whole && s->answered ? "" : " disconnected",
+             (unsigned long long)u.prompt_tokens, (unsigned long long)u.cached_tokens,
+             (unsigned long long)u.completion_tokens, ms_between(s->arrival_ns, first),
+             ms_between(s->arrival_ns, clock_now_ns()));
+}
+
+void stream_closed(struct stream *s, bool whole)
+{
+    log_end(s, whole);
+    s->x = NULL;
+    cancel(s);
+    maybe_free(s);
+}
+
+void stream_tick(struct service *sv, uint64_t now_ns)
+{
+    uint64_t silence_ns = sv->cfg->ping_interval_ms * 1000000u;
+    struct stream *next;
+
+    for (struct stream *s = sv->streams; s; s = next) {
+        next = s->next;
+        if (!s->x || !s->admitted || s->answered || !is_stream(s))
+            continue;
+        if (s->half_closed && http_peer_is_dead(s->x))
+            http_drop(s->x);
+        else if (now_ns - s->last_write_ns >= silence_ns &&
+                 (!s->begun || http_stream_pending_bytes(s->x) == 0))
+            write_ping(s, now_ns);
+    }
+}
+
+void stream_fail_all(struct service *sv, const struct api_error *why)
+{
+    for (struct stream *s = sv->streams; s; s = s->next)
+        if (!s->parsing)
+            fail(s, why);
+}

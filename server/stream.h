@@ -1,0 +1,46 @@
+#ifndef SERVER_STREAM_H
+#define SERVER_STREAM_H
+
+#include "server/api.h"
+#include "server/http.h"
+
+#include <stdbool.h>
+#include <stdint.h>
+
+/* One /v1/completions exchange, from its body to the last byte of its answer.
+ *
+ *     body --> parsed --> admitted --> sending --> answered
+ *                |            |           |
+ *                +------------+-----------+--> refused or failed
+ *
+ * Large bodies are parsed by a thread of the libuv pool.  An answer begins
+ * with the first text, or with the first comment of a long silence, and by
+ * then everything that can be refused has been.  The client may vanish at any
+ * moment: its requests are cancelled, and the stream lives on without it until
+ * the pool and the engine have given back what is theirs.
+ *
+ * Loop thread only. */
+
+struct service;
+struct stream;
+
+/* The exchange's owner becomes the stream. */
+void stream_start(struct service *sv, struct http_exchange *x);
+
+/* From the engine.  The message's request belongs to a stream. */
+void stream_take_message(struct service *sv, struct message *m);
+/* After a batch of them: send what has arrived. */
+void stream_send_pending(struct service *sv);
+
+/* From the transport. */
+void stream_drained(struct stream *s);
+void stream_half_closed(struct stream *s);
+void stream_closed(struct stream *s, bool whole);   /* s is dead for the caller */
+
+/* Comments into silences; look after half-closed connections. */
+void stream_tick(struct service *sv, uint64_t now_ns);
+
+/* End all answers with an error and cancel their requests. */
+void stream_fail_all(struct service *sv, const struct api_error *why);
+
+#endif

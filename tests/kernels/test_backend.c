@@ -1,0 +1,207 @@
+#include "kernels/backend.h"
+
+#include "kernels/cpu/cpu.h"
+#include "kernels/ops.h"
+#include "tests/support/backend_fixture.h"
+
+#include <check.h>
+#include <string.h>
+
+static void assert_refused(const char *name, const struct backend_options *options,
+                           enum status want, const char *sentence)
+{
+    struct backend *be = (struct backend *)&be;
+    struct error err = { 0 };
+
+    ck_assert_int_eq(backend_open(&be, name, options, &err), want);
+    ck_assert_ptr_null(be);
+    ck_assert_int_eq(err.code, want);
+    ck_assert_msg(strstr(err.text, sentence), "'%s' lacks '%s'", err.text, sentence);
+}
+
+START_TEST(refuses_with_a_sentence)
+{
+    struct backend_options sse = { .isa = "sse9" }, many = { .threads = 100000 },
+                           negative = { .threads = -1 };
+
+    assert_refused("tpu", NULL, ST_INVALID, "'tpu'");
+    assert_refused("", NULL, ST_INVALID, "cpu or cuda:N");
+    assert_refused("cuda:", NULL, ST_INVALID, "cuda:0");
+    assert_refused("cuda:-1", NULL, ST_INVALID, "cuda:0");
+    assert_refused("cuda:1x", NULL, ST_INVALID, "cuda:0");
+    assert_refused("cpu", &sse, ST_INVALID, "'sse9'");
+    assert_refused("cpu", &many, ST_INVALID, "100000 threads");
+    assert_refused("cpu", &negative, ST_INVALID, "-1 threads");
+}
+END_TEST
+
+START_TEST(describes_the_cpu)
+{
+    struct backend_options options = { .threads = 3, .isa = "scalar" };
+    struct backend *be;
+
+    ck_assert_int_eq(backend_open(&be, "cpu", &options, NULL), ST_OK);
+    const struct device_info *info = backend_info(be);
+    ck_assert_str_eq(info->name, "cpu: 3 threads, scalar");
+    ck_assert_uint_gt(info->mem_bytes, 1 << 20);
+    ck_assert_int_eq(info->sm_count, 0);
+    ck_assert(info->host_visible);
+    ck_assert_int_eq(info->act, DTYPE_F32);
+    backend_close(be);
+    backend_close(NULL);
+
+    ck_assert_int_eq(backend_open(&be, "cpu", NULL, NULL), ST_OK);
+    ck_assert_int_ge(workers_count(be->workers), 1);
+    backend_close(be);
+}
+END_TEST
+
+START_TEST(has_every_operation)
+{
+    const struct backend_ops *ops = backend_ops(test_backend("scalar"));
+    void (*entries[sizeof *ops / sizeof(void (*)(void))])(void);
+
+    ck_assert_uint_eq(sizeof entries, sizeof *ops);
+    memcpy(entries, ops, sizeof entries);
+    for (size_t i = 0; i < sizeof entries / sizeof entries[0]; i++)
+        ck_assert_msg(entries[i] != NULL, "entry %zu", i);
+}
+END_TEST
+
+START_TEST(refuses_shapes_at_load)
+{
+    const struct shape_query good = {
+        .dim = 576, .mlp_dim = 1536, .heads = 9, .vocab = 49152,
+        .kv = { .kv_heads = 3, .head_dim = 64 },
+    };
+    const struct backend_ops *ops = backend_ops(test_backend("scalar"));
+    struct shape_query q = good;
+    struct error why = { 0 };
+
+    ck_assert(ops->supports(&q, &why));
+    ck_assert(ops->supports(&q, NULL));
+    q.heads = 10;
+    ck_assert(!ops->supports(&q, &why));
+    ck_assert_ptr_nonnull(strstr(why.text, "10 query heads"));
+    q = good;
+    q.kv.head_dim = 80;
+    ck_assert(!ops->supports(&q, &why));
+    ck_assert_ptr_nonnull(strstr(why.text, "head dimension 80"));
+    q = good;
+    q.kv.head_dim = 512;
+    ck_assert(!ops->supports(&q, NULL));
+    q = good;
+    q.vocab = 0;
+    ck_assert(!ops->supports(&q, &why));
+    q = good;
+    q.kv = (struct kv_shape){ .kv_heads = 3, .head_dim = 16, .index = INDEX_CHANNELS };
+    ck_assert(!ops->supports(&q, &why));
+}
+END_TEST
+
+START_TEST(buffers_are_zeroed_and_aligned)
+{
+    static const size_t sizes[] = { 1, 4096, 3 << 20 };
+    struct backend *be = test_backend("scalar");
+    struct buffer buf;
+
+    for (int i = 0; i < 6; i++) {
+        enum memory_kind kind = i % 2 ? MEM_PINNED : MEM_DEVICE;
+        size_t bytes = sizes[i / 2];
+        ck_assert_int_eq(buffer_alloc(be, &buf, kind, bytes), ST_OK);
+        ck_assert_uint_eq((uintptr_t)buf.base % 256, 0);
+        ck_assert_uint_eq(buf.bytes, bytes);
+        ck_assert_int_eq(buf.kind, kind);
+        for (size_t b = 0; b < bytes; b++)
+            ck_assert(((char *)buf.base)[b] == 0);
+        buffer_free(be, &buf);
+        ck_assert_ptr_null(buf.base);
+        buffer_free(be, &buf);
+    }
+    ck_assert_int_eq(buffer_alloc(be, &buf, MEM_DEVICE, 0), ST_OK);
+    ck_assert_ptr_null(buf.base);
+    ck_assert_int_eq(buffer_alloc(be, &buf, MEM_DEVICE, SIZE_MAX / 4), ST_NODEVMEM);
+    ck_assert_ptr_null(buf.base);
+    buffer_free(be, &buf);
+}
+END_TEST
+
+START_TEST(copies_and_events_keep_order)
+{
+    struct backend *be = test_backend("scalar");
+    struct stream *a = stream_create(be), *b = stream_create(be);
+    struct event *ev = event_create(be);
+    char from[] = "through two streams", between[sizeof from], to[sizeof from];
+    struct error err;
+
+    stream_copy(a, between, from, sizeof from);
+    event_record(ev, a);
+    event_wait(b, ev);
+    stream_copy(b, to, between, sizeof from);
+    stream_copy(b, NULL, NULL, 0);
+    ck_assert_int_eq(stream_sync(b, &err), ST_OK);
+    ck_assert(event_done(ev));
+    ck_assert_str_eq(to, from);
+    event_destroy(ev);
+    event_destroy(NULL);
+    stream_destroy(a);
+    stream_destroy(b);
+    stream_destroy(NULL);
+}
+END_TEST
+
+/* After a failure nothing queued is executed, and the failure is reported. */
+START_TEST(errors_stick)
+{
+    struct backend *be = test_backend("scalar");
+    struct stream *s = stream_create(be);
+    float out[4] = { 7, 7, 7, 7 }, x[4] = { 1, 2, 3, 4 };
+    int32_t id = 0;
+    struct error err = { 0 };
+    struct embed_args embed = { .out = out, .table = x, .ids = &id, .table_type = DTYPE_F32,
+                                .rows = 1, .dim = 4 };
+    struct linear_args linear = { .out = out, .x = x, .weight = x, .weight_type = DTYPE_F32,
+                                  .rows = 1, .in_dim = 4, .out_dim = 1, .out_stride = 1 };
+
+    s->failed = ST_DEVICE;
+    stream_copy(s, out, x, sizeof x);
+    backend_ops(be)->embed(s, &embed);
+    backend_ops(be)->linear(s, &linear);
+    for (int i = 0; i < 4; i++)
+        ck_assert_float_eq(out[i], 7);
+    ck_assert_int_eq(stream_sync(s, &err), ST_DEVICE);
+    ck_assert_int_eq(err.code, ST_DEVICE);
+    stream_destroy(s);
+}
+END_TEST
+
+START_TEST(scratch_grows_and_stays)
+{
+    struct stream *s = stream_create(test_backend("scalar"));
+    static const size_t sizes[] = { 1, 4096, 5 << 20, 64, 9 << 20 };
+
+    for (int worker = 0; worker < 2; worker++)
+        for (int i = 0; i < 5; i++) {
+            char *p = cpu_scratch(s, worker, sizes[i]);
+            ck_assert_uint_eq((uintptr_t)p % 64, 0);
+            memset(p, 1, sizes[i]);
+        }
+    ck_assert_ptr_ne(cpu_scratch(s, 0, 64), cpu_scratch(s, 1, 64));
+    stream_destroy(s);
+}
+END_TEST
+
+TCase *backend_case(void)
+{
+    TCase *c = tcase_create("backend");
+
+    tcase_add_test(c, refuses_with_a_sentence);
+    tcase_add_test(c, describes_the_cpu);
+    tcase_add_test(c, has_every_operation);
+    tcase_add_test(c, refuses_shapes_at_load);
+    tcase_add_test(c, buffers_are_zeroed_and_aligned);
+    tcase_add_test(c, copies_and_events_keep_order);
+    tcase_add_test(c, errors_stick);
+    tcase_add_test(c, scratch_grows_and_stays);
+    return c;
+}

@@ -1,0 +1,507 @@
+/* engine/engine.h with the bundled model: the recorded reference, and the
+ * promise that nothing else in the machine changes an answer. */
+
+#include "engine/base/mem.h"
+#include "engine/engine.h"
+#include "engine/run/request.h"
+#include "tests/support/random_data.h"
+
+#include <check.h>
+#include <cjson/cJSON.h>
+#include <semaphore.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#define MODEL "models/asynctlsd-books-9m"
+
+static struct engine *engine;
+static struct mailbox *mail;
+static sem_t mail_arrived;
+
+static void on_mail(void *arg)
+{
+    sem_post(arg);
+}
+
+static struct engine_config small_config(void)
+{
+    struct engine_config c = {
+        .model_dir = MODEL, .backend = "cpu", .threads = 2, .max_running = 8,
+        .max_waiting = 64, .max_waiting_tokens = 1 << 20, .step_tokens = 256,
+        .kv_bytes = 64 << 20, .prefix_cache = true, .check_invariants = true,
+        .select = select_default(),
+    };
+
+    /* So small that short tests decode sparsely. */
+    c.select.crossover_tokens = 200;
+    c.select.keep_blocks = 4;
+    c.select.keep_tokens = 96;
+    c.select.sink_tokens = 4;
+    c.select.recent_tokens = 32;
+    return c;
+}
+
+static void start(const struct engine_config *c)
+{
+    struct error err = { 0 };
+
+    sem_init(&mail_arrived, 0, 0);
+    mail = mailbox_create(on_mail, &mail_arrived);
+    ck_assert_msg(engine_create(&engine, c, mail, &err) == ST_OK, "%s", err.text);
+}
+
+static void stop(void)
+{
+    engine_destroy(engine);
+    for (struct mail_node *n = mailbox_drain(mail); n; n = n->next)
+        ;
+    mailbox_destroy(mail);
+}
+
+static struct request *new_request(const int32_t *prompt, uint32_t n_prompt, uint32_t max_tokens)
+{
+    struct request *r = mem_calloc(1, sizeof *r);
+    int32_t *copy = mem_alloc(n_prompt * sizeof *copy);
+
+    memcpy(copy, prompt, n_prompt * sizeof *copy);
+    r->prompt = copy;
+    r->n_prompt = n_prompt;
+    r->max_tokens = max_tokens;
+    r->top_p = r->repetition = 1;
+    r->ignore_eos = r->skip_special = r->sparse = true;
+    r->output = mem_calloc(max_tokens + 1, sizeof *r->output);
+    r->chosen = mem_calloc(max_tokens + 1, sizeof *r->chosen);
+    return r;
+}
+
+static void free_request(struct request *r)
+{
+    mem_free((void *)r->prompt);
+    mem_free(r->output);
+    mem_free(r->chosen);
+    mem_free(r->top);
+    mem_free(r->prompt_chosen);
+    mem_free(r->prompt_top);
+    mem_free(r);
+}
+
+/* Until n requests have come home. */
+static void wait_for(int n)
+{
+    while (n > 0) {
+        sem_wait(&mail_arrived);
+        for (struct mail_node *node = mailbox_drain(mail), *next; node; node = next) {
+            struct message *m = (struct message *)node;
+            next = node->next;
+            if (m->kind == MSG_DONE)
+                n--;
+            else
+                atomic_store(&m->req->mail_pending, false);
+        }
+    }
+}
+
+static void run_one(struct request *r)
+{
+    ck_assert_int_eq(engine_submit(engine, r), ST_OK);
+    wait_for(1);
+}
+
+/* Ordinary text tokens, the same for a seed. */
+static void random_prompt(int32_t *ids, uint32_t n, uint64_t seed)
+{
+    struct test_random rng = test_random(seed);
+
+    for (uint32_t i = 0; i < n; i++)
+        ids[i] = 260 + random_below(&rng, 5000);
+}
+
+static void assert_gauges_are_zero(void)
+{
+    struct engine_stats s;
+
+    while (!engine_idle(engine))
+        ;
+    do
+        engine_stats(engine, &s);
+    while (s.running || s.kv_blocks_pinned);
+    ck_assert_uint_eq(s.waiting, 0);
+    ck_assert_uint_eq(s.waiting_tokens, 0);
+}
+
+/* ---- the recorded reference */
+
+START_TEST(greedy_tokens_are_the_reference_s)
+{
+    FILE *f = fopen("tests/model/golden/bundled.json", "rb");
+    static char text[200000];
+    struct engine_config c = small_config();
+
+    ck_assert_ptr_nonnull(f);
+    text[fread(text, 1, sizeof text - 1, f)] = '\0';
+    fclose(f);
+    c.select = select_default();
+    start(&c);
+    cJSON *root = cJSON_Parse(text), *prompt, *id;
+    cJSON_ArrayForEach(prompt, cJSON_GetObjectItem(root, "prompts")) {
+        cJSON *ids = cJSON_GetObjectItem(prompt, "ids");
+        cJSON *want = cJSON_GetObjectItem(prompt, "greedy_ids");
+        cJSON *logprob = cJSON_GetObjectItem(prompt, "greedy_logprobs")->child;
+        int32_t *copy = mem_calloc((size_t)cJSON_GetArraySize(ids), sizeof *copy);
+        uint32_t n = 0, i = 0;
+        cJSON_ArrayForEach(id, ids)
+            copy[n++] = id->valueint;
+        struct request *r = new_request(copy, n, (uint32_t)cJSON_GetArraySize(want));
+        run_one(r);
+        ck_assert_int_eq(r->finish, FINISH_LENGTH);
+        cJSON_ArrayForEach(id, want) {
+            ck_assert_int_eq(r->output[i], id->valueint);
+            ck_assert_float_eq_tol(r->chosen[i].logprob, (float)logprob->valuedouble, 0.02f);
+            logprob = logprob->next;
+            i++;
+        }
+        free_request(r);
+        mem_free(copy);
+    }
+    cJSON_Delete(root);
+    assert_gauges_are_zero();
+    stop();
+}
+END_TEST
+
+/* ---- nothing changes an answer */
+
+enum { N_REQUESTS = 10 };
+
+struct answer {
+    int32_t ids[80];
+    uint32_t n;
+};
+
+static struct request *request_of(int i)
+{
+    static const uint32_t lengths[N_REQUESTS] = { 1, 63, 64, 65, 128, 199, 200, 201, 330, 150 };
+    int32_t prompt[400];
+
+    random_prompt(prompt, lengths[i], 7);           /* prefixes of one text */
+    struct request *r = new_request(prompt, lengths[i], 30 + (uint32_t)i * 5);
+    r->temperature = i % 3 ? 0.8f : 0;
+    r->seed = 100 + (uint64_t)i;
+    r->sparse = i != 9;
+    r->presence = i == 4 ? 0.5f : 0;
+    return r;
+}
+
+/* All requests at once under a configuration, in an order given by a seed. */
+static void answers_under(const struct engine_config *c, uint64_t seed, struct answer *out)
+{
+    struct request *r[N_REQUESTS];
+    struct test_random rng = test_random(seed);
+    int order[N_REQUESTS];
+
+    start(c);
+    for (int i = 0; i < N_REQUESTS; i++) {
+        int k = random_below(&rng, i + 1);
+        order[i] = order[k];
+        order[k] = i;
+    }
+    for (int i = 0; i < N_REQUESTS; i++) {
+        r[order[i]] = request_of(order[i]);
+        ck_assert_int_eq(engine_submit(engine, r[order[i]]), ST_OK);
+    }
+    wait_for(N_REQUESTS);
+    for (int i = 0; i < N_REQUESTS; i++) {
+        ck_assert_int_eq(r[i]->finish, FINISH_LENGTH);
+        out[i].n = atomic_load(&r[i]->n_output);
+        ck_assert_uint_eq(out[i].n, r[i]->max_tokens);
+        memcpy(out[i].ids, r[i]->output, out[i].n * sizeof *r[i]->output);
+        free_request(r[i]);
+    }
+    assert_gauges_are_zero();
+}
+
+static void assert_same(const struct answer *a, const struct answer *b, const char *what)
+{
+    for (int i = 0; i < N_REQUESTS; i++)
+        for (uint32_t k = 0; k < a[i].n; k++)
+            ck_assert_msg(a[i].ids[k] == b[i].ids[k], "%s: request %d differs at token %u", what,
+                          i, k);
+}
+
+START_TEST(batch_chunks_cache_and_preemption_change_nothing)
+{
+    static struct answer alone[N_REQUESTS], other[N_REQUESTS];
+    struct engine_config c = small_config();
+    struct engine_stats s;
+
+    /* One at a time, without a cache: the reference. */
+    c.max_running = 1;
+    c.step_tokens = 2048;
+    c.prefix_cache = false;
+    answers_under(&c, 0, alone);
+    engine_stats(engine, &s);
+    ck_assert_uint_gt(s.sparse_rows, 100);
+    stop();
+
+    c = small_config();
+    answers_under(&c, 1, other);
+    engine_stats(engine, &s);
+    ck_assert_uint_gt(s.prefix_hits, 64);
+    stop();
+    assert_same(alone, other, "batch of 8 with prefix cache");
+
+    c.max_running = 5;
+    c.step_tokens = 69;
+    answers_under(&c, 2, other);
+    stop();
+    assert_same(alone, other, "chunks of 64");
+
+    /* 9 blocks: the longest request alone needs 7. */
+    c.max_running = 8;
+    c.step_tokens = 200;
+    c.max_model_len = 420;
+    c.kv_bytes = 9 * (64 * 8192 + 8 * 2 * 2176);
+    for (uint64_t seed = 3; seed < 6; seed++) {
+        answers_under(&c, seed, other);
+        engine_stats(engine, &s);
+        ck_assert_uint_lt(s.kv_blocks, 12);
+        ck_assert_uint_gt(s.preemptions, 0);
+        stop();
+        assert_same(alone, other, "preemption");
+    }
+}
+END_TEST
+
+START_TEST(a_budget_above_the_context_is_full_attention)
+{
+    struct engine_config c = small_config();
+    int32_t prompt[300];
+
+    random_prompt(prompt, 300, 11);
+    c.select.keep_blocks = 64;
+    c.select.keep_tokens = 1024;
+    start(&c);
+    struct request *sparse = new_request(prompt, 300, 40), *full = new_request(prompt, 300, 40);
+    full->sparse = false;
+    run_one(sparse);
+    run_one(full);
+    for (int i = 0; i < 40; i++) {
+        ck_assert_int_eq(sparse->output[i], full->output[i]);
+        ck_assert_float_eq_tol(sparse->chosen[i].logprob, full->chosen[i].logprob, 1e-3f);
+    }
+    struct engine_stats s;
+    engine_stats(engine, &s);
+    ck_assert_uint_eq(s.sparse_rows, 39);
+    free_request(sparse);
+    free_request(full);
+    stop();
+}
+END_TEST
+
+/* ---- stops, scoring, limits, cancelling */
+
+START_TEST(a_stop_string_cuts_the_text)
+{
+    static const char *const stops[] = { "ZZZZ", "snake" };
+    const int32_t prompt[] = { 361, 276, 783, 2482, 4830, 11, 1377, 530 };
+    struct engine_config c = small_config();
+
+    start(&c);
+    struct request *r = new_request(prompt, 8, 24);
+    r->stops = stops;
+    r->n_stops = 2;
+    run_one(r);                                     /* ", snake, snake, ..." */
+    ck_assert_int_eq(r->finish, FINISH_STOP);
+    ck_assert_int_eq(r->stopped_by_string, 1);
+    ck_assert_uint_eq(r->text_bytes, 2);
+    ck_assert_uint_eq(atomic_load(&r->n_output), 3);
+    free_request(r);
+
+    r = new_request(prompt, 8, 24);
+    r->stops = stops;
+    r->n_stops = 2;
+    r->min_tokens = 4;                              /* the first "snake" is text */
+    run_one(r);
+    ck_assert_int_eq(r->finish, FINISH_STOP);
+    ck_assert_uint_eq(r->text_bytes, 9);
+    free_request(r);
+
+    const int32_t stop_id = 530;
+    r = new_request(prompt, 8, 24);
+    r->ignore_eos = false;
+    r->stop_ids = &stop_id;
+    r->n_stop_ids = 1;
+    run_one(r);
+    ck_assert_int_eq(r->finish, FINISH_STOP);
+    ck_assert_int_eq(r->stopped_by_id, 530);
+    ck_assert_uint_eq(atomic_load(&r->n_output), 3);
+    free_request(r);
+    stop();
+}
+END_TEST
+
+START_TEST(scores_of_a_prompt_are_those_of_decoding_it)
+{
+    struct engine_config c = small_config();
+    int32_t prompt[190];
+
+    random_prompt(prompt, 150, 5);
+    start(&c);
+    struct request *r = new_request(prompt, 150, 40);
+    run_one(r);
+    memcpy(prompt + 150, r->output, 40 * sizeof *prompt);
+    struct request *scored = new_request(prompt, 190, 0);
+    scored->score_prompt = true;
+    scored->n_top = 1;
+    scored->prompt_chosen = mem_calloc(190, sizeof *scored->prompt_chosen);
+    scored->prompt_top = mem_calloc(190, sizeof *scored->prompt_top);
+    run_one(scored);
+    ck_assert_int_eq(scored->finish, FINISH_LENGTH);
+    for (int i = 0; i < 40; i++) {
+        ck_assert_int_eq(scored->prompt_chosen[150 + i].id, r->output[i]);
+        ck_assert_float_eq_tol(scored->prompt_chosen[150 + i].logprob, r->chosen[i].logprob, 1e-4f);
+        ck_assert_int_eq(scored->prompt_top[150 + i].id, r->output[i]);   /* it was greedy */
+    }
+    free_request(r);
+    free_request(scored);
+    r = new_request(prompt, 1, 0);
+    r->score_prompt = true;
+    r->prompt_chosen = mem_calloc(1, sizeof *r->prompt_chosen);
+    run_one(r);
+    ck_assert_int_eq(r->finish, FINISH_LENGTH);
+    free_request(r);
+    stop();
+}
+END_TEST
+
+START_TEST(the_waiting_room_is_bounded_at_once)
+{
+    struct engine_config c = small_config();
+    struct request *r[40];
+    int32_t prompt[300];
+    int accepted = 0;
+
+    random_prompt(prompt, 300, 3);
+    c.max_running = 1;
+    c.max_waiting = 5;
+    start(&c);
+    for (int i = 0; i < 40; i++) {
+        r[i] = new_request(prompt, 300, 100);
+        if (engine_submit(engine, r[i]) == ST_OK)
+            accepted++;
+    }
+    ck_assert_int_le(accepted, 7);
+    ck_assert_int_ge(accepted, 5);
+    for (int i = 0; i < 40; i++)
+        engine_cancel(engine, r[i]);
+    wait_for(accepted);
+    assert_gauges_are_zero();
+    engine_drain(engine);
+    ck_assert_int_eq(engine_submit(engine, r[0]), ST_SHUTDOWN);
+    for (int i = 0; i < 40; i++)
+        free_request(r[i]);
+    stop();
+}
+END_TEST
+
+/* Cancels at random moments: everyone comes home once, the others unharmed. */
+START_TEST(cancelling_at_any_time_harms_nobody)
+{
+    struct engine_config c = small_config();
+    struct test_random rng = test_random(9);
+    enum { N = 60 };
+    struct request *r[N];
+    int32_t prompt[300];
+
+    c.kv_bytes = 20 * (64 * 8192 + 8 * 2 * 2176);
+    c.max_model_len = 600;
+    start(&c);
+    for (int i = 0; i < N; i++) {
+        uint32_t n = 1 + (uint32_t)random_below(&rng, 290);
+        random_prompt(prompt, n, (uint64_t)(i % 4));
+        r[i] = new_request(prompt, n, 1 + (uint32_t)random_below(&rng, 60));
+        ck_assert_int_eq(engine_submit(engine, r[i]), ST_OK);
+        if (i > 4 && random_below(&rng, 2)) {
+            struct timespec pause = { .tv_nsec = 1000000L * random_below(&rng, 8) };
+            nanosleep(&pause, NULL);
+            engine_cancel(engine, r[i - random_below(&rng, 4)]);
+        }
+    }
+    wait_for(N);
+    for (int i = 0; i < N; i++) {
+        ck_assert(r[i]->finish == FINISH_LENGTH || atomic_load(&r[i]->cancelled));
+        if (r[i]->finish == FINISH_LENGTH)
+            ck_assert_uint_eq(atomic_load(&r[i]->n_output), r[i]->max_tokens);
+        free_request(r[i]);
+    }
+    assert_gauges_are_zero();
+    stop();
+}
+END_TEST
+
+START_TEST(destroying_sends_everybody_home)
+{
+    struct engine_config c = small_config();
+    struct request *r[12];
+    int32_t prompt[300];
+    int home = 0;
+
+    random_prompt(prompt, 300, 3);
+    start(&c);
+    for (int i = 0; i < 12; i++) {
+        r[i] = new_request(prompt, 300, 200);
+        ck_assert_int_eq(engine_submit(engine, r[i]), ST_OK);
+    }
+    engine_destroy(engine);
+    for (struct mail_node *n = mailbox_drain(mail); n; n = n->next)
+        home += ((struct message *)n)->kind == MSG_DONE;
+    ck_assert_int_eq(home, 12);
+    mailbox_destroy(mail);
+    for (int i = 0; i < 12; i++)
+        free_request(r[i]);
+}
+END_TEST
+
+START_TEST(impossible_configurations_are_refused_with_numbers)
+{
+    struct engine_config c = small_config();
+    struct error err;
+
+    c.max_model_len = 200000;
+    ck_assert_int_eq(engine_create(&engine, &c, NULL, &err), ST_INVALID);
+    ck_assert_ptr_nonnull(strstr(err.text, "131072"));
+    c = small_config();
+    c.max_model_len = 100000;
+    ck_assert_int_eq(engine_create(&engine, &c, NULL, &err), ST_INVALID);
+    ck_assert_ptr_nonnull(strstr(err.text, "kv-cache-bytes"));
+    c = small_config();
+    c.step_tokens = 71;
+    ck_assert_int_eq(engine_create(&engine, &c, NULL, &err), ST_INVALID);
+    c = small_config();
+    c.model_dir = "models/none";
+    ck_assert_int_ne(engine_create(&engine, &c, NULL, &err), ST_OK);
+    ck_assert_ptr_nonnull(strstr(err.text, "models/none"));
+    c = small_config();
+    c.select.index = INDEX_CHANNELS;
+    ck_assert_int_eq(engine_create(&engine, &c, NULL, &err), ST_INVALID);
+    ck_assert_ptr_nonnull(strstr(err.text, "--calibrate"));
+}
+END_TEST
+
+TCase *engine_case(void)
+{
+    TCase *tc = tcase_create("engine");
+
+    tcase_add_test(tc, greedy_tokens_are_the_reference_s);
+    tcase_add_test(tc, batch_chunks_cache_and_preemption_change_nothing);
+    tcase_add_test(tc, a_budget_above_the_context_is_full_attention);
+    tcase_add_test(tc, a_stop_string_cuts_the_text);
+    tcase_add_test(tc, scores_of_a_prompt_are_those_of_decoding_it);
+    tcase_add_test(tc, the_waiting_room_is_bounded_at_once);
+    tcase_add_test(tc, cancelling_at_any_time_harms_nobody);
+    tcase_add_test(tc, destroying_sends_everybody_home);
+    tcase_add_test(tc, impossible_configurations_are_refused_with_numbers);
+    return tc;
+}
