@@ -14,21 +14,23 @@ enum { SECOND_MS = 1000, HOUR_MS = 3600 * SECOND_MS };
 static const struct option table[] = {
     { .group = "Model and memory",
       .key = "model", .type = OPTION_TEXT, AT(engine.model_dir), .initial = "none",
-      .help = "Folder of the model: config.json, tokenizer.json and safetensors files. Required." },
+      .help = "Folder of the model: config.json, tokenizer.json and safetensors files. "
+              "Required." },
     { .key = "served-model-name", .type = OPTION_LIST, AT(model_names), .initial = "none",
-      .help = "Names that requests may put in \"model\", separated by commas; the first is the one "
-              "that answers carry. none: the name of the model's folder." },
+      .help = "Names that requests may put in \"model\", separated by commas; the first is "
+              "the one that answers carry. none: the name of the model's folder." },
     { .key = "backend", .type = OPTION_TEXT, AT(engine.backend), .initial = "cpu",
       .help = "The device that computes." },
     { .key = "cpu-threads", .type = OPTION_INT, AT(engine.threads), .initial = "0", .max = 1024,
       .help = "Worker threads of the CPU back end. 0: one a core." },
     { .key = "cpu-isa", .type = OPTION_WORD, AT(engine.isa), .initial = "auto",
       .choices = "auto|scalar|avx2|avx512",
-      .help = "Vector instructions of the CPU back end. auto: the best that the processor has." },
+      .help = "Vector instructions of the CPU back end. auto: the best that the processor "
+              "has." },
     { .key = "max-model-len", .type = OPTION_U32, AT(engine.max_model_len), .initial = "0",
       .max = 1u << 26,
-      .help = "Longest context in tokens, prompt and completion together. 0: the most that the "
-              "model and the KV pool allow." },
+      .help = "Longest context in tokens, prompt and completion together. 0: the most that "
+              "the model and the KV pool allow." },
     { .key = "kv-cache-bytes", .type = OPTION_BYTES, AT(engine.kv_bytes), .initial = "0",
       .max = 64ull << 40,
       .help = "Memory of the KV pool with its index. 0: a quarter of the machine's or the "
@@ -41,8 +43,8 @@ static const struct option table[] = {
       .min = 1, .max = 4096, .help = "Sequences in a step." },
     { .key = "step-tokens", .type = OPTION_U32, AT(engine.step_tokens), .initial = "2048",
       .min = 1, .max = 1u << 17,
-      .help = "Tokens computed in a step, decoded and prefilled together; at least max-running. "
-              "Less lets long prompts disturb running streams less." },
+      .help = "Tokens computed in a step, decoded and prefilled together; at least "
+              "max-running. Less lets long prompts disturb running streams less." },
     { .key = "max-waiting", .type = OPTION_U32, AT(engine.max_waiting), .initial = "256",
       .min = 1, .max = 1u << 20,
       .help = "Sequences that may wait; beyond it requests are answered with 429." },
@@ -53,21 +55,24 @@ static const struct option table[] = {
     { .group = "Two-level attention",
       .key = "filter", .type = OPTION_CHOICE, AT(engine.select.filter), .initial = "coarse",
       .choices = "bounds|coarse",
-      .help = "How blocks are scored. coarse: by their best token at very low precision; bounds: "
-              "by the minimum and maximum of their keys." },
-    { .key = "token-index", .type = OPTION_CHOICE, AT(engine.select.index), .initial = "rotated",
+      .help = "How blocks are scored. coarse: by their best token at very low precision; "
+              "bounds: by the minimum and maximum of their keys." },
+    { .key = "token-index", .type = OPTION_CHOICE, AT(engine.select.index),
+      .initial = "rotated",
       .choices = "rotated|channels",
       .help = "How tokens are scored. rotated: two bits of all channels after a rotation; "
               "channels: four bits of 32 channels chosen by --calibrate." },
     { .key = "keep-blocks", .type = OPTION_INT, AT(engine.select.keep_blocks), .initial = "64",
       .min = 1, .max = 1u << 20, .help = "Blocks of 64 tokens that survive the filter." },
-    { .key = "keep-tokens", .type = OPTION_INT, AT(engine.select.keep_tokens), .initial = "1024",
+    { .key = "keep-tokens", .type = OPTION_INT, AT(engine.select.keep_tokens),
+      .initial = "1024",
       .min = 1, .max = 1u << 26,
       .help = "Tokens that attention reads, at most 64 times keep-blocks." },
     { .key = "sink-tokens", .type = OPTION_INT, AT(engine.select.sink_tokens), .initial = "4",
       .max = 1u << 20, .help = "First tokens of a context that are always kept." },
     { .key = "recent-tokens", .type = OPTION_INT, AT(engine.select.recent_tokens),
-      .initial = "64", .min = 1, .max = 1u << 20, .help = "Newest tokens that are always kept." },
+      .initial = "64", .min = 1, .max = 1u << 20,
+      .help = "Newest tokens that are always kept." },
     { .key = "crossover", .type = OPTION_INT, AT(engine.select.crossover_tokens),
       .initial = "4096", .max = 1u << 30,
       .help = "Contexts of up to that many tokens get full attention." },
@@ -81,8 +86,8 @@ static const struct option table[] = {
     { .key = "port", .type = OPTION_U32, AT(port), .initial = "8000", .max = 65535,
       .help = "TCP port. 0: any free one; the ready line tells which." },
     { .key = "api-key", .type = OPTION_LIST, AT(api_keys), .initial = "none", .secret = true,
-      .help = "Keys that clients may present, separated by commas. Other users of the machine can "
-              "read a command line: prefer api-key-file or the environment." },
+      .help = "Keys that clients may present, separated by commas. Other users of the "
+              "machine can read a command line: prefer api-key-file or the environment." },
     { .key = "api-key-file", .type = OPTION_TEXT, AT(api_key_file), .initial = "none",
       .help = "File with more keys, one a line; lines that begin with # are skipped." },
     { .key = "insecure-no-key", .type = OPTION_BOOL, AT(insecure_no_key), .initial = "no",
@@ -90,8 +95,8 @@ static const struct option table[] = {
     { .key = "metrics-public", .type = OPTION_BOOL, AT(metrics_public), .initial = "no",
       .help = "Answer /metrics without a key." },
     { .key = "allowed-origins", .type = OPTION_LIST, AT(allowed_origins), .initial = "none",
-      .help = "Origins whose pages may use the server from a browser, separated by commas, or *. "
-              "Requests of other pages are refused with 403." },
+      .help = "Origins whose pages may use the server from a browser, separated by commas, "
+              "or *. Requests of other pages are refused with 403." },
     { .key = "max-connections", .type = OPTION_U32, AT(max_connections), .initial = "1024",
       .min = 1, .max = 1u << 17, .help = "Open connections." },
     { .key = "max-body-bytes", .type = OPTION_BYTES, AT(max_body_bytes), .initial = "16mb",
@@ -101,12 +106,14 @@ static const struct option table[] = {
       .help = "All bodies that are being received or parsed, together." },
     { .key = "idle-timeout", .type = OPTION_MS, AT(idle_timeout_ms), .initial = "60s",
       .min = SECOND_MS, .max = HOUR_MS,
-      .help = "A connection on which nothing moves is closed, also while it sends its headers." },
+      .help = "A connection on which nothing moves is closed, also while it sends its "
+              "headers." },
     { .key = "body-timeout", .type = OPTION_MS, AT(body_timeout_ms), .initial = "60s",
       .min = SECOND_MS, .max = HOUR_MS, .help = "Time for a whole body to arrive." },
     { .key = "ping-interval", .type = OPTION_MS, AT(ping_interval_ms), .initial = "15s",
       .min = 100, .max = HOUR_MS,
-      .help = "Silence after which a stream gets a comment line, so that proxies keep it open." },
+      .help = "Silence after which a stream gets a comment line, so that proxies keep it "
+              "open." },
 
     { .group = "Limits of one request",
       .key = "max-choices", .type = OPTION_U32, AT(limits.max_choices), .initial = "128",
@@ -127,7 +134,8 @@ static const struct option table[] = {
       .help = "Choices times tokens times 1 + logprobs, echoed prompts included." },
     { .key = "max-json-values", .type = OPTION_U64, AT(limits.max_json_values),
       .initial = "1000000", .min = 64, .max = 100 * MILLION,
-      .help = "Values in a body, at all depths. Each costs about 80 bytes while it is parsed." },
+      .help = "Values in a body, at all depths. Each costs about 80 bytes while it is "
+              "parsed." },
     { .key = "max-request-bytes", .type = OPTION_BYTES, AT(limits.max_arena_bytes),
       .initial = "64mb", .min = 64 * 1024, .max = UINT64_C(1) << 40,
       .help = "Memory of one parsed request: its ids, texts and stop strings." },
@@ -137,7 +145,8 @@ static const struct option table[] = {
       .choices = "error|warn|info|debug", .help = "What is logged to standard error." },
     { .key = "drain-timeout", .type = OPTION_MS, AT(drain_timeout_ms), .initial = "30s",
       .max = 24 * (uint64_t)HOUR_MS,
-      .help = "After SIGTERM: time for accepted requests to finish before they are cancelled." },
+      .help = "After SIGTERM: time for accepted requests to finish before they are "
+              "cancelled." },
     { .key = "stall-timeout", .type = OPTION_MS, AT(stall_timeout_ms), .initial = "120s",
       .max = HOUR_MS,
       .help = "Work but no finished step for so long turns /health to 503. 0: never." },
