@@ -27,27 +27,34 @@ extern "C" {
  *
  *   token index (always: the token selection reads it; FILTER_COARSE too)
  *     INDEX_ROTATED, a 2-bit key in two bit planes.  With x = R k, R the
- *     rotation below, and scale = 0.996 * rms(x) rounded to bf16:
+ *     rotation below, and scale = 0.996 * rms(k) rounded to bf16:
  *       sign    u8 [token][head_dim / 8]  bit d%8 of byte d/8: x[d] >= 0
  *       large   u8 [token][head_dim / 8]  the same bit: |x[d]| >= scale
  *       scale   bf16 [token]
  *     The levels are +-0.5 and +-1.5 times scale.  The filter reads sign and
  *     scale; the selection both planes.
- *     INDEX_CHANNELS, INDEX_CHANNELS_KEPT channels c[] of the key, chosen by
- *     calibration for each layer and KV head:
- *       coarse  u8 [token][kept / 4]  2-bit codes, channel i in bits 2(i%4)
- *               of byte i/4; value (code - 1.5) * scale2,
- *               scale2 = 0.996 * rms over the kept channels
+ *     INDEX_CHANNELS, INDEX_CHANNELS_KEPT channels c[] of the key, x[i] = k[c[i]],
+ *     chosen by calibration for each layer and KV head:
+ *       coarse  u8 [token][kept / 4]  2-bit codes, channel i in bits 2(i%4) of
+ *               byte i/4: (x >= -scale2) + (x >= 0) + (x >= scale2);
+ *               value (code - 1.5) * scale2, scale2 = 0.996 * rms(x)
  *       fine    u8 [token][kept / 2]  4-bit codes, even channel in the low
- *               nibble; value (code - 8) * scale4, codes 1..15,
- *               scale4 = absmax / 7
+ *               nibble: 8 + x / scale4, rounded to even and kept in 1..15;
+ *               value (code - 8) * scale4, scale4 = max |x| / 7
  *       scale2, scale4  bf16 [token] each
- *     The filter reads coarse, the selection fine.  Scales are rounded to
- *     bf16 before codes are computed; a zero key has scale 0 and codes of 0.
+ *     The filter reads coarse, the selection fine.
+ *   Where scale is 0 (a zero key), so are the codes.
  *
  * The rotation R = H diag(s) / sqrt(head_dim): s a fixed vector of +-1
  * (rotation_sign), H the Hadamard matrix in natural order; head_dim is a power
- * of two.  R is orthogonal, so (R q).(R k) = q.k.  The same for every layer. */
+ * of two.  R is orthogonal, so (R q).(R k) = q.k.  The same for every layer.
+ *
+ * An index is the same to the bit wherever it is made, because its arithmetic is
+ * fixed: float, every operation rounded once, nothing fused.  H is applied in
+ * stages, distance 1, 2, 4, ..., each replacing (a, b) by (a + b, a - b); then
+ * x = that * (1 / sqrt(head_dim)).  rms is sqrt(sum * (1 / n)), where the sum of
+ * the n squares adds the upper half to the lower one until one is left:
+ * s[i] += s[i + n/2], s[i] += s[i + n/4], ... */
 
 typedef uint16_t bf16;  /* storage only; arithmetic is float */
 
@@ -115,6 +122,23 @@ static inline int rotation_sign(int d)
     const uint32_t pi[8] = { 0x243f6a88u, 0x85a308d3u, 0x13198a2eu, 0x03707344u,
                              0xa4093822u, 0x299f31d0u, 0x082efa98u, 0xec4e6c89u };
     return (pi[(d >> 5) & 7] >> (d & 31)) & 1 ? -1 : 1;
+}
+
+/* What is attended to whatever its score: the first sink_tokens and the last
+ * recent_tokens of a context, and the blocks that hold them. */
+static inline bool always_chosen(int position, int n_tokens, int sink_tokens,
+                                 int recent_tokens)
+{
+    return position < sink_tokens || position >= n_tokens - recent_tokens;
+}
+
+static inline bool always_kept(int block, int n_tokens, int sink_tokens, int recent_tokens)
+{
+    int first = block * BLOCK_TOKENS, last = first + BLOCK_TOKENS - 1;
+
+    return always_chosen(first, n_tokens, sink_tokens, recent_tokens) ||
+           always_chosen(last < n_tokens ? last : n_tokens - 1, n_tokens, sink_tokens,
+                         recent_tokens);
 }
 
 #ifdef __cplusplus

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, cache_utils
 
 LENGTHS = (5, 130, 1500, 6000)
 N_GREEDY, N_TOP, ID_LIMIT = 16, 8, 6141
@@ -44,6 +44,22 @@ def weights_sum(folder):
     return f"{total:016x}"
 
 
+class Bf16Layer(cache_utils.DynamicLayer):
+    def update(self, keys, values, *args, **kwargs):
+        return super().update(keys.bfloat16().float(), values.bfloat16().float(), *args,
+                              **kwargs)
+
+
+@torch.no_grad()
+def rounded_logprobs(model, n, top_ids):
+    cache = cache_utils.DynamicCache(config=model.config)
+    cache.layers = [Bf16Layer() for _ in range(model.config.num_hidden_layers)]
+    out = model(torch.tensor([prompt(n)]), past_key_values=cache, use_cache=True,
+                logits_to_keep=1)
+    logprobs = torch.log_softmax(out.logits[0, -1].double(), -1)
+    return [round(logprobs[i].item(), 5) for i in top_ids]
+
+
 @torch.no_grad()
 def record(model, n):
     ids, entry = prompt(n), {"n_tokens": n, "greedy_ids": [], "greedy_margins": []}
@@ -55,6 +71,7 @@ def record(model, n):
         if step == 0:
             entry["top_ids"] = top.indices.tolist()
             entry["top_logprobs"] = [round(x, 5) for x in top.values.tolist()]
+            entry["top_logprobs_bf16_kv"] = rounded_logprobs(model, n, entry["top_ids"])
             entry["logit_std"] = round(logits.std().item(), 3)
         entry["greedy_ids"].append(top.indices[0].item())
         entry["greedy_margins"].append(round((top.values[0] - top.values[1]).item(), 5))
@@ -73,8 +90,10 @@ def main():
                   "weights_sum": weights_sum(models / name), "prompts": prompts}
         text = json.dumps(golden, indent=1)
         (out / f"{name}.json").write_text(text + "\n")
-        print(name, [p["logit_std"] for p in prompts],
-              [p["top_logprobs"][0] for p in prompts], flush=True)
+        rounding = [max(abs(a - b) for a, b in zip(p["top_logprobs"], p["top_logprobs_bf16_kv"]))
+                    for p in prompts]
+        print(name, [p["logit_std"] for p in prompts], "bf16 K and V move the logprobs by",
+              [round(x, 4) for x in rounding], flush=True)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 #include "kernels/cpu/elementwise.h"
 
+#include "kernels/cpu/avx2_math.h"
 #include "kernels/cpu/linear.h"
 
-#include <immintrin.h>
 #include <string.h>
 
 enum { LANES = 8 };
@@ -79,38 +79,9 @@ static void avx2_scale(float *out, const float *x, float factor, const void *wei
         out[i] = x[i] * factor * weight_at(weight, weight_type, (size_t)i);
 }
 
-/* 2^n for whole n in [-126, 127]. */
-INLINE __m256 power_of_two(__m256i n)
-{
-    __m256i exponent = _mm256_add_epi32(n, _mm256_set1_epi32(127));
-    return _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23));
-}
-
-/* The method of avx512_elementwise.c.  2^n is multiplied in two halves, because n
- * itself may lie outside the range of an exponent. */
-INLINE __m256 exponential(__m256 x)
-{
-    x = _mm256_min_ps(_mm256_set1_ps(90), _mm256_max_ps(_mm256_set1_ps(-110), x));
-    __m256 n = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504f)),
-                               _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    __m256 r = _mm256_fnmadd_ps(n, _mm256_set1_ps(0x1.62e4p-1f), x);
-    r = _mm256_fnmadd_ps(n, _mm256_set1_ps(0x1.7f7d1cp-20f), r);
-    __m256 p = _mm256_set1_ps(1.0f / 5040);
-    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f / 720));
-    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f / 120));
-    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f / 24));
-    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f / 6));
-    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(0.5f));
-    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1));
-    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1));
-    __m256i whole = _mm256_cvtps_epi32(n), half = _mm256_srai_epi32(whole, 1);
-    return _mm256_mul_ps(_mm256_mul_ps(p, power_of_two(half)),
-                         power_of_two(_mm256_sub_epi32(whole, half)));
-}
-
 INLINE __m256 silu_mul(__m256 gate, __m256 up)
 {
-    __m256 e = exponential(_mm256_sub_ps(_mm256_setzero_ps(), gate));
+    __m256 e = avx2_exp(_mm256_sub_ps(_mm256_setzero_ps(), gate));
 
     return _mm256_mul_ps(_mm256_div_ps(gate, _mm256_add_ps(_mm256_set1_ps(1), e)), up);
 }

@@ -1,0 +1,90 @@
+#include "kernels/cpu/index.h"
+
+#include "kernels/cpu/index_body.h"
+
+#include <immintrin.h>
+
+enum { LANES = 16, GROUPS = BLOCK_TOKENS / LANES };
+
+/* Words [word][token] of codes [token][word]: tokens into lanes. */
+static void turn_words(uint32_t *out, const uint8_t *codes, int words)
+{
+    for (int t = 0; t < BLOCK_TOKENS; t++)
+        for (int w = 0; w < words; w++)
+            memcpy(&out[w * BLOCK_TOKENS + t], codes + 4 * (t * words + w), 4);
+}
+
+/* The same for 4 words a token: 4 x 4 words trade places within quarters, then quarters
+ * are put in order. */
+static void turn_quads(uint32_t *out, const uint8_t *codes)
+{
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11,
+                                            15);
+    for (int g = 0; g < GROUPS; g++) {
+        const uint8_t *from = codes + g * LANES * 16;
+        __m512i a = _mm512_loadu_si512(from), b = _mm512_loadu_si512(from + 64);
+        __m512i c = _mm512_loadu_si512(from + 128), d = _mm512_loadu_si512(from + 192);
+        __m512i ab = _mm512_unpacklo_epi32(a, b), cd = _mm512_unpacklo_epi32(c, d);
+        __m512i ef = _mm512_unpackhi_epi32(a, b), gh = _mm512_unpackhi_epi32(c, d);
+        __m512i word[4] = { _mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd),
+                            _mm512_unpacklo_epi64(ef, gh), _mm512_unpackhi_epi64(ef, gh) };
+        for (int w = 0; w < 4; w++)
+            _mm512_storeu_si512(out + w * BLOCK_TOKENS + g * LANES,
+                                _mm512_permutexvar_epi32(order, word[w]));
+    }
+}
+
+/* A table of 16 floats is a register, and a permutation looks 16 tokens up at once; it
+ * reads only the low four bits of a lane. */
+static void look_up_words(float *best, const uint32_t *words, int n_words,
+                          const float *tables, int queries)
+{
+    for (int q = 0; q < queries; q++) {
+        const float *table = tables + q * n_words * 8 * 16;
+        __m512 sum[GROUPS];
+        for (int g = 0; g < GROUPS; g++)
+            sum[g] = _mm512_setzero_ps();
+        for (int w = 0; w < n_words; w++) {
+            __m512i code[GROUPS];
+            for (int g = 0; g < GROUPS; g++)
+                code[g] = _mm512_loadu_si512(words + w * BLOCK_TOKENS + g * LANES);
+            for (int nibble = 0; nibble < 8; nibble++, table += 16) {
+                __m512 entries = _mm512_loadu_ps(table);
+                for (int g = 0; g < GROUPS; g++) {
+                    __m512 value = _mm512_permutexvar_ps(code[g], entries);
+                    sum[g] = _mm512_add_ps(sum[g], value);
+                    code[g] = _mm512_srli_epi32(code[g], 4);
+                }
+            }
+        }
+        for (int g = 0; g < GROUPS; g++) {
+            if (q > 0)
+                sum[g] = _mm512_max_ps(sum[g], _mm512_loadu_ps(best + g * LANES));
+            _mm512_storeu_ps(best + g * LANES, sum[g]);
+        }
+    }
+}
+
+static void avx512_look_up(float *best, const uint8_t *codes, int bytes, const float *tables,
+                           int queries)
+{
+    uint32_t words[2 * MOST_HEAD_DIM / 32 * BLOCK_TOKENS];
+
+    if (bytes % 4) {
+        scalar_look_up(best, codes, bytes, tables, queries);
+        return;
+    }
+    if (bytes == 16)
+        turn_quads(words, codes);
+    else
+        turn_words(words, codes, bytes / 4);
+    look_up_words(best, words, bytes / 4, tables, queries);
+}
+
+const struct index_leaf avx512_index_leaf = {
+    .place = leaf_place,
+    .add_key = leaf_add_key,
+    .rotate = leaf_rotate,
+    .bound = leaf_bound,
+    .look_up = avx512_look_up,
+};

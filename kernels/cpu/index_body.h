@@ -1,0 +1,179 @@
+/* The index leaf in plain loops, included by the file of each instruction set: the
+ * compiler makes vectors of them, and because it may neither reorder nor fuse, each set
+ * gives the same bits. */
+
+#include <math.h>
+#include <string.h>
+
+/* Consumes s. */
+static float halving_sum(float *s, int n)
+{
+    for (int half = n / 2; half > 0; half /= 2)
+        for (int i = 0; i < half; i++)
+            s[i] += s[i + half];
+    return s[0];
+}
+
+static float mean_square(const float *x, int n)
+{
+    float s[MOST_HEAD_DIM];
+
+    for (int i = 0; i < n; i++)
+        s[i] = x[i] * x[i];
+    return halving_sum(s, n) * (1.0f / (float)n);
+}
+
+static void leaf_place(float *x, const float *norm, const float *cos_sin, int head_dim,
+                       float eps)
+{
+    int half = head_dim / 2;
+
+    if (norm) {
+        float factor = 1 / sqrtf(mean_square(x, head_dim) + eps);
+        for (int i = 0; i < head_dim; i++)
+            x[i] = x[i] * factor * norm[i];
+    }
+    for (int i = 0; i < half; i++) {
+        float a = x[i], b = x[i + half];
+        x[i] = a * cos_sin[i] - b * cos_sin[i + half];
+        x[i + half] = b * cos_sin[i] + a * cos_sin[i + half];
+    }
+}
+
+/* One stage of the Hadamard transform; `distance` is constant where it is inlined. */
+static inline __attribute__((always_inline)) void butterflies(float *x, int n,
+                                                              const int distance)
+{
+    for (int from = 0; from < n; from += 2 * distance)
+        for (int i = from; i < from + distance; i++) {
+            float a = x[i], b = x[i + distance];
+            x[i] = a + b;
+            x[i + distance] = a - b;
+        }
+}
+
+static void leaf_rotate(float *out, const float *x, int head_dim)
+{
+    float factor = 1 / sqrtf((float)head_dim);
+
+    for (int i = 0; i < head_dim; i++)
+        out[i] = rotation_sign(i) < 0 ? -x[i] : x[i];
+    butterflies(out, head_dim, 1);
+    butterflies(out, head_dim, 2);
+    butterflies(out, head_dim, 4);
+    butterflies(out, head_dim, 8);
+    for (int distance = 16; distance < head_dim; distance *= 2)
+        butterflies(out, head_dim, distance);
+    for (int i = 0; i < head_dim; i++)
+        out[i] *= factor;
+}
+
+/* key is also in x. */
+static void widen_bounds(const struct index_record *r, const bf16 *key, const float *x,
+                         int token)
+{
+    bf16 *lo = (bf16 *)(void *)(r->base + r->layout.lo);
+    bf16 *hi = (bf16 *)(void *)(r->base + r->layout.hi);
+
+    for (int i = 0; i < r->head_dim; i++) {
+        if (token == 0 || x[i] < bf16_to_float(lo[i]))
+            lo[i] = key[i];
+        if (token == 0 || x[i] > bf16_to_float(hi[i]))
+            hi[i] = key[i];
+    }
+}
+
+static void put_scale(const struct index_record *r, int offset, int token, bf16 scale)
+{
+    memcpy(r->base + offset + 2 * token, &scale, sizeof scale);
+}
+
+static bf16 scale_of(const float *x, int n)
+{
+    return float_to_bf16(0.996f * sqrtf(mean_square(x, n)));
+}
+
+static void add_rotated(const struct index_record *r, const float *x, int token)
+{
+    float y[MOST_HEAD_DIM];
+    bf16 rounded = scale_of(x, r->head_dim);
+    float scale = bf16_to_float(rounded);
+    int bytes = r->head_dim / 8;
+    uint8_t *sign = r->base + r->layout.sign + token * bytes;
+    uint8_t *large = r->base + r->layout.large + token * bytes;
+
+    put_scale(r, r->layout.scale, token, rounded);
+    memset(sign, 0, (size_t)bytes);
+    memset(large, 0, (size_t)bytes);
+    if (scale == 0)
+        return;
+    leaf_rotate(y, x, r->head_dim);
+    for (int b = 0; b < bytes; b++) {
+        unsigned s = 0, l = 0;
+        for (int i = 0; i < 8; i++) {
+            s |= (unsigned)(y[8 * b + i] >= 0) << i;
+            l |= (unsigned)(fabsf(y[8 * b + i]) >= scale) << i;
+        }
+        sign[b] = (uint8_t)s;
+        large[b] = (uint8_t)l;
+    }
+}
+
+static unsigned fine_code(float x, float scale)
+{
+    float level = rintf(x / scale);
+
+    level = level < -7 ? -7 : level > 7 ? 7 : level;
+    return (unsigned)((level == level ? (int)level : 0) + 8);
+}
+
+static void add_channels_kept(const struct index_record *r, const float *key, int token)
+{
+    enum { KEPT = INDEX_CHANNELS_KEPT };
+    uint8_t *coarse = r->base + r->layout.coarse + token * (KEPT / 4);
+    uint8_t *fine = r->base + r->layout.fine + token * (KEPT / 2);
+    float x[KEPT], top = 0;
+
+    for (int i = 0; i < KEPT; i++) {
+        x[i] = key[r->channels[i]];
+        top = fabsf(x[i]) > top ? fabsf(x[i]) : top;
+    }
+    bf16 rounded2 = scale_of(x, KEPT), rounded4 = float_to_bf16(top / 7);
+    float scale2 = bf16_to_float(rounded2), scale4 = bf16_to_float(rounded4);
+    put_scale(r, r->layout.scale2, token, rounded2);
+    put_scale(r, r->layout.scale4, token, rounded4);
+    memset(coarse, 0, KEPT / 4);
+    memset(fine, 0, KEPT / 2);
+    for (int i = 0; i < KEPT; i++) {
+        unsigned code = (unsigned)(x[i] >= -scale2) + (x[i] >= 0) + (x[i] >= scale2);
+        if (scale2 != 0)
+            coarse[i / 4] = (uint8_t)(coarse[i / 4] | code << 2 * (i % 4));
+        if (scale4 != 0)
+            fine[i / 2] = (uint8_t)(fine[i / 2] | fine_code(x[i], scale4) << 4 * (i % 2));
+    }
+}
+
+static void leaf_add_key(const struct index_record *r, const bf16 *key, int token)
+{
+    float x[MOST_HEAD_DIM];
+
+    for (int i = 0; i < r->head_dim; i++)
+        x[i] = bf16_to_float(key[i]);
+    if (r->layout.lo >= 0)
+        widen_bounds(r, key, x, token);
+    if (r->kind == INDEX_ROTATED)
+        add_rotated(r, x, token);
+    else
+        add_channels_kept(r, x, token);
+}
+
+static float leaf_bound(const float *q, const bf16 *lo, const bf16 *hi, int head_dim)
+{
+    float s[MOST_HEAD_DIM];
+
+    for (int i = 0; i < head_dim; i++) {
+        float a = q[i] * bf16_to_float(lo[i]), b = q[i] * bf16_to_float(hi[i]);
+        s[i] = a > b ? a : b;
+    }
+    return halving_sum(s, head_dim);
+}

@@ -1,0 +1,369 @@
+#include "kernels/cpu/index.h"
+#include "kernels/cpu/top.h"
+
+#include "engine/base/invariant.h"
+
+#include <string.h>
+
+/* Both levels of the selection: score pieces of a list into keys, then choose.
+ *
+ * A token's score is a sum over its code's nibbles, each a place in a table of the
+ * query's 16 possible contributions: four signs of the rotated key, two coarse channels
+ * or one fine channel.  Both planes of a rotated key are one code twice as long:
+ *
+ *   sum x[d] * (sign ? 1 : -1) * (large ? 1.5 : 0.5)
+ *     = sum x[d] * (sign ? 1 : -1) + sum x[d] / 2 * (sign == large ? 1 : -1)
+ *
+ * so the second half of the code is the planes' agreement and its tables are halved. */
+enum {
+    PIECE_BLOCKS = 32,           /* scored by a task: 2,048 tokens, as long as the tables take */
+    MOST_CODE_BYTES = 2 * MOST_HEAD_DIM / 8,
+};
+
+struct selection {
+    struct stream *s;
+    const struct index_leaf *leaf;
+    const float *q;
+    const uint8_t *index;
+    const int32_t *table, *n_tokens;
+    const int16_t *channels;
+    const int32_t *kept, *n_kept; /* of the first level; NULL while it is this one */
+    int32_t *out, *n_out;         /* [seqs, kv_heads, keep], [seqs, kv_heads] */
+    uint32_t *keys;               /* [seqs, kv_heads, most_items] */
+    struct kv_shape shape;
+    struct index_layout layout;
+    size_t q_stride;
+    int seqs, group, max_blocks, keep_blocks, keep;
+    int sink_tokens, recent_tokens;
+    int most_blocks, most_items, pieces, code_bytes;
+};
+
+/* One sequence and KV head. */
+struct target {
+    int seq, kv_head, n_tokens;
+    const int32_t *kept;
+    int n_blocks;                /* to score: of the context, or kept */
+    int index;
+};
+
+static struct target target_at(const struct selection *a, int index)
+{
+    struct target t = {
+        .seq = index / a->shape.kv_heads,
+        .kv_head = index % a->shape.kv_heads,
+        .index = index,
+    };
+
+    t.n_tokens = a->n_tokens[t.seq];
+    t.n_blocks = (t.n_tokens + BLOCK_TOKENS - 1) / BLOCK_TOKENS;
+    if (a->kept) {
+        t.kept = a->kept + (size_t)index * (size_t)a->keep_blocks;
+        t.n_blocks = a->n_kept[index];
+    }
+    return t;
+}
+
+static const float *query_at(const struct selection *a, const struct target *t, int i)
+{
+    int head = t->kv_head * a->group + i;
+
+    return a->q + (size_t)t->seq * a->q_stride + (size_t)head * (size_t)a->shape.head_dim;
+}
+
+static const uint8_t *record_at(const struct selection *a, const struct target *t, int block)
+{
+    size_t id = (size_t)a->table[(size_t)t->seq * (size_t)a->max_blocks + (size_t)block];
+
+    return a->index + id * index_block_bytes(&a->shape) +
+           (size_t)t->kv_head * (size_t)a->layout.record_bytes;
+}
+
+/* ---- tables: what each nibble of a code adds to the score of one query */
+
+static void sign_tables(float *table, const float *x, int head_dim, float weight)
+{
+    for (int d = 0; d < head_dim; d += 4)
+        for (int nibble = 0; nibble < 16; nibble++) {
+            float sum = 0;
+            for (int i = 0; i < 4; i++)
+                sum += nibble >> i & 1 ? weight * x[d + i] : -(weight * x[d + i]);
+            *table++ = sum;
+        }
+}
+
+static void coarse_tables(float *table, const float *q, const int16_t *channels)
+{
+    for (int i = 0; i < INDEX_CHANNELS_KEPT; i += 2)
+        for (int nibble = 0; nibble < 16; nibble++)
+            *table++ = q[channels[i]] * ((float)(nibble & 3) - 1.5f) +
+                       q[channels[i + 1]] * ((float)(nibble >> 2) - 1.5f);
+}
+
+static void fine_tables(float *table, const float *q, const int16_t *channels)
+{
+    for (int i = 0; i < INDEX_CHANNELS_KEPT; i++)
+        for (int nibble = 0; nibble < 16; nibble++)
+            *table++ = q[channels[i]] * ((float)nibble - 8);
+}
+
+/* [group, 2 * code_bytes, 16] */
+static void make_tables(const struct selection *a, const struct target *t, float *tables)
+{
+    const int16_t *channels = a->channels ? a->channels + t->kv_head * INDEX_CHANNELS_KEPT
+                                          : NULL;
+    int head_dim = a->shape.head_dim;
+    float x[MOST_HEAD_DIM];
+
+    for (int i = 0; i < a->group; i++, tables += a->code_bytes * 32) {
+        const float *q = query_at(a, t, i);
+        if (a->shape.index == INDEX_ROTATED) {
+            a->leaf->rotate(x, q, head_dim);
+            sign_tables(tables, x, head_dim, 1);
+            if (a->kept)
+                sign_tables(tables + head_dim / 4 * 16, x, head_dim, 0.5f);
+        } else if (a->kept) {
+            fine_tables(tables, q, channels);
+        } else {
+            coarse_tables(tables, q, channels);
+        }
+    }
+}
+
+/* ---- scores */
+
+/* Sign plane and agreement of the planes, side by side for each token. */
+static void pair_planes(uint8_t *codes, const uint8_t *sign, const uint8_t *large, int bytes)
+{
+    for (int t = 0; t < BLOCK_TOKENS; t++)
+        for (int b = 0; b < bytes; b++) {
+            codes[2 * bytes * t + b] = sign[bytes * t + b];
+            codes[2 * bytes * t + bytes + b] = (uint8_t)~(sign[bytes * t + b] ^
+                                                         large[bytes * t + b]);
+        }
+}
+
+/* Scores of all BLOCK_TOKENS tokens of a block; those past the context mean nothing. */
+static void score_tokens(const struct selection *a, const uint8_t *record,
+                         const float *tables, float *score)
+{
+    const struct index_layout *l = &a->layout;
+    uint8_t paired[BLOCK_TOKENS * MOST_CODE_BYTES];
+    const uint8_t *codes, *scales;
+
+    if (a->shape.index == INDEX_ROTATED) {
+        codes = record + l->sign;
+        scales = record + l->scale;
+        if (a->kept) {
+            pair_planes(paired, record + l->sign, record + l->large, a->shape.head_dim / 8);
+            codes = paired;
+        }
+    } else {
+        codes = record + (a->kept ? l->fine : l->coarse);
+        scales = record + (a->kept ? l->scale4 : l->scale2);
+    }
+    a->leaf->look_up(score, codes, a->code_bytes, tables, a->group);
+    for (int t = 0; t < BLOCK_TOKENS; t++) {
+        bf16 scale;
+        memcpy(&scale, scales + 2 * t, sizeof scale);
+        score[t] *= bf16_to_float(scale);
+    }
+}
+
+static float bounds_score(const struct selection *a, const struct target *t,
+                          const uint8_t *record)
+{
+    float best = 0;
+
+    for (int i = 0; i < a->group; i++) {
+        float score = a->leaf->bound(query_at(a, t, i),
+                                     (const bf16 *)(const void *)(record + a->layout.lo),
+                                     (const bf16 *)(const void *)(record + a->layout.hi),
+                                     a->shape.head_dim);
+        if (i == 0 || score > best)
+            best = score;
+    }
+    return best;
+}
+
+static float coarse_score(const struct selection *a, const uint8_t *record,
+                          const float *tables, int n)
+{
+    float score[BLOCK_TOKENS];
+
+    score_tokens(a, record, tables, score);
+    float best = score[0];
+    for (int t = 1; t < n; t++)
+        best = score[t] > best ? score[t] : best;
+    return best;
+}
+
+static void score_block(const struct selection *a, const struct target *t, int block,
+                        const float *tables, uint32_t *key)
+{
+    int left = t->n_tokens - block * BLOCK_TOKENS;
+
+    if (always_kept(block, t->n_tokens, a->sink_tokens, a->recent_tokens))
+        *key = TOP_FORCED;
+    else if (a->shape.filter == FILTER_BOUNDS)
+        *key = top_key(bounds_score(a, t, record_at(a, t, block)));
+    else
+        *key = top_key(coarse_score(a, record_at(a, t, block), tables,
+                                    left < BLOCK_TOKENS ? left : BLOCK_TOKENS));
+}
+
+static void score_kept_block(const struct selection *a, const struct target *t, int block,
+                             const float *tables, uint32_t *keys)
+{
+    float score[BLOCK_TOKENS];
+
+    score_tokens(a, record_at(a, t, block), tables, score);
+    for (int i = 0; i < BLOCK_TOKENS; i++)
+        keys[i] = always_chosen(block * BLOCK_TOKENS + i, t->n_tokens, a->sink_tokens,
+                                a->recent_tokens)
+                      ? TOP_FORCED
+                      : top_key(score[i]);
+}
+
+static void score_task(void *arg, int task, int worker)
+{
+    const struct selection *a = arg;
+    struct target t = target_at(a, task / a->pieces);
+    int from = task % a->pieces * PIECE_BLOCKS, to = from + PIECE_BLOCKS;
+    uint32_t *keys = a->keys + (size_t)t.index * (size_t)a->most_items;
+    float *tables = NULL;
+
+    if (to > t.n_blocks)
+        to = t.n_blocks;
+    if (from >= to)
+        return;
+    if (a->kept || a->shape.filter == FILTER_COARSE) {
+        tables = cpu_scratch(a->s, worker, (size_t)(a->group * a->code_bytes) * 32 *
+                                               sizeof(float));
+        make_tables(a, &t, tables);
+    }
+    for (int i = from; i < to; i++) {
+        if (t.kept)
+            score_kept_block(a, &t, t.kept[i], tables, keys + i * BLOCK_TOKENS);
+        else
+            score_block(a, &t, i, tables, keys + i);
+    }
+}
+
+/* ---- choice */
+
+static void choose_task(void *arg, int task, int worker)
+{
+    const struct selection *a = arg;
+    struct target t = target_at(a, task);
+    const uint32_t *keys = a->keys + (size_t)task * (size_t)a->most_items;
+    int32_t *out = a->out + (size_t)task * (size_t)a->keep;
+    int n = t.n_blocks;
+
+    (void)worker;
+    if (t.kept) {
+        int end = n > 0 ? (t.kept[n - 1] + 1) * BLOCK_TOKENS : 0;
+        n = n * BLOCK_TOKENS - (end > t.n_tokens ? end - t.n_tokens : 0);
+    }
+    int n_out = choose_top(out, keys, n, a->keep);
+    for (int i = 0; t.kept && i < n_out; i++)
+        out[i] = t.kept[out[i] / BLOCK_TOKENS] * BLOCK_TOKENS + out[i] % BLOCK_TOKENS;
+    for (int i = n_out; i < a->keep; i++)
+        out[i] = -1;
+    a->n_out[task] = n_out;
+}
+
+static int codes_of(const struct kv_shape *shape, bool fine)
+{
+    if (shape->index == INDEX_ROTATED)
+        return shape->head_dim / 8 * (fine ? 2 : 1);
+    return INDEX_CHANNELS_KEPT / (fine ? 2 : 4);
+}
+
+static void select_items(struct selection *a, int heads)
+{
+    int targets = a->seqs * a->shape.kv_heads;
+
+    ASSERT(heads % a->shape.kv_heads == 0 && a->keep > 0);
+    ASSERT(a->shape.head_dim <= MOST_HEAD_DIM);
+    ASSERT(a->shape.index != INDEX_CHANNELS || a->channels);
+    a->leaf = index_leaf_of(a->s);
+    a->layout = index_layout(&a->shape);
+    a->group = heads / a->shape.kv_heads;
+    a->code_bytes = codes_of(&a->shape, a->kept != NULL);
+    a->pieces = (a->most_blocks + PIECE_BLOCKS - 1) / PIECE_BLOCKS;
+    workers_run(a->s->be->workers, targets * a->pieces, score_task, a);
+    workers_run(a->s->be->workers, targets, choose_task, a);
+}
+
+void cpu_block_filter(struct stream *s, const struct block_filter_args *args)
+{
+    struct selection a = {
+        .s = s,
+        .q = args->q,
+        .index = args->index,
+        .table = args->table,
+        .n_tokens = args->n_tokens,
+        .channels = args->channels,
+        .out = args->kept,
+        .n_out = args->n_kept,
+        .keys = args->scratch,
+        .shape = args->shape,
+        .q_stride = (size_t)args->q_stride,
+        .seqs = args->seqs,
+        .max_blocks = args->max_blocks,
+        .keep = args->keep_blocks,
+        .sink_tokens = args->sink_tokens,
+        .recent_tokens = args->recent_tokens,
+        .most_blocks = (args->max_n_tokens + BLOCK_TOKENS - 1) / BLOCK_TOKENS,
+        .most_items = args->max_blocks,
+    };
+
+    if (s->failed == ST_OK && args->seqs > 0)
+        select_items(&a, args->heads);
+}
+
+void cpu_token_select(struct stream *s, const struct token_select_args *args)
+{
+    struct selection a = {
+        .s = s,
+        .q = args->q,
+        .index = args->index,
+        .table = args->table,
+        .n_tokens = args->n_tokens,
+        .channels = args->channels,
+        .kept = args->kept,
+        .n_kept = args->n_kept,
+        .out = args->chosen,
+        .n_out = args->n_chosen,
+        .keys = args->scratch,
+        .shape = args->shape,
+        .q_stride = (size_t)args->q_stride,
+        .seqs = args->seqs,
+        .max_blocks = args->max_blocks,
+        .keep_blocks = args->keep_blocks,
+        .keep = args->keep_tokens,
+        .sink_tokens = args->sink_tokens,
+        .recent_tokens = args->recent_tokens,
+        .most_blocks = args->keep_blocks,
+        .most_items = args->keep_blocks * BLOCK_TOKENS,
+    };
+
+    if (s->failed == ST_OK && args->seqs > 0)
+        select_items(&a, args->heads);
+}
+
+/* A key for each block, or for each token of the kept blocks. */
+size_t cpu_block_filter_scratch(const struct kv_shape *shape, int max_seqs, int heads,
+                                int max_blocks)
+{
+    (void)heads;
+    return (size_t)max_seqs * (size_t)shape->kv_heads * (size_t)max_blocks * sizeof(uint32_t);
+}
+
+size_t cpu_token_select_scratch(const struct kv_shape *shape, int max_seqs, int heads,
+                                int keep_blocks)
+{
+    (void)heads;
+    return (size_t)max_seqs * (size_t)shape->kv_heads * (size_t)keep_blocks * BLOCK_TOKENS *
+           sizeof(uint32_t);
+}
