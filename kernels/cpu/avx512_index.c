@@ -6,15 +6,7 @@
 
 enum { LANES = 16, GROUPS = BLOCK_TOKENS / LANES };
 
-/* Words [word][token] of codes [token][word]: tokens into lanes. */
-static void turn_words(uint32_t *out, const uint8_t *codes, int words)
-{
-    for (int t = 0; t < BLOCK_TOKENS; t++)
-        for (int w = 0; w < words; w++)
-            memcpy(&out[w * BLOCK_TOKENS + t], codes + 4 * (t * words + w), 4);
-}
-
-/* The same for 4 words a token: 4 x 4 words trade places within quarters, then quarters
+/* turn_words() for 4 words a token: 4 x 4 words trade places within quarters, then quarters
  * are put in order. */
 static void turn_quads(uint32_t *out, const uint8_t *codes)
 {
@@ -65,20 +57,21 @@ static void look_up_words(float *best, const uint32_t *words, int n_words,
     }
 }
 
-static void avx512_look_up(float *best, const uint8_t *codes, int bytes, const float *tables,
+static void avx512_look_up(float *best, const struct index_codes *codes, const float *tables,
                            int queries)
 {
-    uint32_t words[2 * MOST_HEAD_DIM / 32 * BLOCK_TOKENS];
+    uint32_t words[MOST_CODE_WORDS * BLOCK_TOKENS];
 
-    if (bytes % 4) {
-        scalar_look_up(best, codes, bytes, tables, queries);
+    if (codes->bytes % 4) {
+        scalar_look_up(best, codes, tables, queries);
         return;
     }
-    if (bytes == 16)
-        turn_quads(words, codes);
+    if (codes->bytes == 16)
+        for (int p = 0; p < codes->parts; p++)
+            turn_quads(words + 4 * p * BLOCK_TOKENS, codes->part[p]);
     else
-        turn_words(words, codes, bytes / 4);
-    look_up_words(best, words, bytes / 4, tables, queries);
+        turn_words(words, codes);
+    look_up_words(best, words, codes->parts * codes->bytes / 4, tables, queries);
 }
 
 const struct index_leaf avx512_index_leaf = {
@@ -86,5 +79,6 @@ const struct index_leaf avx512_index_leaf = {
     .add_key = leaf_add_key,
     .rotate = leaf_rotate,
     .bound = leaf_bound,
+    .scale_scores = leaf_scale_scores,
     .look_up = avx512_look_up,
 };

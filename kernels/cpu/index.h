@@ -18,6 +18,13 @@ struct index_record {
     int head_dim;
 };
 
+/* Codes of a block's tokens: first the `bytes` of part 0, then those of part 1.  Nibble
+ * 2i is the low one of byte i. */
+struct index_codes {
+    const uint8_t *part[2];      /* [BLOCK_TOKENS, bytes] */
+    int parts, bytes;
+};
+
 struct index_leaf {
     /* One head of q or k: normalised (norm may be NULL), then rotated by its position. */
     void (*place)(float *x, const float *norm, const float *cos_sin, int head_dim, float eps);
@@ -28,13 +35,15 @@ struct index_leaf {
     /* sum of max(q * lo, q * hi) */
     float (*bound)(const float *q, const bf16 *lo, const bf16 *hi, int head_dim);
     /* best[t] = the maximum over queries of the sum over nibbles j, in their order, of
-     * tables[query][j][nibble j of codes[t]].  Nibble 2i is the low one of byte i.
-     * best [BLOCK_TOKENS], codes [BLOCK_TOKENS, bytes], tables [queries, 2 bytes, 16] */
-    void (*look_up)(float *best, const uint8_t *codes, int bytes, const float *tables,
+     * tables[query][j][nibble j of the code of t].  best [BLOCK_TOKENS], tables
+     * [queries, nibbles, 16]. */
+    void (*look_up)(float *best, const struct index_codes *codes, const float *tables,
                     int queries);
+    /* score[t] *= scale[t]; the largest of the first n. */
+    float (*scale_scores)(float *score, const bf16 *scale, int n);
 };
 
-void scalar_look_up(float *best, const uint8_t *codes, int bytes, const float *tables,
+void scalar_look_up(float *best, const struct index_codes *codes, const float *tables,
                     int queries);
 
 extern const struct index_leaf scalar_index_leaf, avx2_index_leaf, avx512_index_leaf;

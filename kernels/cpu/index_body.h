@@ -177,3 +177,38 @@ static float leaf_bound(const float *q, const bf16 *lo, const bf16 *hi, int head
     }
     return halving_sum(s, head_dim);
 }
+
+static float leaf_scale_scores(float *score, const bf16 *scale, int n)
+{
+    enum { LANES_KEPT = 16 };
+    float top[LANES_KEPT], best;
+
+    for (int t = 0; t < BLOCK_TOKENS; t++)
+        score[t] *= bf16_to_float(scale[t]);
+    if (n < BLOCK_TOKENS) {
+        best = score[0];
+        for (int t = 1; t < n; t++)
+            best = score[t] > best ? score[t] : best;
+        return best;
+    }
+    for (int i = 0; i < LANES_KEPT; i++)
+        top[i] = score[i];
+    for (int t = LANES_KEPT; t < BLOCK_TOKENS; t += LANES_KEPT)
+        for (int i = 0; i < LANES_KEPT; i++)
+            top[i] = score[t + i] > top[i] ? score[t + i] : top[i];
+    best = top[0];
+    for (int i = 1; i < LANES_KEPT; i++)
+        best = top[i] > best ? top[i] : best;
+    return best;
+}
+
+enum { MOST_CODE_WORDS = 2 * MOST_HEAD_DIM / 32 };
+
+/* Codes in words, turned: [word][token], tokens into lanes.  bytes is a multiple of 4. */
+static inline void turn_words(uint32_t *out, const struct index_codes *codes)
+{
+    for (int p = 0; p < codes->parts; p++)
+        for (int w = 0; w < codes->bytes / 4; w++, out += BLOCK_TOKENS)
+            for (int t = 0; t < BLOCK_TOKENS; t++)
+                memcpy(&out[t], codes->part[p] + t * codes->bytes + 4 * w, 4);
+}

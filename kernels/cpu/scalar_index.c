@@ -2,23 +2,21 @@
 
 #include "kernels/cpu/index_body.h"
 
-static float sum_nibbles(const uint8_t *codes, int bytes, const float *tables)
-{
-    float sum = 0;
-
-    for (int b = 0; b < bytes; b++) {
-        sum += tables[32 * b + (codes[b] & 15)];
-        sum += tables[32 * b + 16 + (codes[b] >> 4)];
-    }
-    return sum;
-}
-
-void scalar_look_up(float *best, const uint8_t *codes, int bytes, const float *tables,
+void scalar_look_up(float *best, const struct index_codes *codes, const float *tables,
                     int queries)
 {
+    int bytes = codes->bytes;
+
     for (int t = 0; t < BLOCK_TOKENS; t++)
         for (int q = 0; q < queries; q++) {
-            float sum = sum_nibbles(codes + t * bytes, bytes, tables + q * bytes * 32);
+            const float *table = tables + q * codes->parts * bytes * 32;
+            float sum = 0;
+            for (int p = 0; p < codes->parts; p++)
+                for (int b = 0; b < bytes; b++, table += 32) {
+                    uint8_t byte = codes->part[p][t * bytes + b];
+                    sum += table[byte & 15];
+                    sum += table[16 + (byte >> 4)];
+                }
             if (q == 0 || sum > best[t])
                 best[t] = sum;
         }
@@ -29,5 +27,6 @@ const struct index_leaf scalar_index_leaf = {
     .add_key = leaf_add_key,
     .rotate = leaf_rotate,
     .bound = leaf_bound,
+    .scale_scores = leaf_scale_scores,
     .look_up = scalar_look_up,
 };

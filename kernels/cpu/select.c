@@ -9,15 +9,14 @@
  *
  * A token's score is a sum over its code's nibbles, each a place in a table of the
  * query's 16 possible contributions: four signs of the rotated key, two coarse channels
- * or one fine channel.  Both planes of a rotated key are one code twice as long:
+ * or one fine channel.  Both planes of a rotated key make a code of two parts:
  *
  *   sum x[d] * (sign ? 1 : -1) * (large ? 1.5 : 0.5)
  *     = sum x[d] * (sign ? 1 : -1) + sum x[d] / 2 * (sign == large ? 1 : -1)
  *
- * so the second half of the code is the planes' agreement and its tables are halved. */
+ * so the second part is where the planes agree, and its tables are halved. */
 enum {
     PIECE_BLOCKS = 32,           /* scored by a task: 2,048 tokens, as long as the tables take */
-    MOST_CODE_BYTES = 2 * MOST_HEAD_DIM / 8,
 };
 
 struct selection {
@@ -106,7 +105,15 @@ static void fine_tables(float *table, const float *q, const int16_t *channels)
             *table++ = q[channels[i]] * ((float)nibble - 8);
 }
 
-/* [group, 2 * code_bytes, 16] */
+/* Floats of the tables of one query. */
+static int table_floats(const struct selection *a)
+{
+    int parts = a->shape.index == INDEX_ROTATED && a->kept ? 2 : 1;
+
+    return parts * a->code_bytes * 2 * 16;
+}
+
+/* [group, nibbles, 16] */
 static void make_tables(const struct selection *a, const struct target *t, float *tables)
 {
     const int16_t *channels = a->channels ? a->channels + t->kv_head * INDEX_CHANNELS_KEPT
@@ -114,7 +121,7 @@ static void make_tables(const struct selection *a, const struct target *t, float
     int head_dim = a->shape.head_dim;
     float x[MOST_HEAD_DIM];
 
-    for (int i = 0; i < a->group; i++, tables += a->code_bytes * 32) {
+    for (int i = 0; i < a->group; i++, tables += table_floats(a)) {
         const float *q = query_at(a, t, i);
         if (a->shape.index == INDEX_ROTATED) {
             a->leaf->rotate(x, q, head_dim);
@@ -131,42 +138,41 @@ static void make_tables(const struct selection *a, const struct target *t, float
 
 /* ---- scores */
 
-/* Sign plane and agreement of the planes, side by side for each token. */
-static void pair_planes(uint8_t *codes, const uint8_t *sign, const uint8_t *large, int bytes)
+/* Where the planes of a rotated key agree. */
+static void agreement(uint64_t *out, const uint8_t *sign, const uint8_t *large, int bytes)
 {
-    for (int t = 0; t < BLOCK_TOKENS; t++)
-        for (int b = 0; b < bytes; b++) {
-            codes[2 * bytes * t + b] = sign[bytes * t + b];
-            codes[2 * bytes * t + bytes + b] = (uint8_t)~(sign[bytes * t + b] ^
-                                                         large[bytes * t + b]);
-        }
+    for (int i = 0; i < BLOCK_TOKENS * bytes / 8; i++) {
+        uint64_t s, l;
+        memcpy(&s, sign + 8 * i, sizeof s);
+        memcpy(&l, large + 8 * i, sizeof l);
+        out[i] = ~(s ^ l);
+    }
 }
 
-/* Scores of all BLOCK_TOKENS tokens of a block; those past the context mean nothing. */
-static void score_tokens(const struct selection *a, const uint8_t *record,
-                         const float *tables, float *score)
+/* Scores of all BLOCK_TOKENS tokens of a block, and the largest of the first n; those
+ * past the context mean nothing. */
+static float score_tokens(const struct selection *a, const uint8_t *record,
+                          const float *tables, float *score, int n)
 {
     const struct index_layout *l = &a->layout;
-    uint8_t paired[BLOCK_TOKENS * MOST_CODE_BYTES];
-    const uint8_t *codes, *scales;
+    uint64_t agree[BLOCK_TOKENS * MOST_HEAD_DIM / 64];
+    struct index_codes codes = { .parts = 1, .bytes = a->code_bytes };
+    int scale;
 
     if (a->shape.index == INDEX_ROTATED) {
-        codes = record + l->sign;
-        scales = record + l->scale;
+        codes.part[0] = record + l->sign;
+        scale = l->scale;
         if (a->kept) {
-            pair_planes(paired, record + l->sign, record + l->large, a->shape.head_dim / 8);
-            codes = paired;
+            agreement(agree, record + l->sign, record + l->large, a->code_bytes);
+            codes.part[1] = (const uint8_t *)agree;
+            codes.parts = 2;
         }
     } else {
-        codes = record + (a->kept ? l->fine : l->coarse);
-        scales = record + (a->kept ? l->scale4 : l->scale2);
+        codes.part[0] = record + (a->kept ? l->fine : l->coarse);
+        scale = a->kept ? l->scale4 : l->scale2;
     }
-    a->leaf->look_up(score, codes, a->code_bytes, tables, a->group);
-    for (int t = 0; t < BLOCK_TOKENS; t++) {
-        bf16 scale;
-        memcpy(&scale, scales + 2 * t, sizeof scale);
-        score[t] *= bf16_to_float(scale);
-    }
+    a->leaf->look_up(score, &codes, tables, a->group);
+    return a->leaf->scale_scores(score, (const bf16 *)(const void *)(record + scale), n);
 }
 
 static float bounds_score(const struct selection *a, const struct target *t,
@@ -185,29 +191,18 @@ static float bounds_score(const struct selection *a, const struct target *t,
     return best;
 }
 
-static float coarse_score(const struct selection *a, const uint8_t *record,
-                          const float *tables, int n)
-{
-    float score[BLOCK_TOKENS];
-
-    score_tokens(a, record, tables, score);
-    float best = score[0];
-    for (int t = 1; t < n; t++)
-        best = score[t] > best ? score[t] : best;
-    return best;
-}
-
 static void score_block(const struct selection *a, const struct target *t, int block,
                         const float *tables, uint32_t *key)
 {
     int left = t->n_tokens - block * BLOCK_TOKENS;
+    float score[BLOCK_TOKENS];
 
     if (always_kept(block, t->n_tokens, a->sink_tokens, a->recent_tokens))
         *key = TOP_FORCED;
     else if (a->shape.filter == FILTER_BOUNDS)
         *key = top_key(bounds_score(a, t, record_at(a, t, block)));
     else
-        *key = top_key(coarse_score(a, record_at(a, t, block), tables,
+        *key = top_key(score_tokens(a, record_at(a, t, block), tables, score,
                                     left < BLOCK_TOKENS ? left : BLOCK_TOKENS));
 }
 
@@ -216,7 +211,7 @@ static void score_kept_block(const struct selection *a, const struct target *t, 
 {
     float score[BLOCK_TOKENS];
 
-    score_tokens(a, record_at(a, t, block), tables, score);
+    score_tokens(a, record_at(a, t, block), tables, score, BLOCK_TOKENS);
     for (int i = 0; i < BLOCK_TOKENS; i++)
         keys[i] = always_chosen(block * BLOCK_TOKENS + i, t->n_tokens, a->sink_tokens,
                                 a->recent_tokens)
@@ -237,8 +232,8 @@ static void score_task(void *arg, int task, int worker)
     if (from >= to)
         return;
     if (a->kept || a->shape.filter == FILTER_COARSE) {
-        tables = cpu_scratch(a->s, worker, (size_t)(a->group * a->code_bytes) * 32 *
-                                               sizeof(float));
+        tables = cpu_scratch(a->s, worker,
+                             (size_t)(a->group * table_floats(a)) * sizeof(float));
         make_tables(a, &t, tables);
     }
     for (int i = from; i < to; i++) {
@@ -272,10 +267,11 @@ static void choose_task(void *arg, int task, int worker)
     a->n_out[task] = n_out;
 }
 
-static int codes_of(const struct kv_shape *shape, bool fine)
+/* Of one part of a token's code. */
+static int code_bytes(const struct kv_shape *shape, bool fine)
 {
     if (shape->index == INDEX_ROTATED)
-        return shape->head_dim / 8 * (fine ? 2 : 1);
+        return shape->head_dim / 8;
     return INDEX_CHANNELS_KEPT / (fine ? 2 : 4);
 }
 
@@ -289,7 +285,7 @@ static void select_items(struct selection *a, int heads)
     a->leaf = index_leaf_of(a->s);
     a->layout = index_layout(&a->shape);
     a->group = heads / a->shape.kv_heads;
-    a->code_bytes = codes_of(&a->shape, a->kept != NULL);
+    a->code_bytes = code_bytes(&a->shape, a->kept != NULL);
     a->pieces = (a->most_blocks + PIECE_BLOCKS - 1) / PIECE_BLOCKS;
     workers_run(a->s->be->workers, targets * a->pieces, score_task, a);
     workers_run(a->s->be->workers, targets, choose_task, a);

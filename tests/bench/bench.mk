@@ -3,6 +3,10 @@
 $B/bench-cpu: $B/tests/bench/bench_cpu.o $(LIB)
 	$(call say,LD,$@)
 	$Q$(CC) $(LDFLAGS) -o $@ $^ $(LDLIBS) -ldnnl
-bench-cpu: $B/bench-cpu
+$B/bench-attention: $B/tests/bench/bench_attention.o $B/tests/support/random_data.o $(LIB)
+	$(call say,LD,$@)
+	$Q$(CC) $(LDFLAGS) -o $@ $^ $(LDLIBS)
+bench-cpu: $B/bench-cpu $B/bench-attention
 	$B/bench-cpu $(ARGS)
+	$B/bench-attention
 .PHONY: bench-cpu
