@@ -1,3 +1,6 @@
+#ifndef KERNELS_CPU_ATTEND_VECTOR_H
+#define KERNELS_CPU_ATTEND_VECTOR_H
+
 /* The attention leaf over vectors of LANES floats, included by the file of each
  * instruction set after it has defined, for its types vec (floats) and ivec (32-bit
  * integers):
@@ -199,3 +202,5 @@ static void vector_finish(float *out, const float *acc, float factor, int head_d
             out[from + 2 * i + 1] = acc[from + LANES + i] * factor;
         }
 }
+
+#endif

@@ -1,3 +1,6 @@
+#ifndef KERNELS_CPU_INDEX_BODY_H
+#define KERNELS_CPU_INDEX_BODY_H
+
 /* The index leaf in plain loops, included by the file of each instruction set: the
  * compiler makes vectors of them, and because it may neither reorder nor fuse, each set
  * gives the same bits. */
@@ -212,3 +215,5 @@ static inline void turn_words(uint32_t *out, const struct index_codes *codes)
             for (int t = 0; t < BLOCK_TOKENS; t++)
                 memcpy(&out[t], codes->part[p] + t * codes->bytes + 4 * w, 4);
 }
+
+#endif
