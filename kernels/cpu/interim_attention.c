@@ -1,5 +1,0 @@
-/* Interim greedy sampler. */
-#include "kernels/cpu/cpu.h"
-
-#include <math.h>
-

@@ -1,0 +1,3 @@
+#include "kernels/cpu/logit_loops.h"
+
+const struct logit_leaf scalar_logit_leaf = LOGIT_LOOPS;
