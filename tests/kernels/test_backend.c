@@ -113,7 +113,8 @@ START_TEST(buffers_are_zeroed_and_aligned)
         ck_assert_uint_eq(buf.bytes, bytes);
         ck_assert_int_eq(buf.kind, kind);
         for (size_t b = 0; b < bytes; b++)
-            ck_assert(((char *)buf.base)[b] == 0);
+            if (((char *)buf.base)[b] != 0)
+                ck_abort_msg("byte %zu is not zero", b);
         buffer_free(be, &buf);
         ck_assert_ptr_null(buf.base);
         buffer_free(be, &buf);
