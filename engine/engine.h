@@ -23,6 +23,9 @@ struct engine;
 struct request;             /* engine/run/request.h */
 struct tokenizer;           /* engine/model/tokenizer.h */
 
+/* What a step must have room for beside one token of every running sequence. */
+enum { ENGINE_MIN_PREFILL_TOKENS = 64 };
+
 struct engine_config {
     const char *model_dir;  /* borrowed for the duration of engine_create(), as all strings */
     const char *backend;    /* "cpu", "cuda:0" */
@@ -32,7 +35,7 @@ struct engine_config {
     uint32_t max_running;   /* sequences in a step */
     uint32_t max_waiting;   /* requests in the waiting room */
     uint64_t max_waiting_tokens; /* their prompt tokens in all; one request always fits */
-    uint32_t step_tokens;   /* token budget of a step; at least max_running + 64 */
+    uint32_t step_tokens;   /* token budget of a step; at least max_running + that */
     uint64_t kv_bytes;      /* KV pool with index; 0: a quarter of the device's memory */
     bool prefix_cache;
     bool check_invariants;  /* scheduler_check and kv_pool_check after every step */

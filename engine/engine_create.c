@@ -11,7 +11,6 @@
 #include <unistd.h>
 
 enum {
-    MIN_PREFILL_TOKENS = 64,           /* of a step, beside a decode row for each sequence */
     LOGIT_BYTES = 64 << 20,            /* scoring a prompt may use that much for its logits */
     MAX_PATH_BYTES = 4096
 };
@@ -38,11 +37,11 @@ static enum status check_config(const struct engine_config *cfg, struct error *e
     if (cfg->max_running < 1 || cfg->max_running > 4096)
         return error_set(err, ST_INVALID, "max-running is %u; 1 to 4096 can be",
                          cfg->max_running);
-    if (cfg->step_tokens < cfg->max_running + MIN_PREFILL_TOKENS)
+    if (cfg->step_tokens < cfg->max_running + ENGINE_MIN_PREFILL_TOKENS)
         return error_set(err, ST_INVALID,
                          "step-tokens is %u; with max-running %u it must be at least %u",
                          cfg->step_tokens, cfg->max_running,
-                         cfg->max_running + MIN_PREFILL_TOKENS);
+                         cfg->max_running + ENGINE_MIN_PREFILL_TOKENS);
     return ST_OK;
 }
 
@@ -112,8 +111,8 @@ static uint32_t logit_rows(const struct engine_config *cfg, int vocab)
 
     if (rows > cfg->step_tokens)
         rows = cfg->step_tokens;
-    if (rows < cfg->max_running + MIN_PREFILL_TOKENS)
-        rows = cfg->max_running + MIN_PREFILL_TOKENS;
+    if (rows < cfg->max_running + ENGINE_MIN_PREFILL_TOKENS)
+        rows = cfg->max_running + ENGINE_MIN_PREFILL_TOKENS;
     return (uint32_t)rows;
 }
 

@@ -131,3 +131,26 @@ bool event_done(const struct event *ev)
 {
     return calls_of(owner_of(ev))->event_done(ev);
 }
+
+void graph_begin(struct stream *s)
+{
+    ASSERT(backend_info(owner_of(s))->graphs);
+    calls_of(owner_of(s))->graph_begin(s);
+}
+
+struct graph *graph_end(struct stream *s)
+{
+    return calls_of(owner_of(s))->graph_end(s);
+}
+
+void graph_launch(struct stream *s, struct graph *g)
+{
+    ASSERT(owner_of(g) == owner_of(s));
+    calls_of(owner_of(s))->graph_launch(s, g);
+}
+
+void graph_destroy(struct graph *g)
+{
+    if (g)
+        calls_of(owner_of(g))->graph_destroy(g);
+}

@@ -58,6 +58,7 @@ struct device_info {
     size_t mem_bytes;  /* memory of the device; of the host (or its cgroup) on the CPU */
     int sm_count;      /* 0 on the CPU back end */
     bool host_visible; /* device memory can be read by the host: true on the CPU */
+    bool graphs;       /* whether steps can be recorded, see below */
     enum dtype act;    /* type of every activation, "act *" in ops.h: F32 on the CPU */
 };
 
@@ -97,6 +98,18 @@ bool event_done(const struct event *ev);
 
 /* Queue a copy between any two addresses the back end knows. */
 void stream_copy(struct stream *s, void *dst, const void *src, size_t bytes);
+
+/* Recording.  Between graph_begin() and graph_end() operations and copies are not
+ * executed but remembered, with their arguments as they are: addresses, counts and what
+ * the host knows of maxima.  What they read at those addresses is read at each launch.
+ * Nothing else may be called on the stream meanwhile.  Where info.graphs is false none
+ * of these may be called.  graph_end() returns NULL when recording failed, and the
+ * stream then has the error. */
+struct graph;
+void graph_begin(struct stream *s);
+struct graph *graph_end(struct stream *s);
+void graph_launch(struct stream *s, struct graph *g);
+void graph_destroy(struct graph *g);                 /* NULL is fine */
 
 #ifdef __cplusplus
 }

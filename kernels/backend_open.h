@@ -12,8 +12,8 @@ extern "C" {
  * Each back end defines `struct backend`, `struct stream` and `struct event` as it
  * likes, under one rule that lets backend.c find its calls:
  *   the first member of struct backend is  const struct device_calls *calls;
- *   the first member of struct stream and struct event is  struct backend *be;
- * Every entry is required and means what backend.h says of the function of the
+ *   the first member of struct stream, event and graph is  struct backend *be;
+ * Every entry but the graphs' is required and means what backend.h says of the function of the
  * same name. */
 struct device_calls {
     void (*close)(struct backend *be);
@@ -35,6 +35,11 @@ struct device_calls {
     void (*event_record)(struct event *ev, struct stream *s);
     void (*event_wait)(struct stream *s, struct event *ev);
     bool (*event_done)(const struct event *ev);
+
+    void (*graph_begin)(struct stream *s);           /* all NULL where info.graphs is false */
+    struct graph *(*graph_end)(struct stream *s);
+    void (*graph_launch)(struct stream *s, struct graph *g);
+    void (*graph_destroy)(struct graph *g);
 };
 
 enum status cpu_backend_open(struct backend **out, const struct backend_options *options,

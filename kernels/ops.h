@@ -3,6 +3,7 @@
 
 #include "kernels/backend.h"
 #include "kernels/layout.h"
+#include "kernels/sampling.h"
 
 #ifdef __cplusplus
 extern "C" {
@@ -28,6 +29,10 @@ extern "C" {
  *
  * Tolerances are relative to the largest magnitude of the scalar CPU result's
  * row, for act = float; for act = bf16 add one bf16 rounding (2^-8).
+ *
+ * Padding.  A step may be replayed at a fixed size (backend.h, graphs), so a row may
+ * have kv_block -1: nothing is stored for it; and a sequence n_tokens 0: what it
+ * would get is left undefined.
  *
  * Every entry of backend_ops is required.  What a back end cannot do it
  * refuses once, at load, through supports(). */
@@ -103,7 +108,7 @@ struct rope_store_args {
     enum dtype norm_type;
     const float *cos_sin;       /* [T, D] of rope_table */
     const int32_t *positions;   /* [T] */
-    const int32_t *kv_block;    /* [T] block of the row in kv */
+    const int32_t *kv_block;    /* [T] block of the row in kv; -1: padding */
     const int32_t *index_block; /* [T] block of the row in index */
     bf16 *kv;                   /* this layer's pool, see layout.h */
     uint8_t *index;             /* this layer's index pool */
@@ -127,6 +132,7 @@ struct attend_dense_args {
     const int32_t *first_row;   /* [S] */
     const int32_t *n_rows;      /* [S], >= 1 */
     const int32_t *n_tokens;    /* [S] */
+    void *scratch;              /* ops->attend_dense_scratch() bytes */
     struct kv_shape shape;
     int seqs, heads, max_blocks;
     int max_n_rows, max_n_tokens; /* host's knowledge of the largest entries */
@@ -212,62 +218,31 @@ struct attend_selected_args {
     float scale;
 };
 
+/* block_filter, token_select and attend_selected in one, for a cache that is all on the
+ * device: what lies between them goes nowhere.         tolerance: as the three */
+struct attend_two_level_args {
+    void *out;                  /* act [S, H*D] */
+    const void *q;              /* act [S, H*D] after rope */
+    int q_stride;
+    const bf16 *kv;
+    const uint8_t *index;
+    const int32_t *kv_table;    /* [S, max_blocks] block ids in kv */
+    const int32_t *index_table; /* [S, max_blocks] block ids in index */
+    const int32_t *n_tokens;    /* [S] */
+    const int16_t *channels;
+    void *scratch;              /* ops->attend_two_level_scratch() bytes */
+    struct kv_shape shape;
+    int seqs, heads, max_blocks;
+    int keep_blocks, keep_tokens, sink_tokens, recent_tokens;
+    int max_n_tokens;
+    float scale;
+};
+
 /* out = silu(gate) * up, silu(x) = x / (1 + exp(-x)).     tolerance: 1e-5 */
 struct silu_mul_args {
     void *out;                  /* act [T, I] */
     const void *gate, *up;      /* act [T, I] with row stride in_stride */
     int rows, dim, in_stride;
-};
-
-enum { SAMPLE_MAX_TOP = 20 };
-
-struct logit_bias { int32_t id; float bias; };
-struct token_count { int32_t id; uint32_t in_output; bool in_prompt; };
-struct token_logprob { int32_t id; float logprob; };
-
-/* What one row asks of the sampler; host memory.
- *
- * Order: (1) logprobs of the raw logits; (2) banned ids to -inf, then
- * logit_bias added; (3) repetition (ids in prompt or output: l > 0 ? l / r :
- * l * r), frequency (l -= f * in_output), presence (l -= p if in_output > 0);
- * (4) temperature < 1e-5: the largest, lowest id on ties; else l /=
- * temperature, min_p (drop p < min_p * p_max), top_k (keep l >= the k-th
- * largest, ties stay), top_p (in descending order keep the shortest prefix
- * whose mass reaches top_p, at least one; ties with its last member by lower
- * id); (5) of what is left the largest
- * l - log(e), e = -log(u(id)) an exponential variate from Philox4x32-10 with
- * key seed and counter (index, id): the draw depends on nothing else in the
- * batch.  Sums are made in a fixed order. */
-struct sample_params {
-    float temperature, top_p, min_p;
-    float presence, frequency, repetition; /* 0, 0 and 1 are off */
-    int32_t top_k;              /* 0: off */
-    uint64_t seed;
-    uint32_t index;             /* of the output token, from 0 */
-    int32_t target;             /* >= 0: no draw, report this id (prompt scoring) */
-    int32_t n_top;              /* 0..SAMPLE_MAX_TOP; -1: no logprobs wanted */
-    const struct logit_bias *bias;
-    const int32_t *banned;      /* ids that may not be drawn (min_tokens) */
-    const struct token_count *counts; /* each id once; only read with penalties */
-    uint32_t n_bias, n_banned, n_counts;
-};
-
-struct sample_result {
-    int32_t token;
-    float logprob;              /* of token, raw; 0 when n_top is -1 */
-    int32_t n_top;
-    int32_t rank;               /* ids with logprob >= its own; 1 is best; 0: n_top is -1 */
-    struct token_logprob top[SAMPLE_MAX_TOP]; /* descending, ties by lower id */
-};
-
-/* The results are host memory, valid after stream_sync.  tolerance: logprobs
- * 1e-5 absolute given equal logits; the token exact, unless two scores of step (5) are
- * closer than 1e-5. */
-struct sample_args {
-    struct sample_result *out;          /* host [R] */
-    const float *logits;                /* [R, V]; contents undefined after the call */
-    const struct sample_params *params; /* host [R] */
-    int rows, vocab;
 };
 
 struct shape_query {
@@ -288,6 +263,7 @@ struct backend_ops {
     void (*block_filter)(struct stream *s, const struct block_filter_args *a);
     void (*token_select)(struct stream *s, const struct token_select_args *a);
     void (*attend_selected)(struct stream *s, const struct attend_selected_args *a);
+    void (*attend_two_level)(struct stream *s, const struct attend_two_level_args *a);
     void (*silu_mul)(struct stream *s, const struct silu_mul_args *a);
     void (*sample)(struct stream *s, const struct sample_args *a);
 
@@ -296,6 +272,10 @@ struct backend_ops {
                                    int max_blocks);
     size_t (*token_select_scratch)(const struct kv_shape *shape, int max_seqs, int heads,
                                    int keep_blocks);
+    size_t (*attend_dense_scratch)(const struct kv_shape *shape, int max_seqs, int heads,
+                                   int max_blocks);
+    size_t (*attend_two_level_scratch)(const struct kv_shape *shape, int max_seqs, int heads,
+                                       int max_blocks, int keep_blocks, int keep_tokens);
 };
 
 #ifdef __cplusplus

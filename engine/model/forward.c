@@ -9,7 +9,7 @@
  *   x = embed(ids)
  *   for each layer
  *       h = norm(x += delta);  q, k, v = linear(h);  rotate, store, index
- *       attn = attention       dense, or filter - select - attend for sparse rows
+ *       attn = attention       full, or in two levels for sparse rows
  *       delta = linear(attn);  h = norm(x += delta)
  *       delta = down(silu(gate(h)) * up(h))
  *   logits = head(norm(x += delta)) of the wanted rows; sample
@@ -119,11 +119,23 @@ static void norm(struct pass *p, void *x, const void *delta, struct weight w, in
 }
 
 static void linear(struct pass *p, void *out, const void *x, struct weight w,
-                   struct weight bias, int rows, int in_dim, int out_dim)
+                   struct weight bias, int rows, int in_dim, int out_dim, int out_stride)
 {
     p->ops->linear(p->s, &(struct linear_args){
         .out = out, .x = x, .weight = w.data, .bias = bias.data, .weight_type = w.type,
-        .rows = rows, .in_dim = in_dim, .out_dim = out_dim, .out_stride = out_dim });
+        .rows = rows, .in_dim = in_dim, .out_dim = out_dim, .out_stride = out_stride });
+}
+
+/* Elements of a row of qkv. */
+static int qkv_dim(const struct model_config *g)
+{
+    return (g->heads + 2 * g->kv_heads) * g->head_dim;
+}
+
+/* Where column i of an activation matrix begins. */
+static void *column(const struct pass *p, void *x, int i)
+{
+    return (char *)x + (size_t)i * dtype_bytes(backend_info(p->m->be)->act);
 }
 
 /* Rows by number.  Embedding does this to a table; the activations are one. */
@@ -152,8 +164,8 @@ static void attend_dense(struct pass *p, int layer, int from, bool last)
         most_tokens = b->n_tokens[s] > most_tokens ? b->n_tokens[s] : most_tokens;
     }
     p->ops->attend_dense(p->s, &(struct attend_dense_args){
-        .out = p->w->attn, .q = p->w->q, .q_stride = p->g->heads * p->g->head_dim,
-        .kv = kv_pool_kv(p->pool, layer),
+        .out = p->w->attn, .q = p->w->qkv, .q_stride = qkv_dim(p->g),
+        .kv = kv_pool_kv(p->pool, layer), .scratch = p->w->attention,
         .table = a->kv_table + (size_t)from * (size_t)p->m->limits.max_blocks,
         .first_row = first + from, .n_rows = n + from, .n_tokens = a->n_tokens + from,
         .shape = p->shape, .seqs = b->seqs - from, .heads = p->g->heads,
@@ -169,36 +181,22 @@ static const int16_t *layer_channels(const struct pass *p, int layer)
     return p->w->channels + (size_t)(layer * p->g->kv_heads) * INDEX_CHANNELS_KEPT;
 }
 
-/* The two levels, then attention, for the sparse rows 0 .. sparse_seqs - 1. */
+/* Both levels for the sparse rows 0 .. sparse_seqs - 1. */
 static void attend_sparse(struct pass *p, int layer)
 {
     const struct select_layer *budget = &p->m->plan.layer[layer];
     const struct select_config *cfg = &p->m->plan.config;
-    const struct step_scratch *w = p->w;
-    const int q_stride = p->g->heads * p->g->head_dim, seqs = p->b->sparse_seqs;
-    const int max_blocks = p->m->limits.max_blocks, heads = p->g->heads;
 
-    p->ops->block_filter(p->s, &(struct block_filter_args){
-        .kept = w->kept, .n_kept = w->n_kept, .q = w->q, .q_stride = q_stride,
-        .index = kv_pool_index(p->pool, layer), .table = p->a->index_table,
+    p->ops->attend_two_level(p->s, &(struct attend_two_level_args){
+        .out = p->w->attn, .q = p->w->qkv, .q_stride = qkv_dim(p->g),
+        .kv = kv_pool_kv(p->pool, layer), .index = kv_pool_index(p->pool, layer),
+        .kv_table = p->a->kv_table, .index_table = p->a->index_table,
         .n_tokens = p->a->n_tokens, .channels = layer_channels(p, layer),
-        .scratch = w->select, .shape = p->shape, .seqs = seqs, .heads = heads,
-        .max_blocks = max_blocks, .keep_blocks = budget->keep_blocks,
-        .sink_tokens = cfg->sink_tokens, .recent_tokens = cfg->recent_tokens,
-        .max_n_tokens = p->most_sparse_tokens });
-    p->ops->token_select(p->s, &(struct token_select_args){
-        .chosen = w->chosen, .n_chosen = w->n_chosen, .kept = w->kept, .n_kept = w->n_kept,
-        .q = w->q, .q_stride = q_stride, .index = kv_pool_index(p->pool, layer),
-        .table = p->a->index_table, .n_tokens = p->a->n_tokens,
-        .channels = layer_channels(p, layer), .scratch = w->select, .shape = p->shape,
-        .seqs = seqs, .heads = heads, .max_blocks = max_blocks,
+        .scratch = p->w->attention, .shape = p->shape, .seqs = p->b->sparse_seqs,
+        .heads = p->g->heads, .max_blocks = p->m->limits.max_blocks,
         .keep_blocks = budget->keep_blocks, .keep_tokens = budget->keep_tokens,
-        .sink_tokens = cfg->sink_tokens, .recent_tokens = cfg->recent_tokens });
-    p->ops->attend_selected(p->s, &(struct attend_selected_args){
-        .out = w->attn, .q = w->q, .q_stride = q_stride, .kv = kv_pool_kv(p->pool, layer),
-        .table = p->a->kv_table, .chosen = w->chosen, .n_chosen = w->n_chosen,
-        .shape = p->shape, .seqs = seqs, .heads = heads, .max_blocks = max_blocks,
-        .keep_tokens = budget->keep_tokens,
+        .sink_tokens = cfg->sink_tokens, .recent_tokens = cfg->recent_tokens,
+        .max_n_tokens = p->most_sparse_tokens,
         .scale = 1.0f / sqrtf((float)p->g->head_dim) });
 }
 
@@ -206,21 +204,48 @@ static void attend_sparse(struct pass *p, int layer)
 
 static const struct weight no_weight;
 
+/* One product where the weights are joined, else one each into its columns of out. */
+static void project_qkv(struct pass *p, const struct layer_weights *l, int rows)
+{
+    const int hidden = p->g->hidden, stride = qkv_dim(p->g);
+    const int q = p->g->heads * p->g->head_dim, kv = p->g->kv_heads * p->g->head_dim;
+    void *out = p->w->qkv;
+
+    if (l->qkv_joined) {
+        linear(p, out, p->w->h, l->q, l->q_bias, rows, hidden, stride, stride);
+        return;
+    }
+    linear(p, out, p->w->h, l->q, l->q_bias, rows, hidden, q, stride);
+    linear(p, column(p, out, q), p->w->h, l->k, l->k_bias, rows, hidden, kv, stride);
+    linear(p, column(p, out, q + kv), p->w->h, l->v, l->v_bias, rows, hidden, kv, stride);
+}
+
+static void project_gate_up(struct pass *p, const struct layer_weights *l, int rows)
+{
+    const int hidden = p->g->hidden, mlp = p->g->mlp;
+    void *out = p->w->gate_up;
+
+    if (l->gate_up_joined) {
+        linear(p, out, p->w->h, l->gate, no_weight, rows, hidden, 2 * mlp, 2 * mlp);
+        return;
+    }
+    linear(p, out, p->w->h, l->gate, no_weight, rows, hidden, mlp, 2 * mlp);
+    linear(p, column(p, out, mlp), p->w->h, l->up, no_weight, rows, hidden, mlp, 2 * mlp);
+}
+
 /* Norm, projections, rotation; K and V into the pool. */
 static void project(struct pass *p, int layer, const void *delta)
 {
     const struct layer_weights *l = weights_layer(p->m->weights, layer);
     const struct step_scratch *w = p->w;
-    const int rows = p->b->rows, hidden = p->g->hidden;
-    const int q_dim = p->g->heads * p->g->head_dim, kv_dim = p->g->kv_heads * p->g->head_dim;
+    const int rows = p->b->rows, stride = qkv_dim(p->g);
+    const int q = p->g->heads * p->g->head_dim, kv = p->g->kv_heads * p->g->head_dim;
 
     norm(p, w->x, delta, l->attn_norm, rows);
-    linear(p, w->q, w->h, l->q, l->q_bias, rows, hidden, q_dim);
-    linear(p, w->k, w->h, l->k, l->k_bias, rows, hidden, kv_dim);
-    linear(p, w->v, w->h, l->v, l->v_bias, rows, hidden, kv_dim);
+    project_qkv(p, l, rows);
     p->ops->rope_store(p->s, &(struct rope_store_args){
-        .q = w->q, .k = w->k, .v = w->v,
-        .qkv_stride_q = q_dim, .qkv_stride_k = kv_dim, .qkv_stride_v = kv_dim,
+        .q = w->qkv, .k = column(p, w->qkv, q), .v = column(p, w->qkv, q + kv),
+        .qkv_stride_q = stride, .qkv_stride_k = stride, .qkv_stride_v = stride,
         .q_norm = l->q_norm.data, .k_norm = l->k_norm.data, .norm_type = l->q_norm.type,
         .cos_sin = w->cos_sin, .positions = p->a->positions,
         .kv_block = p->a->kv_block, .index_block = p->a->index_block,
@@ -228,7 +253,7 @@ static void project(struct pass *p, int layer, const void *delta)
         .channels = layer_channels(p, layer), .shape = p->shape,
         .rows = rows, .heads = p->g->heads, .eps = p->g->norm_eps });
     if (p->m->observer)
-        p->m->observer(p->m->observer_arg, layer, p->b, w->q, q_dim);
+        p->m->observer(p->m->observer_arg, layer, p->b, w->qkv, stride);
 }
 
 static void attend(struct pass *p, int layer, bool last)
@@ -247,14 +272,14 @@ static void finish_layer(struct pass *p, int layer, void *x, const void *attn, i
     const struct step_scratch *w = p->w;
     const int hidden = p->g->hidden, mlp = p->g->mlp;
 
-    linear(p, w->delta, attn, l->o, no_weight, rows, p->g->heads * p->g->head_dim, hidden);
+    linear(p, w->delta, attn, l->o, no_weight, rows, p->g->heads * p->g->head_dim, hidden,
+           hidden);
     norm(p, x, w->delta, l->mlp_norm, rows);
-    linear(p, w->gate, w->h, l->gate, no_weight, rows, hidden, mlp);
-    linear(p, w->up, w->h, l->up, no_weight, rows, hidden, mlp);
+    project_gate_up(p, l, rows);
     p->ops->silu_mul(p->s, &(struct silu_mul_args){
-        .out = w->mid, .gate = w->gate, .up = w->up, .rows = rows, .dim = mlp,
-        .in_stride = mlp });
-    linear(p, w->delta, w->mid, l->down, no_weight, rows, mlp, hidden);
+        .out = w->mid, .gate = w->gate_up, .up = column(p, w->gate_up, mlp), .rows = rows,
+        .dim = mlp, .in_stride = 2 * mlp });
+    linear(p, w->delta, w->mid, l->down, no_weight, rows, mlp, hidden, hidden);
 }
 
 /* True when the wanted rows are all rows in order, as in a step of decodes. */

@@ -123,31 +123,28 @@ static void carve_sublayers(struct step_scratch *s, struct carver *c,
     size_t q = (size_t)(g->heads * g->head_dim), kv = (size_t)(g->kv_heads * g->head_dim);
     struct carver mlp = *c;
 
-    s->q = carve(c, rows, q, act);
-    s->k = carve(c, rows, kv, act);
-    s->v = carve(c, rows, kv, act);
+    s->qkv = carve(c, rows, q + 2 * kv, act);
     s->attn = carve(c, rows, q, act);
-    s->gate = carve(&mlp, rows, (size_t)g->mlp, act);
-    s->up = carve(&mlp, rows, (size_t)g->mlp, act);
+    s->gate_up = carve(&mlp, rows, 2 * (size_t)g->mlp, act);
     s->mid = carve(&mlp, rows, (size_t)g->mlp, act);
     if (mlp.at > c->at)
         c->at = mlp.at;
 }
 
-static void carve_selection(struct step_scratch *s, struct carver *c, const struct model *m,
+/* Full and two-level attention of a step follow each other in one scratch. */
+static void carve_attention(struct step_scratch *s, struct carver *c, const struct model *m,
                             const struct model_limits *l, const struct select_plan *plan)
 {
     const struct kv_shape shape = model_kv_shape(m, &plan->config);
-    const int heads = m->config.heads, rows = l->max_seqs * shape.kv_heads;
-    const int blocks = plan->max_keep_blocks > 0 ? plan->max_keep_blocks : 1; /* all dense: 0 */
-    size_t filter = m->ops->block_filter_scratch(&shape, l->max_seqs, heads, l->max_blocks);
-    size_t select = m->ops->token_select_scratch(&shape, l->max_seqs, heads, blocks);
+    const int heads = m->config.heads;
+    size_t dense = m->ops->attend_dense_scratch(&shape, l->max_seqs, heads, l->max_blocks);
+    size_t sparse = 0;
 
-    s->kept = carve_ints(c, rows, blocks);
-    s->n_kept = carve_ints(c, rows, 1);
-    s->chosen = carve_ints(c, rows, plan->max_keep_tokens);
-    s->n_chosen = carve_ints(c, rows, 1);
-    s->select = carve(c, filter > select ? filter : select, 1, 1);
+    if (plan->max_keep_blocks > 0)  /* else all layers are dense */
+        sparse = m->ops->attend_two_level_scratch(&shape, l->max_seqs, heads, l->max_blocks,
+                                                  plan->max_keep_blocks,
+                                                  plan->max_keep_tokens);
+    s->attention = carve(c, dense > sparse ? dense : sparse, 1, 1);
 }
 
 static size_t carve_device(struct step_scratch *s, struct step_arrays *a, void *base,
@@ -176,7 +173,7 @@ static size_t carve_device(struct step_scratch *s, struct step_arrays *a, void *
     if (plan->channels)
         s->channels = carve(&c, (size_t)(g->layers * g->kv_heads), INDEX_CHANNELS_KEPT,
                             sizeof(int16_t));
-    carve_selection(s, &c, m, l, plan);
+    carve_attention(s, &c, m, l, plan);
     if (!info->host_visible)
         carve_arrays(a, &c, l);
     return c.at;

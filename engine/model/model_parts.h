@@ -23,17 +23,15 @@ struct step_scratch {
     void *x;                     /* act [T, M]  residual stream */
     void *h;                     /* act [T, M]  normed */
     void *delta;                 /* act [T, M]  what the last sublayer adds */
-    void *q, *k, *v;             /* act [T, H*D], [T, G*D], [T, G*D] */
+    void *qkv;                   /* act [T, H*D + 2 G*D]  a row is q, k and v, see weights.h */
     void *attn;                  /* act [T, H*D] */
-    void *gate, *up, *mid;       /* act [T, I]; share memory with q .. attn */
+    void *gate_up, *mid;         /* act [T, 2 I], [T, I]; share memory with qkv and attn */
     void *last_x, *last_attn;    /* act [R, M], [R, H*D]  rows that are wanted */
     float *cos_sin;              /* [T, D] */
     float *logits;               /* [R, V] */
     float *inv_freq;             /* [D / 2] */
     int16_t *channels;           /* [layers, G, INDEX_CHANNELS_KEPT], NULL without */
-    int32_t *kept, *n_kept;      /* [S, G, max keep_blocks], [S, G] */
-    int32_t *chosen, *n_chosen;  /* [S, G, max keep_tokens], [S, G] */
-    void *select;                /* scratch of block_filter, then of token_select */
+    void *attention;             /* scratch of attend_dense or attend_two_level */
 };
 
 struct model {

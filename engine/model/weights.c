@@ -3,17 +3,19 @@
 #include "engine/base/invariant.h"
 #include "engine/base/mem.h"
 #include "engine/model/safetensors.h"
+#include "engine/model/upload.h"
 
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-enum { MAX_NAME = 160, PER_LAYER_MAX = 14, ALIGN_BYTES = 256, STAGING_BYTES = 8 << 20 };
+enum { MAX_NAME = 160, PER_LAYER_MAX = 14, ALIGN_BYTES = 256 };
 
 /* A tensor that has its place, and where that is. */
 struct binding {
     struct weight *weight;
     const struct tensor *tensor;
+    bool joins;
 };
 
 struct weights {
@@ -31,6 +33,7 @@ struct expected {
     const char *name;            /* behind model.layers.N. */
     size_t offset;               /* in struct layer_weights */
     int rows, cols;
+    bool joins;                  /* lies behind the one before, see weights.h */
     bool absent;                 /* the family has none */
 };
 
@@ -40,20 +43,20 @@ static void layer_expects(struct expected e[PER_LAYER_MAX], const struct model_c
     const int hidden = c->hidden, mlp = c->mlp;
 #define AT(member) offsetof(struct layer_weights, member)
     const struct expected all[PER_LAYER_MAX] = {
-        { "input_layernorm.weight", AT(attn_norm), hidden, 0, false },
-        { "self_attn.q_proj.weight", AT(q), q, hidden, false },
-        { "self_attn.k_proj.weight", AT(k), kv, hidden, false },
-        { "self_attn.v_proj.weight", AT(v), kv, hidden, false },
-        { "self_attn.o_proj.weight", AT(o), hidden, q, false },
-        { "self_attn.q_proj.bias", AT(q_bias), q, 0, !c->qkv_bias },
-        { "self_attn.k_proj.bias", AT(k_bias), kv, 0, !c->qkv_bias },
-        { "self_attn.v_proj.bias", AT(v_bias), kv, 0, !c->qkv_bias },
-        { "self_attn.q_norm.weight", AT(q_norm), c->head_dim, 0, !c->qk_norm },
-        { "self_attn.k_norm.weight", AT(k_norm), c->head_dim, 0, !c->qk_norm },
-        { "post_attention_layernorm.weight", AT(mlp_norm), hidden, 0, false },
-        { "mlp.gate_proj.weight", AT(gate), mlp, hidden, false },
-        { "mlp.up_proj.weight", AT(up), mlp, hidden, false },
-        { "mlp.down_proj.weight", AT(down), hidden, mlp, false },
+        { "input_layernorm.weight", AT(attn_norm), hidden, 0, false, false },
+        { "self_attn.q_proj.weight", AT(q), q, hidden, false, false },
+        { "self_attn.k_proj.weight", AT(k), kv, hidden, true, false },
+        { "self_attn.v_proj.weight", AT(v), kv, hidden, true, false },
+        { "self_attn.o_proj.weight", AT(o), hidden, q, false, false },
+        { "self_attn.q_proj.bias", AT(q_bias), q, 0, false, !c->qkv_bias },
+        { "self_attn.k_proj.bias", AT(k_bias), kv, 0, true, !c->qkv_bias },
+        { "self_attn.v_proj.bias", AT(v_bias), kv, 0, true, !c->qkv_bias },
+        { "self_attn.q_norm.weight", AT(q_norm), c->head_dim, 0, false, !c->qk_norm },
+        { "self_attn.k_norm.weight", AT(k_norm), c->head_dim, 0, false, !c->qk_norm },
+        { "post_attention_layernorm.weight", AT(mlp_norm), hidden, 0, false, false },
+        { "mlp.gate_proj.weight", AT(gate), mlp, hidden, false, false },
+        { "mlp.up_proj.weight", AT(up), mlp, hidden, true, false },
+        { "mlp.down_proj.weight", AT(down), hidden, mlp, false, false },
     };
 #undef AT
     memcpy(e, all, sizeof all);
@@ -121,7 +124,7 @@ static enum status check_tensor(const struct binder *b, const struct tensor *t, 
 }
 
 static enum status bind(struct binder *b, struct weight *slot, const char *name, int rows,
-                        int cols)
+                        int cols, bool joins)
 {
     const struct tensor *t = safetensors_find(b->w->files, name);
 
@@ -132,7 +135,7 @@ static enum status bind(struct binder *b, struct weight *slot, const char *name,
     }
     TRY(check_tensor(b, t, rows, cols));
     *slot = (struct weight){ t->data, t->type == TENSOR_F32 ? DTYPE_F32 : DTYPE_BF16 };
-    b->bindings[b->n++] = (struct binding){ slot, t };
+    b->bindings[b->n++] = (struct binding){ slot, t, joins };
     b->used[t - safetensors_at(b->w->files, 0)] = true;
     b->w->bytes += t->bytes;
     b->w->elements += elements_of(rows, cols);
@@ -160,7 +163,8 @@ static enum status bind_layer(struct binder *b, int layer)
         if (e[i].absent)
             continue;
         snprintf(name, sizeof name, "model.layers.%d.%s", layer, e[i].name);
-        TRY(bind(b, (struct weight *)((char *)l + e[i].offset), name, e[i].rows, e[i].cols));
+        TRY(bind(b, (struct weight *)((char *)l + e[i].offset), name, e[i].rows, e[i].cols,
+                 e[i].joins));
     }
     TRY(check_pair(b, layer, &l->q, &l->q_bias, "q_proj.weight and q_proj.bias"));
     TRY(check_pair(b, layer, &l->k, &l->k_bias, "k_proj.weight and k_proj.bias"));
@@ -216,12 +220,12 @@ static enum status bind_all(struct binder *b)
     struct weights *w = b->w;
     const struct model_config *c = b->config;
 
-    TRY(bind(b, &w->embed, "model.embed_tokens.weight", c->vocab, c->hidden));
+    TRY(bind(b, &w->embed, "model.embed_tokens.weight", c->vocab, c->hidden, false));
     for (int l = 0; l < c->layers; l++)
         TRY(bind_layer(b, l));
-    TRY(bind(b, &w->norm, "model.norm.weight", c->hidden, 0));
+    TRY(bind(b, &w->norm, "model.norm.weight", c->hidden, 0, false));
     if (!c->tied)
-        TRY(bind(b, &w->head, "lm_head.weight", c->vocab, c->hidden));
+        TRY(bind(b, &w->head, "lm_head.weight", c->vocab, c->hidden, false));
     TRY(check_leftovers(b));
     ASSERT(w->elements == weights_expected_elements(c));
     return ST_OK;
@@ -235,69 +239,88 @@ static bool used_in_place(const struct weights *w, const struct binding *b)
            && (uintptr_t)b->tensor->data % dtype_bytes(b->weight->type) == 0;
 }
 
-static size_t aligned_bytes(const struct binding *b)
+/* Give every tensor that is copied its place behind the ones before, in the order of
+ * binding; the bytes taken. */
+static size_t lay_out(const struct binder *b, size_t *offset)
 {
-    return (b->tensor->bytes + ALIGN_BYTES - 1) / ALIGN_BYTES * ALIGN_BYTES;
-}
+    const struct binding *last = NULL;
+    size_t at = 0;
 
-/* The mapping is not memory that a device can read, so copies go through a
- * pinned buffer that it can. */
-static enum status upload(struct stream *s, const struct buffer *staging, char *to,
-                          const struct tensor *t, struct error *err)
-{
-    for (size_t at = 0; at < t->bytes; at += staging->bytes) {
-        size_t n = t->bytes - at < staging->bytes ? t->bytes - at : staging->bytes;
-        memcpy(staging->base, (const char *)t->data + at, n);
-        stream_copy(s, to + at, staging->base, n);
-        TRY(stream_sync(s, err));
+    for (size_t i = 0; i < b->n; last = &b->bindings[i++]) {
+        const struct binding *x = &b->bindings[i];
+        if (used_in_place(b->w, x))
+            continue;
+        if (!x->joins || used_in_place(b->w, last) || x->weight->type != last->weight->type)
+            at = (at + ALIGN_BYTES - 1) / ALIGN_BYTES * ALIGN_BYTES;
+        offset[i] = at;
+        at += x->tensor->bytes;
     }
-    return ST_OK;
+    return at;
 }
 
 static int by_address(const void *a, const void *b)
 {
-    const struct binding *x = a, *y = b;
-    uintptr_t p = (uintptr_t)x->tensor->data, q = (uintptr_t)y->tensor->data;
+    uintptr_t p = (uintptr_t)((const struct upload *)a)->from;
+    uintptr_t q = (uintptr_t)((const struct upload *)b)->from;
 
     return p < q ? -1 : p > q;
 }
 
 /* In the order of the file, so that a cold disk is read forwards. */
-static enum status copy_all(struct binder *b, struct stream *s, const struct buffer *staging)
+static enum status copy_all(struct binder *b, const size_t *offset)
 {
-    char *to = b->w->copied.base;
+    struct upload *list = mem_calloc(b->n, sizeof *list);
+    size_t n = 0;
 
-    qsort(b->bindings, b->n, sizeof *b->bindings, by_address);
     for (size_t i = 0; i < b->n; i++) {
         const struct binding *x = &b->bindings[i];
         if (used_in_place(b->w, x))
             continue;
-        TRY(upload(s, staging, to, x->tensor, b->err));
+        char *to = (char *)b->w->copied.base + offset[i];
+        list[n++] = (struct upload){ x->tensor->data, to, x->tensor->bytes };
         x->weight->data = to;
-        to += aligned_bytes(x);
     }
-    return ST_OK;
+    qsort(list, n, sizeof *list, by_address);
+    enum status st = upload_all(b->w->be, list, n, b->err);
+    mem_free(list);
+    return st;
 }
 
 static enum status place(struct binder *b)
 {
     struct weights *w = b->w;
-    struct buffer staging = { 0 };
-    size_t total = 0;
+    size_t *offset = mem_calloc(b->n, sizeof *offset), total = lay_out(b, offset);
+    enum status st = ST_OK;
 
-    for (size_t i = 0; i < b->n; i++)
-        total += used_in_place(w, &b->bindings[i]) ? 0 : aligned_bytes(&b->bindings[i]);
-    if (total == 0)
-        return ST_OK;
-    if (buffer_alloc(w->be, &w->copied, MEM_DEVICE, total) != ST_OK
-        || buffer_alloc(w->be, &staging, MEM_PINNED, STAGING_BYTES) != ST_OK)
-        return error_set(b->err, ST_NODEVMEM, "%s: no memory for %zu bytes of weights", b->dir,
-                         total);
-    struct stream *s = stream_create(w->be);
-    enum status st = copy_all(b, s, &staging);
-    stream_destroy(s);
-    buffer_free(w->be, &staging);
+    if (total > 0 && buffer_alloc(w->be, &w->copied, MEM_DEVICE, total) != ST_OK)
+        st = error_set(b->err, ST_NODEVMEM, "%s: no memory for %zu bytes of weights", b->dir,
+                       total);
+    if (st == ST_OK && total > 0)
+        st = copy_all(b, offset);
+    mem_free(offset);
     return st;
+}
+
+/* Whether b lies right behind a [rows, cols], and is of its type; two biases that the
+ * model does not have (cols 0) do. */
+static bool follows(struct weight a, struct weight b, int rows, int cols)
+{
+    size_t bytes = elements_of(rows, cols) * dtype_bytes(a.type);
+
+    return a.type == b.type && (!a.data ? !b.data : b.data == (const char *)a.data + bytes);
+}
+
+static void find_joined(struct weights *w, const struct model_config *c)
+{
+    const int q = c->heads * c->head_dim, kv = c->kv_heads * c->head_dim;
+
+    for (int i = 0; i < w->n_layers; i++) {
+        struct layer_weights *l = &w->layers[i];
+        l->qkv_joined = follows(l->q, l->k, q, c->hidden) && follows(l->k, l->v, kv, c->hidden) &&
+                        follows(l->q_bias, l->k_bias, q, 0) &&
+                        follows(l->k_bias, l->v_bias, kv, 0);
+        l->gate_up_joined = follows(l->gate, l->up, c->mlp, c->hidden);
+    }
 }
 
 static enum status bind_and_place(struct weights *w, const struct model_config *c,
@@ -310,6 +333,7 @@ static enum status bind_and_place(struct weights *w, const struct model_config *
     enum status st = bind_all(&b);
     if (st == ST_OK)
         st = place(&b);
+    find_joined(w, c);
     if (c->tied)
         w->head = w->embed;
     mem_free(b.bindings);

@@ -5,6 +5,7 @@
 #include "engine/model/model_config.h"
 #include "kernels/backend.h"
 
+#include <stdbool.h>
 #include <stdint.h>
 
 /* The tensors of a model folder, bound by name to their place in the forward
@@ -17,7 +18,11 @@
  *
  * On a back end whose memory the host can see the weights stay where the file
  * is mapped; elsewhere they are copied to the device once, and so is a tensor
- * that lies misaligned in its file. */
+ * that lies misaligned in its file.
+ *
+ * Matrices with the same input are joined where they are copied and of one type: q, k
+ * and v, and gate and up, then lie behind each other as the rows of one matrix, and so
+ * do their biases.  One large product keeps a GPU busier than three. */
 
 struct weight {
     const void *data;            /* device; [out, in] row-major.  NULL: the family has none */
@@ -29,6 +34,7 @@ struct layer_weights {
     struct weight q_bias, k_bias, v_bias;   /* of the type of q, k and v */
     struct weight q_norm, k_norm;           /* of one type */
     struct weight mlp_norm, gate, up, down;
+    bool qkv_joined, gate_up_joined;
 };
 
 struct weights;

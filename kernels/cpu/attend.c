@@ -58,7 +58,7 @@ static struct attend_state state_at(const struct attention *a, float *base)
     return (struct attend_state){ .max = base, .sum = base + n, .acc = base + 2 * n };
 }
 
-/* The rows of unit `index`; false when it has none. */
+/* The rows of unit `index`; false when it has none, or its sequence is padding. */
 static bool find_unit(const struct attention *a, int index, struct unit *u)
 {
     int heads = a->shape.kv_heads, part = index % a->units_a_head;
@@ -68,7 +68,7 @@ static bool find_unit(const struct attention *a, int index, struct unit *u)
     u->seq = index / a->units_a_head / heads;
     int rows = a->chosen ? 1 : a->n_rows[u->seq];
     int from = part * a->unit_rows;
-    if (from >= rows)
+    if (from >= rows || (a->chosen ? a->n_chosen[index] : a->n_tokens[u->seq]) == 0)
         return false;
     u->row = (a->chosen ? u->seq : a->first_row[u->seq]) + from;
     u->rows = rows - from < a->unit_rows ? rows - from : a->unit_rows;
@@ -343,6 +343,14 @@ void cpu_attend_dense(struct stream *s, const struct attend_dense_args *args)
 
     if (s->failed == ST_OK && args->seqs > 0)
         attend(&a, args->max_n_rows, args->max_n_tokens);
+}
+
+/* Its scratch is the workers' own. */
+size_t cpu_attend_dense_scratch(const struct kv_shape *shape, int max_seqs, int heads,
+                                int max_blocks)
+{
+    (void)shape, (void)max_seqs, (void)heads, (void)max_blocks;
+    return 0;
 }
 
 void cpu_attend_selected(struct stream *s, const struct attend_selected_args *args)

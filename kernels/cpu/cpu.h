@@ -57,12 +57,17 @@ void cpu_attend_dense(struct stream *s, const struct attend_dense_args *a);
 void cpu_block_filter(struct stream *s, const struct block_filter_args *a);
 void cpu_token_select(struct stream *s, const struct token_select_args *a);
 void cpu_attend_selected(struct stream *s, const struct attend_selected_args *a);
+void cpu_attend_two_level(struct stream *s, const struct attend_two_level_args *a);
 void cpu_silu_mul(struct stream *s, const struct silu_mul_args *a);
 void cpu_sample(struct stream *s, const struct sample_args *a);
 size_t cpu_block_filter_scratch(const struct kv_shape *shape, int max_seqs, int heads,
                                 int max_blocks);
 size_t cpu_token_select_scratch(const struct kv_shape *shape, int max_seqs, int heads,
                                 int keep_blocks);
+size_t cpu_attend_dense_scratch(const struct kv_shape *shape, int max_seqs, int heads,
+                                int max_blocks);
+size_t cpu_attend_two_level_scratch(const struct kv_shape *shape, int max_seqs, int heads,
+                                    int max_blocks, int keep_blocks, int keep_tokens);
 
 static inline float bf16_to_float(bf16 v)
 {

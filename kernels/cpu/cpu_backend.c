@@ -58,10 +58,13 @@ static const struct backend_ops cpu_ops = {
     .block_filter = cpu_block_filter,
     .token_select = cpu_token_select,
     .attend_selected = cpu_attend_selected,
+    .attend_two_level = cpu_attend_two_level,
     .silu_mul = cpu_silu_mul,
     .sample = cpu_sample,
     .block_filter_scratch = cpu_block_filter_scratch,
     .token_select_scratch = cpu_token_select_scratch,
+    .attend_dense_scratch = cpu_attend_dense_scratch,
+    .attend_two_level_scratch = cpu_attend_two_level_scratch,
 };
 
 static void close_cpu(struct backend *be)

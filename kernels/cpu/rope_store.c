@@ -94,7 +94,8 @@ static void rope_task(void *arg, int task, int worker)
     int from = task % r->key_pieces * KEY_ROWS, kv_head = task / r->key_pieces;
     const float *norm = norm_weights(store, a->k_norm, a->norm_type, a->shape.head_dim);
     for (int row = run_start(a, from); row < run_start(a, from + KEY_ROWS); row++)
-        store_row(r, row, kv_head, norm);
+        if (a->kv_block[row] >= 0)
+            store_row(r, row, kv_head, norm);
 }
 
 void cpu_rope_store(struct stream *s, const struct rope_store_args *a)

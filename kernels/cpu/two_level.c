@@ -1,0 +1,67 @@
+#include "kernels/cpu/cpu.h"
+
+/* The three operations one after the other; what passes between them is carved from the
+ * scratch. */
+struct parts {
+    int32_t *kept, *n_kept, *chosen, *n_chosen;
+    void *scratch;
+    size_t bytes;
+};
+
+static int32_t *carve(char *base, size_t *at, size_t n)
+{
+    int32_t *part = base ? (int32_t *)(void *)(base + *at) : NULL;
+
+    *at += (n * sizeof(int32_t) + 63) / 64 * 64;
+    return part;
+}
+
+static struct parts carve_parts(void *base, const struct kv_shape *shape, int seqs, int heads,
+                                int max_blocks, int keep_blocks, int keep_tokens)
+{
+    size_t lists = (size_t)seqs * (size_t)shape->kv_heads, at = 0;
+    size_t filter = cpu_block_filter_scratch(shape, seqs, heads, max_blocks);
+    size_t select = cpu_token_select_scratch(shape, seqs, heads, keep_blocks);
+    struct parts p;
+
+    p.kept = carve(base, &at, lists * (size_t)keep_blocks);
+    p.n_kept = carve(base, &at, lists);
+    p.chosen = carve(base, &at, lists * (size_t)keep_tokens);
+    p.n_chosen = carve(base, &at, lists);
+    p.scratch = carve(base, &at, (filter > select ? filter : select) / sizeof(int32_t));
+    p.bytes = at;
+    return p;
+}
+
+size_t cpu_attend_two_level_scratch(const struct kv_shape *shape, int max_seqs, int heads,
+                                    int max_blocks, int keep_blocks, int keep_tokens)
+{
+    return carve_parts(NULL, shape, max_seqs, heads, max_blocks, keep_blocks, keep_tokens)
+        .bytes;
+}
+
+void cpu_attend_two_level(struct stream *s, const struct attend_two_level_args *a)
+{
+    struct parts p = carve_parts(a->scratch, &a->shape, a->seqs, a->heads, a->max_blocks,
+                                 a->keep_blocks, a->keep_tokens);
+
+    cpu_block_filter(s, &(struct block_filter_args){
+        .kept = p.kept, .n_kept = p.n_kept, .q = a->q, .q_stride = a->q_stride,
+        .index = a->index, .table = a->index_table, .n_tokens = a->n_tokens,
+        .channels = a->channels, .scratch = p.scratch, .shape = a->shape, .seqs = a->seqs,
+        .heads = a->heads, .max_blocks = a->max_blocks, .keep_blocks = a->keep_blocks,
+        .sink_tokens = a->sink_tokens, .recent_tokens = a->recent_tokens,
+        .max_n_tokens = a->max_n_tokens });
+    cpu_token_select(s, &(struct token_select_args){
+        .chosen = p.chosen, .n_chosen = p.n_chosen, .kept = p.kept, .n_kept = p.n_kept,
+        .q = a->q, .q_stride = a->q_stride, .index = a->index, .table = a->index_table,
+        .n_tokens = a->n_tokens, .channels = a->channels, .scratch = p.scratch,
+        .shape = a->shape, .seqs = a->seqs, .heads = a->heads, .max_blocks = a->max_blocks,
+        .keep_blocks = a->keep_blocks, .keep_tokens = a->keep_tokens,
+        .sink_tokens = a->sink_tokens, .recent_tokens = a->recent_tokens });
+    cpu_attend_selected(s, &(struct attend_selected_args){
+        .out = a->out, .q = a->q, .q_stride = a->q_stride, .kv = a->kv, .table = a->kv_table,
+        .chosen = p.chosen, .n_chosen = p.n_chosen, .shape = a->shape, .seqs = a->seqs,
+        .heads = a->heads, .max_blocks = a->max_blocks, .keep_tokens = a->keep_tokens,
+        .scale = a->scale });
+}
