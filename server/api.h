@@ -93,9 +93,7 @@ struct api_piece {
     const struct token_logprob *chosen; /* [n_tokens]; id -1: null (first prompt token) */
     const struct token_logprob *top;    /* [n_tokens, n_top] or NULL */
     uint32_t n_top;
-    uint64_t text_offset;    /* of the first token, bytes are not counted: code points */
-    uint32_t n_echoed;       /* how many of the tokens are the echoed prompt's */
-    bool skip_special;       /* special tokens behind those have no place in the text */
+    const uint64_t *offsets; /* [n_tokens] where each begins in the text, in code points */
 };
 
 struct api_usage {

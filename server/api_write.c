@@ -176,36 +176,14 @@ static void add_top(struct strbuf *out, const struct tokenizer *t,
     strbuf_puts(out, "}");
 }
 
-/* Characters that begin in the token: a character of several tokens counts for its first. */
-static uint64_t code_points(const struct tokenizer *t, int32_t id)
-{
-    size_t n;
-    const char *bytes = tokenizer_bytes(t, id, &n);
-    uint64_t count = 0;
-
-    for (size_t i = 0; i < n; i++)
-        count += ((unsigned char)bytes[i] & 0xC0) != 0x80;
-    return count;
-}
-
-static void add_offsets(struct strbuf *out, const struct tokenizer *t,
-                        const struct api_piece *p)
-{
-    uint64_t offset = p->text_offset;
-
-    for (uint32_t i = 0; i < p->n_tokens; i++) {
-        strbuf_puts(out, i ? "," : "");
-        add_number(out, offset);
-        bool hidden = p->skip_special && i >= p->n_echoed && tokenizer_is_special(t, p->ids[i]);
-        offset += hidden ? 0 : code_points(t, p->ids[i]);
-    }
-}
-
 static void add_logprobs(struct strbuf *out, const struct tokenizer *t,
                          const struct api_piece *p, struct strbuf *scratch)
 {
     strbuf_puts(out, "{\"text_offset\":[");
-    add_offsets(out, t, p);
+    for (uint32_t i = 0; i < p->n_tokens; i++) {
+        strbuf_puts(out, i ? "," : "");
+        add_number(out, p->offsets[i]);
+    }
     strbuf_puts(out, "],\"token_logprobs\":[");
     for (uint32_t i = 0; i < p->n_tokens; i++) {
         strbuf_puts(out, i ? "," : "");

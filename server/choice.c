@@ -2,6 +2,7 @@
 
 #include "engine/base/invariant.h"
 #include "engine/base/mem.h"
+#include "engine/base/utf8.h"
 #include "engine/model/model_config.h"
 
 #include <string.h>
@@ -37,6 +38,17 @@ static void alloc_output(struct request *r)
     }
 }
 
+/* Where a token's text begins that was decoded at byte `at`, n bytes.  Bytes
+ * that wait for the rest of a character come out with a later token; in front
+ * of one that is whole by itself they are not its text. */
+static size_t start_of(const struct tokenizer *t, int32_t id, size_t at, size_t n)
+{
+    size_t own;
+    const char *bytes = tokenizer_bytes(t, id, &own);
+
+    return n > own && utf8_is_valid(bytes, own) ? at + n - own : at;
+}
+
 /* Where the text of each prompt token begins.  A bos that the tokenizer put
  * in front is not in the text. */
 static void locate_prompt(struct choice *c, const struct api_prompt *prompt)
@@ -50,10 +62,9 @@ static void locate_prompt(struct choice *c, const struct api_prompt *prompt)
 
     detokenizer_init(&d, c->tokenizer, false);
     for (uint32_t i = 0; i < prompt->n_ids; i++) {
-        c->starts[i] = min_size(at, c->echo_bytes);
-        size_t n = detokenizer_push(&d, prompt->ids[i],
-                                    strbuf_room(&piece, detokenizer_max_bytes(&d,
-                                                                              prompt->ids[i])));
+        int32_t id = prompt->ids[i];
+        size_t n = detokenizer_push(&d, id, strbuf_room(&piece, detokenizer_max_bytes(&d, id)));
+        c->starts[i] = min_size(start_of(c->tokenizer, id, at, n), c->echo_bytes);
         at += i == 0 && hidden ? 0 : n;
     }
     strbuf_fini(&piece);
@@ -80,8 +91,10 @@ void choice_init(struct choice *c, const struct api_completion *from, uint32_t p
         c->n_echo = c->logprobs && r->score_prompt ? p->n_ids : 0;
     }
     c->newest_start = c->echo_bytes;
-    if (c->logprobs)
+    if (c->logprobs) {
         c->starts = mem_calloc((size_t)c->n_echo + r->max_tokens + 1, sizeof *c->starts);
+        c->offsets = mem_calloc((size_t)c->n_echo + r->max_tokens + 1, sizeof *c->offsets);
+    }
     if (c->n_echo)
         locate_prompt(c, p);
 }
@@ -94,6 +107,7 @@ void choice_fini(struct choice *c)
     mem_free(c->req.prompt_chosen);
     mem_free(c->req.prompt_top);
     mem_free(c->starts);
+    mem_free(c->offsets);
     mem_free(c->all_ids);
     mem_free(c->all_chosen);
     mem_free(c->all_top);
@@ -124,13 +138,15 @@ static bool is_end(const struct choice *c, int32_t id)
 
 static void append(struct choice *c, int32_t id, bool with_text)
 {
-    if (c->starts)
-        c->starts[c->n_echo + c->n_read] = c->text.n;
+    size_t n = 0;
+
     c->newest_start = c->text.n;
-    if (with_text) {
-        char *room = strbuf_room(&c->text, detokenizer_max_bytes(&c->detok, id));
-        c->text.n += detokenizer_push(&c->detok, id, room);
-    }
+    if (with_text)
+        n = detokenizer_push(&c->detok, id,
+                             strbuf_room(&c->text, detokenizer_max_bytes(&c->detok, id)));
+    if (c->starts)
+        c->starts[c->n_echo + c->n_read] = start_of(c->tokenizer, id, c->text.n, n);
+    c->text.n += n;
     c->n_read++;
 }
 
@@ -239,10 +255,9 @@ static void describe_tokens(struct choice *c, struct api_piece *out, uint32_t fr
     out->ids = (in_prompt ? r->prompt : r->output) + at;
     out->chosen = (in_prompt ? r->prompt_chosen : r->chosen) + at;
     out->top = n_top ? (in_prompt ? r->prompt_top : r->top) + at * n_top : NULL;
-    out->n_echoed = in_prompt ? c->n_echo - from : 0;
-    out->skip_special = r->skip_special;
-    if (from < to)
-        out->text_offset = count_points(c, c->starts[from]);
+    for (uint32_t i = from; i < to; i++)
+        c->offsets[i] = count_points(c, c->starts[i]);
+    out->offsets = c->offsets + from;
 }
 
 bool choice_next(struct choice *c, struct api_piece *out)

@@ -34,6 +34,7 @@ struct choice {
     bool flushed;                /* the text is final */
 
     size_t *starts;              /* [n_echo + max_tokens] where a token's text begins, or NULL */
+    uint64_t *offsets;           /* the same in code points, of tokens that were described */
     int32_t *all_ids;            /* prompt and output in one piece, for choice_whole() */
     struct token_logprob *all_chosen, *all_top;
 

@@ -353,11 +353,11 @@ static enum status complete(struct config *c, struct error *err)
         return error_set(err, ST_INVALID, "no model is given: use --model DIR");
     if (!e->backend || !c->host)
         return error_set(err, ST_INVALID, "%s cannot be none", e->backend ? "host" : "backend");
-    if (e->step_tokens < e->max_running)
+    if (e->step_tokens < e->max_running + ENGINE_MIN_PREFILL_TOKENS)
         return error_set(err, ST_INVALID,
-                         "step-tokens (%u) is less than max-running (%u): every "
-                         "running sequence needs a token in each step",
-                         e->step_tokens, e->max_running);
+                         "step-tokens (%u) is less than max-running (%u) plus %d: every running "
+                         "sequence takes a token of each step, and prompts need some too",
+                         e->step_tokens, e->max_running, ENGINE_MIN_PREFILL_TOKENS);
     if (c->max_bodies_bytes < c->max_body_bytes)
         return error_set(err, ST_INVALID, "max-bodies-bytes is less than max-body-bytes");
     if (c->api_key_file)

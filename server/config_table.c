@@ -44,7 +44,7 @@ static const struct option table[] = {
     { .key = "step-tokens", .type = OPTION_U32, AT(engine.step_tokens), .initial = "2048",
       .min = 1, .max = 1u << 17,
       .help = "Tokens computed in a step, decoded and prefilled together; at least "
-              "max-running. Less lets long prompts disturb running streams less." },
+              "max-running plus 64. Less lets long prompts disturb running streams less." },
     { .key = "max-waiting", .type = OPTION_U32, AT(engine.max_waiting), .initial = "256",
       .min = 1, .max = 1u << 20,
       .help = "Sequences that may wait; beyond it requests are answered with 429." },
@@ -106,10 +106,11 @@ static const struct option table[] = {
       .help = "All bodies that are being received or parsed, together." },
     { .key = "idle-timeout", .type = OPTION_MS, AT(idle_timeout_ms), .initial = "60s",
       .min = SECOND_MS, .max = HOUR_MS,
-      .help = "A connection on which nothing moves is closed, also while it sends its "
-              "headers." },
+      .help = "From one answer, or the connection's start, to the end of the next "
+              "request's headers; also a client that takes nothing of its answer. Then the "
+              "connection is closed." },
     { .key = "body-timeout", .type = OPTION_MS, AT(body_timeout_ms), .initial = "60s",
-      .min = SECOND_MS, .max = HOUR_MS, .help = "Time for a whole body to arrive." },
+      .min = SECOND_MS, .max = HOUR_MS, .help = "Time for a whole body to arrive; then 408." },
     { .key = "ping-interval", .type = OPTION_MS, AT(ping_interval_ms), .initial = "15s",
       .min = 100, .max = HOUR_MS,
       .help = "Silence after which a stream gets a comment line, so that proxies keep it "

@@ -18,7 +18,8 @@
  *                        +--- peer is gone ---+
  *
  *   HEAD     the handler may refuse; otherwise the body is collected
- *   BODY     collected up to max_body_bytes; a longer one is answered with 413
+ *   BODY     collected up to max_body_bytes; a longer one is answered with 413,
+ *            one that takes longer than body_timeout_s with 408
  *   WAIT     the handler has the whole request and works; the connection is
  *            suspended, so the true status is still open
  *   READY    http_reply or http_stream_begin was called
@@ -27,7 +28,8 @@
  * Rules:
  *   1. Everything here runs on the loop thread.
  *   2. Each exchange gets exactly one reply or stream, from head(), body() or
- *      later, and exactly one closed(), after which its pointer is dead.
+ *      later, unless the transport refuses it by itself, and exactly one
+ *      closed(), after which its pointer is dead.
  *   3. A peer that goes away is noticed in every phase, also while suspended,
  *      by a watch on a duplicate of its socket; closed() follows at once.
  *   4. A peer that only stops sending (half-close) looks the same as one that
@@ -43,7 +45,8 @@ struct http_config {
     size_t max_body_bytes;
     size_t max_bodies_bytes;       /* of all exchanges together */
     uint32_t max_connections;
-    uint32_t idle_timeout_s;       /* a connection on which nothing moves */
+    uint32_t idle_timeout_s;       /* from one answer to the end of the next head, and
+                                      while sending without progress */
     uint32_t body_timeout_s;       /* a body as a whole */
 };
 
@@ -64,6 +67,9 @@ struct http_handler {
 enum status http_create(struct http_server **out, uv_loop_t *loop, const struct http_config *cfg,
                         const struct http_handler *handler, struct error *err) MUST_USE;
 uint16_t http_port(const struct http_server *s);
+
+/* Enforce the time limits; to be called every now and then. */
+void http_sweep(struct http_server *s, uint64_t now_ns);
 
 /* Exchanges between the end of their body and closed(). */
 int http_n_answering(const struct http_server *s);

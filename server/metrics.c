@@ -110,6 +110,11 @@ void metrics_count_http(struct metrics *m, const char *route, int code)
     m->http[m->n_http++] = (struct http_count){ route, code, 1 };
 }
 
+void metrics_note_first_token(struct metrics *m, uint64_t arrival_ns, uint64_t now_ns)
+{
+    observe_interval(m, H_time_to_first_token_seconds, arrival_ns, now_ns);
+}
+
 void metrics_note_tokens(struct metrics *m, uint32_t tokens, uint64_t interval_ns)
 {
     if (tokens)
@@ -125,7 +130,6 @@ void metrics_note_params(struct metrics *m, uint32_t n, uint32_t max_tokens)
 void metrics_note_done(struct metrics *m, const struct request *r, uint64_t submitted_ns)
 {
     observe_interval(m, H_request_queue_time_seconds, submitted_ns, r->admitted_ns);
-    observe_interval(m, H_time_to_first_token_seconds, r->arrival_ns, r->first_token_ns);
     observe_interval(m, H_request_prefill_time_seconds, r->admitted_ns, r->first_token_ns);
     if (r->finish != FINISH_STOP && r->finish != FINISH_LENGTH)
         return;
@@ -202,9 +206,9 @@ static void print_engine(struct printer *p, const struct engine_stats *s)
         { "kv_cache_cached_perc", "gauge", "Share of the KV pool kept for reuse.",
           s->kv_blocks_cached / blocks },
         { "kv_cache_blocks", "gauge", "Blocks of 64 tokens in the KV pool.", s->kv_blocks },
-        { "prefix_cache_queries", "counter", "Prompt tokens looked up in the prefix cache.",
+        { "prefix_cache_queries_total", "counter", "Prompt tokens looked up in the prefix cache.",
           (double)s->prefix_queries },
-        { "prefix_cache_hits", "counter", "Prompt tokens found in the prefix cache.",
+        { "prefix_cache_hits_total", "counter", "Prompt tokens found in the prefix cache.",
           (double)s->prefix_hits },
         { "prompt_tokens_total", "counter", "Prompt tokens, computed or found in the cache.",
           (double)(s->prompt_tokens + s->prompt_tokens_cached) },

@@ -31,6 +31,9 @@ void metrics_destroy(struct metrics *m);       /* NULL is fine */
 /* One HTTP exchange has ended.  route: a static string. */
 void metrics_count_http(struct metrics *m, const char *route, int code);
 
+/* The first token of a choice is here; observed at once, not at the end. */
+void metrics_note_first_token(struct metrics *m, uint64_t arrival_ns, uint64_t now_ns);
+
 /* tokens came together, interval_ns after the ones before. */
 void metrics_note_tokens(struct metrics *m, uint32_t tokens, uint64_t interval_ns);
 

@@ -55,13 +55,16 @@ void request_head_note(struct request_head *h, const char *name, const char *val
         h->chunked = strcasecmp(value, "chunked") == 0;
         h->bad_coding = h->bad_coding || !h->chunked;
     } else if (strcasecmp(name, "Content-Encoding") == 0) {
-        h->encoded = strcasecmp(value, "identity") != 0;
+        h->encoded = h->encoded || strcasecmp(value, "identity") != 0;
+    } else if (strcasecmp(name, "Expect") == 0) {
+        h->expects = strcasecmp(value, "100-continue") == 0;
     }
 }
 
 int request_head_check(const struct request_head *h, const char *path, const char *version,
                        const char **why)
 {
+    bool old = strcmp(version, "HTTP/1.0") == 0;
     const struct { bool bad; int status; const char *why; } rules[] = {
         { h->n_headers > HEAD_MAX_HEADERS || h->bytes > HEAD_MAX_BYTES, 431,
           "The request headers are larger than this server accepts." },
@@ -70,12 +73,13 @@ int request_head_check(const struct request_head *h, const char *path, const cha
         { h->bad_name, 400, "A header name has a character that is not allowed in it." },
         { path[0] != '/', 400, "The request target must be a path that starts with '/'." },
         { strstr(path, "%00") != NULL, 400, "The request path has an encoded NUL." },
-        { h->n_hosts > 1 || (h->n_hosts == 0 && strcmp(version, "HTTP/1.1") == 0), 400,
+        { h->n_hosts > 1 || (h->n_hosts == 0 && !old), 400,
           "The request needs exactly one Host header." },
         { h->n_lengths > 1, 400, "The request has more than one Content-Length header." },
         { h->bad_length, 400, "The Content-Length header is not a number." },
         { h->n_lengths && h->n_codings, 400,
           "The request has both Content-Length and Transfer-Encoding." },
+        { h->n_codings && old, 400, "HTTP/1.0 has no Transfer-Encoding." },
         { h->n_codings > 1 || h->bad_coding, 400,
           "The only transfer coding this server understands is chunked." },
         { h->encoded, 415, "The request body must not be compressed (Content-Encoding)." },

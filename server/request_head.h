@@ -21,6 +21,7 @@ struct request_head {               /* zero-initialise */
     size_t bytes;
     uint32_t n_headers, n_hosts, n_lengths, n_codings;
     bool bad_name, bad_length, bad_coding, chunked, encoded;
+    bool expects;                   /* Expect: 100-continue */
     uint64_t content_length;        /* 0 if there is none */
 };
 

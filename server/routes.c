@@ -186,20 +186,32 @@ static bool media_type_fits(const char *type)
     return false;
 }
 
+/* Header names with commas and blanks, and nothing that could end a line. */
+static bool is_name_list(const char *s)
+{
+    static const char fits[] = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_, ";
+
+    return *s && strspn(s, fits) == strlen(s);
+}
+
 /* What a browser needs to hear before it lets an allowed page read answers. */
 static void add_cors(struct http_exchange *x, const char *origin)
 {
     http_add_header(x, "Access-Control-Allow-Origin", origin);
+    http_add_header(x, "Access-Control-Expose-Headers", "x-request-id, Retry-After");
     http_add_header(x, "Vary", "Origin");
 }
 
+/* The origin is allowed, so it may send what it likes: client libraries add
+ * headers of their own. */
 static void answer_preflight(struct http_exchange *x)
 {
+    const char *wanted = http_header(x, "Access-Control-Request-Headers");
     struct strbuf nothing = { 0 };
 
     http_add_header(x, "Access-Control-Allow-Methods", "GET, POST, OPTIONS");
     http_add_header(x, "Access-Control-Allow-Headers",
-                    "Authorization, Content-Type, x-request-id");
+                    wanted && is_name_list(wanted) ? wanted : "Authorization, Content-Type");
     http_add_header(x, "Access-Control-Max-Age", "600");
     http_reply(x, 204, "text/plain", &nothing);
 }

@@ -18,16 +18,39 @@
 #include <unistd.h>
 
 enum {
-    TICK_MS = 250,
+    TICK_MS = 100,
     /* For answers on their way after the last request has been cancelled. */
     LEAVE_NS = 1000000000,
     SPARE_DESCRIPTORS = 64
 };
 
-/* What a supervisor sees: 3 asks for a restart, 1 does not get better by one. */
-enum { EXIT_DONE = 0, EXIT_CONFIG = 1, EXIT_DEVICE = 3 };
+/* What a supervisor sees: 3 asks for a restart, 1 does not get better by one.
+ * An end without a drain is not a success either. */
+enum { EXIT_CONFIG = 1, EXIT_UNDRAINED = 1, EXIT_DEVICE = 3 };
 
 /* ---- progress */
+
+/* Movement is noticed when somebody looks: at every tick and for /health. */
+static void look(struct service *sv, const struct engine_stats *stats, uint64_t now_ns)
+{
+    if (stats->busy && stats->steps == sv->seen_steps)
+        return;
+    sv->seen_steps = stats->steps;
+    sv->progress_ns = now_ns;
+    sv->shrug = false;
+}
+
+bool service_stalled(struct service *sv)
+{
+    uint64_t limit_ns = sv->cfg->stall_timeout_ms * 1000000u, now_ns = clock_now_ns();
+    struct engine_stats stats;
+
+    if (limit_ns == 0 || !sv->engine)
+        return false;
+    engine_stats(sv->engine, &stats);
+    look(sv, &stats, now_ns);
+    return now_ns - sv->progress_ns > limit_ns;
+}
 
 static void note_progress(struct service *sv, uint64_t now_ns)
 {
@@ -36,11 +59,7 @@ static void note_progress(struct service *sv, uint64_t now_ns)
     if (!sv->engine)
         return;
     engine_stats(sv->engine, &stats);
-    if (!stats.busy || stats.steps != sv->seen_steps || !sv->progress_ns) {
-        sv->seen_steps = stats.steps;
-        sv->progress_ns = now_ns;
-        sv->shrug = false;
-    }
+    look(sv, &stats, now_ns);
     if (stats.failed)
         service_fail(sv, "the device failed");
     if (service_stalled(sv) && !sv->shrug) {
@@ -48,13 +67,6 @@ static void note_progress(struct service *sv, uint64_t now_ns)
         log_error("service", "no step for %.0f s with %u running and %u waiting requests",
                   (double)(now_ns - sv->progress_ns) / 1e9, stats.running, stats.waiting);
     }
-}
-
-bool service_stalled(const struct service *sv)
-{
-    uint64_t limit_ns = sv->cfg->stall_timeout_ms * 1000000u;
-
-    return limit_ns > 0 && sv->engine && clock_now_ns() - sv->progress_ns > limit_ns;
 }
 
 static void log_summary(struct service *sv, uint64_t now_ns)
@@ -125,7 +137,7 @@ static void on_signal(uv_signal_t *handle, int number)
 
     if (sv->state >= SERVICE_DRAINING) {
         log_warn("service", "second signal (%d): ending at once", number);
-        _exit(1);
+        _exit(sv->exit_code ? sv->exit_code : EXIT_UNDRAINED);
     }
     drain(sv);
 }
@@ -137,6 +149,7 @@ static void on_tick(uv_timer_t *timer)
 
     note_progress(sv, now_ns);
     log_summary(sv, now_ns);
+    http_sweep(sv->http, now_ns);
     stream_tick(sv, now_ns);
     if (sv->state < SERVICE_DRAINING)
         return;
@@ -178,26 +191,29 @@ static void on_load(uv_work_t *work)
 {
     struct service *sv = work->data;
 
-    if (engine_create(&sv->engine, &sv->cfg->engine, sv->mailbox, &sv->load_error) != ST_OK)
-        sv->engine = NULL;
+    if (engine_create(&sv->loaded, &sv->cfg->engine, sv->mailbox, &sv->load_error) != ST_OK)
+        sv->loaded = NULL;
 }
 
 static void announce(const struct service *sv)
 {
     const char *host = sv->cfg->host, *name = sv->api.model_names[0];
     bool brackets = strchr(host, ':') != NULL;
+    struct strbuf json_name = { 0 };
     char url[300];
 
     snprintf(url, sizeof url, "http://%s%s%s:%u", brackets ? "[" : "", host, brackets ? "]" : "",
              http_port(sv->http));
     log_info("service", "ready: %s serves %s on %s, contexts of up to %u tokens", url, name,
              engine_device_name(sv->engine), sv->api.limits.max_model_len);
+    api_write_string(&json_name, name, strlen(name));
     printf("ready: %s\n\n"
            "curl -N %s/v1/completions -H 'Content-Type: application/json' \\%s\n"
-           "  -d '{\"model\": \"%s\", \"prompt\": \"It was a dark and stormy night\", "
+           "  -d '{\"model\": %s, \"prompt\": \"It was a dark and stormy night\", "
            "\"max_tokens\": 64, \"stream\": true}'\n", url, url,
-           sv->cfg->api_keys.n ? "\n  -H \"Authorization: Bearer $KEY\" \\" : "", name);
+           sv->cfg->api_keys.n ? "\n  -H \"Authorization: Bearer $KEY\" \\" : "", json_name.data);
     fflush(stdout);
+    strbuf_fini(&json_name);
 }
 
 static void on_loaded(uv_work_t *work, int status)
@@ -206,6 +222,7 @@ static void on_loaded(uv_work_t *work, int status)
 
     ASSERT(status == 0);
     sv->loading = false;
+    sv->engine = sv->loaded;
     if (!sv->engine) {
         log_error("service", "cannot serve %s: %s", sv->cfg->engine.model_dir,
                   sv->load_error.text);
@@ -222,6 +239,7 @@ static void on_loaded(uv_work_t *work, int status)
         return;
     }
     sv->state = SERVICE_READY;
+    sv->progress_ns = clock_now_ns();
     announce(sv);
 }
 
@@ -299,8 +317,6 @@ int service_run(const struct config *cfg)
     sv->metrics = metrics_create();
     sv->api = (struct api_context){ .model_names = (const char *const *)cfg->model_names.items,
                                     .n_model_names = cfg->model_names.n, .limits = cfg->limits };
-    if (sv->api.limits.max_choices > cfg->engine.max_waiting)
-        sv->api.limits.max_choices = cfg->engine.max_waiting;
     start_handles(sv);
     sv->summary_ns = clock_now_ns();
     if (start_http(sv, &err) != ST_OK) {

@@ -38,6 +38,7 @@ struct service {
     uv_signal_t sigterm, sigint;
     uv_work_t load;
     bool loading;
+    struct engine *loaded;           /* the pool thread's while loading, like */
     struct error load_error;
     enum service_state state;
     uint64_t deadline_ns;            /* of DRAINING, FAILED and LEAVING */
@@ -63,7 +64,7 @@ struct service {
 int service_run(const struct config *cfg);
 
 /* Work is waiting and no step has ended for stall-timeout. */
-bool service_stalled(const struct service *sv);
+bool service_stalled(struct service *sv);
 
 /* Something that DRAINING or LEAVING waits for has ended. */
 void service_note_end(struct service *sv);

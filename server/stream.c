@@ -19,7 +19,8 @@ enum {
     /* Larger bodies are parsed off the loop: at 1 MB/s of tokenising 16 KB
      * hold up the streams for 16 ms. */
     INLINE_BODY_BYTES = 16 * 1024,
-    /* A slow reader's text stays in ids beyond that. */
+    /* What a slow reader has not taken stays with the choices beyond that,
+     * where it is shorter than as JSON. */
     HIGH_WATER_BYTES = 256 * 1024
 };
 
@@ -440,12 +441,15 @@ static void take_tokens(struct service *sv, struct choice *c)
     uint64_t now_ns = clock_now_ns();
     uint32_t n = choice_read(c);
 
-    if (n && c->last_seen_ns)
+    if (n == 0)
+        return;
+    if (c->last_seen_ns) {
         metrics_note_tokens(sv->metrics, n, now_ns - c->last_seen_ns);
-    else if (n > 1)
+    } else {
+        metrics_note_first_token(sv->metrics, c->req.arrival_ns, now_ns);
         metrics_note_tokens(sv->metrics, n - 1, 0);
-    if (n)
-        c->last_seen_ns = now_ns;
+    }
+    c->last_seen_ns = now_ns;
 }
 
 void stream_take_message(struct service *sv, struct message *m)

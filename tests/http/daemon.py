@@ -11,6 +11,7 @@ import time
 import unittest
 import urllib.error
 import urllib.request
+import weakref
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -34,8 +35,10 @@ class Daemon:
     def __init__(self, wait=True, **options):
         merged = dict(DEFAULTS, **{k.replace("_", "-"): str(v) for k, v in options.items()})
         argv = [BINARY] + [w for k, v in merged.items() for w in ("--" + k, v)]
-        self.log = tempfile.NamedTemporaryFile("w+", prefix="asynctlsd-", suffix=".log")
+        self.log = tempfile.NamedTemporaryFile(prefix="asynctlsd-", suffix=".log")
+        weakref.finalize(self, self.log.close)
         self.out = []
+        self.sockets = []
         self.ready = threading.Event()
         self.process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=self.log, text=True)
         threading.Thread(target=self._read_stdout, daemon=True).start()
@@ -44,16 +47,17 @@ class Daemon:
             self.wait_ready()
 
     def _read_stdout(self):
-        for line in self.process.stdout:
-            self.out.append(line)
-            if line.startswith("ready: "):
-                self.ready.set()
+        with self.process.stdout:
+            for line in self.process.stdout:
+                self.out.append(line)
+                if line.startswith("ready: "):
+                    self.ready.set()
         self.ready.set()
 
     def wait_ready(self):
         self.ready.wait(60 * PATIENCE)
         if not self.out:
-            self.process.kill()
+            self.kill()
             raise AssertionError("the daemon did not start:\n" + self.log_text())
         self.url = self.out[0].split()[1]
         self.port = int(self.url.rsplit(":", 1)[1])
@@ -65,12 +69,21 @@ class Daemon:
         self.process.send_signal(number)
 
     def wait(self, timeout=30):
+        """Its exit code; closes the sockets."""
         try:
-            return self.process.wait(timeout * PATIENCE)
+            code = self.process.wait(timeout * PATIENCE)
         except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+            self.kill()
             raise AssertionError("the daemon does not end:\n" + self.log_text()[-3000:])
+        for s in self.sockets:
+            s.close()
+        if "runtime error:" in self.log_text():     # a sanitizer that only reports
+            raise AssertionError(self.log_text()[-6000:])
+        return code
+
+    def kill(self):
+        self.process.kill()
+        self.process.wait()
 
     def stop(self):
         if self.process.poll() is None:
@@ -86,8 +99,7 @@ class Daemon:
         if kind is None:
             self.stop()
         else:
-            self.process.kill()
-            self.process.wait()
+            self.kill()
             print(self.log_text()[-3000:])
 
     # ---- requests
@@ -115,6 +127,7 @@ class Daemon:
         if receive_buffer:
             s.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
         s.settimeout(20 * PATIENCE)
+        self.sockets.append(s)
         s.connect(("127.0.0.1", self.port))
         return s
 
@@ -165,28 +178,29 @@ class Daemon:
 
 
 def read_head(s):
-    """(status, {lower-case name: value}, rest) of one response on a socket."""
-    data = b""
-    while b"\r\n\r\n" not in data:
-        piece = s.recv(65536)
-        if not piece:
-            return None, {}, data
-        data += piece
-    head, rest = data.split(b"\r\n\r\n", 1)
-    lines = head.decode("latin-1").split("\r\n")
+    """(status, {lower-case name: value}) of one response; what follows stays unread."""
+    head = b""
+    while not head.endswith(b"\r\n\r\n"):
+        seen = s.recv(65536, socket.MSG_PEEK)
+        if not seen:
+            raise AssertionError(f"the connection ended after {head!r}")
+        end = (head + seen).find(b"\r\n\r\n")
+        head += s.recv(len(seen) if end < 0 else end + 4 - len(head))
+    lines = head.decode("latin-1").strip().split("\r\n")
     headers = {k.lower(): v.strip() for k, v in (line.split(":", 1) for line in lines[1:])}
-    return int(lines[0].split()[1]), headers, rest
+    return int(lines[0].split()[1]), headers
 
 
 def read_response(s):
     """(status, headers, body) of one response with a Content-Length."""
-    status, headers, rest = read_head(s)
-    while len(rest) < int(headers.get("content-length", 0)):
-        piece = s.recv(65536)
+    status, headers = read_head(s)
+    body = b""
+    while len(body) < int(headers.get("content-length", 0)):
+        piece = s.recv(int(headers["content-length"]) - len(body))
         if not piece:
             break
-        rest += piece
-    return status, headers, rest
+        body += piece
+    return status, headers, body
 
 
 def read_to_end(s):

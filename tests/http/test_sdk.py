@@ -1,12 +1,15 @@
 """The openai package against a running server."""
+import json
 import math
+import random
 import re
 import threading
 import unittest
+from pathlib import Path
 
 import openai
 
-from daemon import NAME, Case, Daemon
+from daemon import MODEL, NAME, Case, Daemon
 
 PROMPT = "The old house stood at the end of the road, and"
 
@@ -182,6 +185,36 @@ class Sdk(Case):
             for name in joined:
                 self.assertEqual(joined[name], getattr(whole.logprobs, name), name)
 
+    def test_random_requests_stream_as_they_answer(self):
+        """Broken characters, stop strings, echo, several choices: both ways agree."""
+        choose = random.Random(5)
+        for _ in range(40):
+            prompt = choose.choice(("naïve café — “quoted” …", "数学は楽しい 🙂", PROMPT,
+                                    [choose.randrange(5000) for _ in range(9)]))
+            kw = dict(prompt=prompt, temperature=choose.choice((0, 1, 2)), n=choose.choice((1, 3)),
+                      seed=choose.randrange(100), max_tokens=choose.choice((1, 8, 40)),
+                      logprobs=choose.choice((0, 3)), echo=choose.random() < 0.4,
+                      extra_body={"ignore_eos": choose.random() < 0.5,
+                                  "include_stop_str_in_output": choose.random() < 0.3,
+                                  "skip_special_tokens": choose.random() < 0.7})
+            text = self.ask(**kw).choices[0].text
+            at = choose.randrange(max(1, len(text) - 4))
+            if choose.random() < 0.7 and text[at:at + 2]:
+                kw["stop"] = [text[at:at + choose.choice((1, 2, 4))], "\x01never"]
+            whole = self.ask(**kw)
+            texts, chunks = self.joined(**kw)
+            self.assertEqual(texts, {c.index: c.text for c in whole.choices}, kw)
+            for c in whole.choices:
+                parts = [k.choices[0] for k in chunks if k.choices[0].index == c.index]
+                for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
+                    joined = sum((getattr(p.logprobs, name) for p in parts), [])
+                    self.assertEqual(joined, getattr(c.logprobs, name), kw)
+                self.assertEqual((parts[-1].finish_reason, parts[-1].stop_reason),
+                                 (c.finish_reason, c.stop_reason))
+                for token, offset in zip(c.logprobs.tokens, c.logprobs.text_offset):
+                    if not token.startswith(("bytes:", "<|")) and "stop" not in kw:
+                        self.assertEqual(c.text[offset:offset + len(token)], token, kw)
+
     def test_echo(self):
         plain = self.ask().choices[0].text
         self.assertEqual(self.ask(echo=True).choices[0].text, PROMPT + plain)
@@ -243,12 +276,68 @@ class Sdk(Case):
         self.assertEqual(texts[0], text)
 
     def test_stop_ids(self):
-        first = self.ask(max_tokens=8, logprobs=0)
-        ids = self.ask(max_tokens=8, extra_body={"stop_token_ids": list(range(0, 6000))})
-        self.assertEqual(ids.choices[0].finish_reason, "stop") if len(
-            ids.choices[0].text) == 0 else self.fail(ids.choices[0].text)
-        self.assertEqual(ids.usage.completion_tokens, 1)
-        self.assertTrue(first.choices[0].text)
+        force = {"logit_bias": {"500": 100}}
+        c = self.ask(extra_body=dict(force, stop_token_ids=[7, 500]))
+        self.assertEqual((c.choices[0].text, c.choices[0].finish_reason), ("", "stop"))
+        self.assertEqual((c.choices[0].stop_reason, c.usage.completion_tokens), (500, 1))
+        c = self.ask(extra_body=dict(force, stop_token_ids=[500], include_stop_str_in_output=True))
+        word = c.choices[0].text
+        self.assertTrue(word)
+        for free in ({"ignore_eos": True}, {"min_tokens": 24}):
+            c = self.ask(extra_body=dict(force, stop_token_ids=[500], **free))
+            self.assertEqual((c.choices[0].finish_reason, c.usage.completion_tokens), ("length", 24))
+            self.assertEqual(c.choices[0].text == word * 24, "ignore_eos" in free)
+        texts, chunks = self.joined(extra_body=dict(force, stop_token_ids=[500]))
+        self.assertEqual((texts, chunks[-1].choices[0].finish_reason), ({0: ""}, "stop"))
+
+    def test_end_of_text(self):
+        eos = json.loads((Path(MODEL) / "config.json").read_text())["eos_token_id"]
+        force = {"logit_bias": {str(eos): 100}}
+        c = self.ask(extra_body=force)
+        self.assertEqual((c.choices[0].text, c.choices[0].finish_reason), ("", "stop"))
+        self.assertIsNone(c.choices[0].stop_reason)
+        texts, _ = self.joined(extra_body=force)
+        self.assertEqual(texts, {0: ""})
+        c = self.ask(extra_body=dict(force, min_tokens=5))
+        self.assertEqual((c.choices[0].finish_reason, c.usage.completion_tokens), ("stop", 6))
+        c = self.ask(extra_body=dict(force, ignore_eos=True), logprobs=0).choices[0]
+        self.assertEqual((c.finish_reason, c.text, set(c.logprobs.text_offset)), ("length", "", {0}))
+        word = c.logprobs.tokens[0]
+        c = self.ask(extra_body=dict(force, ignore_eos=True, skip_special_tokens=False),
+                     logprobs=0).choices[0]
+        self.assertEqual(c.text, word * 24)
+        self.assertEqual(c.logprobs.text_offset, [len(word) * i for i in range(24)])
+
+    def test_sampling(self):
+        greedy = self.ask(max_tokens=40).choices[0].text
+        for extra in ({"top_k": 1}, {"min_p": 1.0}, {"top_p": 1e-6}):
+            c = self.ask(max_tokens=40, temperature=1, seed=1, extra_body=extra)
+            self.assertEqual(c.choices[0].text, greedy, extra)
+        hot = self.ask(max_tokens=40, temperature=2, seed=1).choices[0].text
+        self.assertNotEqual(hot, greedy)
+        first = self.ask(max_tokens=1, logprobs=5).choices[0].logprobs.top_logprobs[0]
+        seen = set()
+        for seed in range(20):
+            c = self.ask(max_tokens=1, temperature=2, seed=seed, extra_body={"top_k": 3})
+            seen.add(c.choices[0].text)
+        self.assertLessEqual(seen, set(sorted(first, key=first.get)[-3:]))
+        self.assertGreater(len(seen), 1)
+
+    def test_penalties(self):
+        def repeats(**kw):
+            tokens = self.ask(max_tokens=60, logprobs=0, **kw).choices[0].logprobs.tokens
+            return len(tokens) - len(set(tokens))
+
+        plain = repeats()
+        self.assertGreater(plain, 5)
+        self.assertLess(repeats(presence_penalty=2, frequency_penalty=2), plain)
+        self.assertLess(repeats(extra_body={"repetition_penalty": 10}), plain)
+        # Log-probabilities are the model's own, before any of it.
+        for extra in ({"logit_bias": {"500": 100}}, {"repetition_penalty": 9}):
+            a = self.ask(logprobs=5, max_tokens=1).choices[0].logprobs.top_logprobs[0]
+            b = self.ask(logprobs=5, max_tokens=1, extra_body=extra).choices[0].logprobs
+            for token, value in a.items():
+                self.assertAlmostEqual(b.top_logprobs[0][token], value, delta=1e-4)
 
     def test_unicode(self):
         for prompt in ("naïve café — “quoted” …", "数学は楽しい 🙂", "\u2028 line \u2029"):

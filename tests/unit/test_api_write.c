@@ -147,7 +147,7 @@ START_TEST(the_usage_chunk_has_no_choices)
 END_TEST
 
 /* The first token of a prompt has no probability; a broken character is
- * written as bytes; offsets count characters. */
+ * written as bytes. */
 START_TEST(logprobs_have_the_legacy_shape)
 {
     static const int32_t ids[] = { 'H', 0xC3, 0xA9, BYTE_END, '"' };
@@ -158,14 +158,15 @@ START_TEST(logprobs_have_the_legacy_shape)
         { -1, 0 }, { -1, 0 }, { 'a', -0.25f }, { 0xC3, -0.5f }, { 'b', -2 }, { -1, 0 },
         { BYTE_END, -1e-5f }, { 'c', -20000 }, { 'd', -3 }, { 'e', -4 },
     };
+    static const uint64_t offsets[] = { 10, 11, 11, 12, 17 };
     struct api_piece p = { .text = "H\xC3\xA9\"", .text_bytes = 4, .logprobs = true,
                            .stop_id = -1, .n_tokens = 5, .ids = ids, .chosen = chosen,
-                           .top = top, .n_top = 2, .text_offset = 10 };
+                           .top = top, .n_top = 2, .offsets = offsets };
 
     write_pieces(&p, 1);
     check_document(
         HEAD "{\"index\":0,\"text\":\"H\xC3\xA9\\\"\",\"logprobs\":{"
-        "\"text_offset\":[10,11,12,12,17],"
+        "\"text_offset\":[10,11,11,12,17],"
         "\"token_logprobs\":[null,-0.5,-9999.0,-9.99999975e-06,-9999.0],"
         "\"tokens\":[\"H\",\"bytes:\\\\xc3\",\"bytes:\\\\xa9\",\"<end>\",\"\\\"\"],"
         "\"top_logprobs\":[null,{\"a\":-0.25,\"bytes:\\\\xc3\":-0.5},"
@@ -174,30 +175,14 @@ START_TEST(logprobs_have_the_legacy_shape)
 }
 END_TEST
 
-START_TEST(hidden_tokens_take_no_room)
-{
-    static const int32_t ids[] = { BYTE_END, 'a', BYTE_END, 'b' };
-    static const struct token_logprob chosen[] = {
-        { -1, 0 }, { 'a', -1 }, { BYTE_END, -1 }, { 'b', -1 },
-    };
-    struct api_piece p = { .text = "", .stop_id = -1, .logprobs = true, .n_tokens = 4, .ids = ids,
-                           .chosen = chosen, .n_echoed = 1 };
-
-    write_pieces(&p, 1);
-    ck_assert_ptr_nonnull(strstr(out.data, "\"text_offset\":[0,5,6,11]"));
-    p.skip_special = true;
-    write_pieces(&p, 1);
-    ck_assert_ptr_nonnull(strstr(out.data, "\"text_offset\":[0,5,6,6]"));
-}
-END_TEST
-
 /* Without top entries the object holds the chosen token alone. */
 START_TEST(the_chosen_token_is_always_there)
 {
     static const int32_t ids[] = { 'x' };
     static const struct token_logprob chosen[] = { { 'x', -7 } };
+    static const uint64_t offsets[] = { 0 };
     struct api_piece p = { .text = "x", .text_bytes = 1, .stop_id = -1, .logprobs = true,
-                           .n_tokens = 1, .ids = ids, .chosen = chosen };
+                           .n_tokens = 1, .ids = ids, .chosen = chosen, .offsets = offsets };
 
     write_pieces(&p, 1);
     check_document(HEAD "{\"index\":0,\"text\":\"x\",\"logprobs\":{\"text_offset\":[0],"
@@ -217,8 +202,10 @@ START_TEST(names_are_not_repeated)
     static const int32_t ids[] = { 290 };
     static const struct token_logprob chosen[] = { { 290, -3 } };
     static const struct token_logprob top[] = { { 'a', -1 }, { 291, -2 }, { 292, -2.5f } };
+    static const uint64_t offsets[] = { 0 };
     struct api_piece p = { .text = "", .stop_id = -1, .logprobs = true, .n_tokens = 1,
-                           .ids = ids, .chosen = chosen, .top = top, .n_top = 3 };
+                           .ids = ids, .chosen = chosen, .top = top, .n_top = 3,
+                           .offsets = offsets };
 
     write_pieces(&p, 1);
     ck_assert_ptr_nonnull(strstr(out.data, "\"top_logprobs\":[{\"a\":-1,\"\":-2}]"));
@@ -271,7 +258,6 @@ TCase *api_write_case(void)
     tcase_add_test(tc, finished_choices_say_why);
     tcase_add_test(tc, the_usage_chunk_has_no_choices);
     tcase_add_test(tc, logprobs_have_the_legacy_shape);
-    tcase_add_test(tc, hidden_tokens_take_no_room);
     tcase_add_test(tc, the_chosen_token_is_always_there);
     tcase_add_test(tc, names_are_not_repeated);
     tcase_add_test(tc, errors_have_one_shape);

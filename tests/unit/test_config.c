@@ -336,8 +336,8 @@ static const struct {
     { "--model /m", "ASYNCTLSD_API_KEY=",
       "environment variable ASYNCTLSD_API_KEY: api-key has no value" },
     { "--model /m --step-tokens 10", NULL,
-      "step-tokens (10) is less than max-running (64): every running sequence needs a token in "
-      "each step" },
+      "step-tokens (10) is less than max-running (64) plus 64: every running sequence takes a "
+      "token of each step, and prompts need some too" },
     { "--model /m --max-bodies-bytes 1mb", NULL,
       "max-bodies-bytes is less than max-body-bytes" },
     { "--model /m --host none", NULL, "host cannot be none" },
