@@ -81,7 +81,7 @@ void engine_stats(const struct engine *e, struct engine_stats *out)
 
 /* ---- engine thread */
 
-static void publish(struct engine *e)
+void engine_publish(struct engine *e)
 {
     struct engine_stats *s = &e->stats;
     struct kv_pool_counts kv = kv_pool_counts(e->pool);
@@ -303,16 +303,16 @@ void *engine_thread(void *arg)
         drop_cancelled(e, false);
         if (has_work(e))
             step(e);
-        publish(e);
+        engine_publish(e);
         if (!has_work(e)) {
             sleep_until_woken(e);
             /* The watchdog measures from here on, not from before the sleep. */
             e->stats.last_step_ns = clock_now_ns();
-            publish(e);
+            engine_publish(e);
         }
     }
     accept_requests(e);
     drop_cancelled(e, true);
-    publish(e);
+    engine_publish(e);
     return NULL;
 }

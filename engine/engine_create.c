@@ -1,5 +1,6 @@
 #include "engine/engine_parts.h"
 
+#include "engine/base/clock.h"
 #include "engine/base/invariant.h"
 #include "engine/base/log.h"
 #include "engine/base/mem.h"
@@ -194,6 +195,10 @@ enum status engine_create(struct engine **out, const struct engine_config *cfg,
     ASSERT(e->wake_fd >= 0);
     e->inbox = mailbox_create(wake_engine, e);
     enum status st = engine_load(e, cfg, err);
+    if (st == ST_OK) {                 /* whoever sees the engine sees its sizes */
+        e->stats.last_step_ns = clock_now_ns();
+        engine_publish(e);
+    }
     if (st == ST_OK && pthread_create(&e->thread, NULL, engine_thread, e) != 0)
         st = error_set(err, ST_NOMEM, "the engine's thread does not start");
     if (st != ST_OK) {

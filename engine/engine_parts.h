@@ -58,4 +58,7 @@ struct engine {
 
 void *engine_thread(void *engine);
 
+/* Make e->stats readable for all.  Engine thread, or before there is one. */
+void engine_publish(struct engine *e);
+
 #endif
