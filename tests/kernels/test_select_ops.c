@@ -1,0 +1,771 @@
+#include "kernels/ops.h"
+
+#include "engine/base/mem.h"
+#include "tests/support/backend_fixture.h"
+#include "tests/support/closeness.h"
+#include "tests/support/kernel_reference.h"
+#include "tests/support/random_data.h"
+
+#include <check.h>
+#include <math.h>
+#include <string.h>
+
+/* Both levels of the selection over an index of random codes and scales.  What is past
+ * the end of a context, and blocks of nobody, are bytes of 0xff, whose scales and bounds
+ * are NaN, or of 0x7f, for which they are larger than any other. */
+enum { MAX_SEQS = 12, MAX_DIM = 256, Q_GAP = 3, UNWRITTEN = -77 };
+
+struct setup {
+    int kv_heads, group, head_dim, kind;
+    int keep_blocks, keep_tokens, sinks, recent;
+    int alike;                   /* how many different tokens there are; 0: no limit */
+    int seqs;
+    int32_t n_tokens[MAX_SEQS];
+};
+
+struct problem {
+    struct setup s;
+    struct kv_shape shape;
+    struct index_layout layout;
+    int heads, max_blocks, lists;
+    float *q;                    /* [seqs, heads * head_dim + Q_GAP] */
+    uint8_t *index;
+    int32_t *table;
+    int16_t *channels;
+    int32_t *kept, *n_kept, *chosen, *n_chosen;
+    double *score;               /* of the items of one list */
+    bool *forced, *taken;
+};
+
+static int blocks_of(int n_tokens)
+{
+    return (n_tokens + BLOCK_TOKENS - 1) / BLOCK_TOKENS;
+}
+
+static struct kv_shape shape_of(const struct setup *s)
+{
+    return (struct kv_shape){
+        .kv_heads = s->kv_heads,
+        .head_dim = s->head_dim,
+        .filter = s->kind & 1 ? FILTER_BOUNDS : FILTER_COARSE,
+        .index = s->kind & 2 && s->head_dim >= INDEX_CHANNELS_KEPT ? INDEX_CHANNELS
+                                                                   : INDEX_ROTATED,
+    };
+}
+
+static uint8_t *record_at(const struct problem *p, int seq, int kv_head, int block)
+{
+    size_t id = (size_t)p->table[seq * p->max_blocks + block];
+
+    return p->index + (id * (size_t)p->shape.kv_heads + (size_t)kv_head) *
+                          (size_t)p->layout.record_bytes;
+}
+
+static float get_bf16(const uint8_t *at)
+{
+    bf16 v;
+
+    memcpy(&v, at, sizeof v);
+    return bf16_value(v);
+}
+
+static void put_bf16(uint8_t *at, float value)
+{
+    bf16 v = nearest_bf16(value);
+
+    memcpy(at, &v, sizeof v);
+}
+
+/* ---- making an index */
+
+static void random_bytes(struct test_random *r, uint8_t *out, int n)
+{
+    for (int i = 0; i < n; i++)
+        out[i] = (uint8_t)random_below(r, 256);
+}
+
+/* One token in eight is a zero key: no scale, no codes. */
+static void fill_token(const struct problem *p, uint8_t *record, int token,
+                       struct test_random *r)
+{
+    const struct index_layout *l = &p->layout;
+    float scale = random_below(r, 8) ? 0.2f + fabsf(random_normal(r)) : 0;
+    bool rotated = p->shape.index == INDEX_ROTATED;
+    int bytes[2] = { rotated ? p->shape.head_dim / 8 : INDEX_CHANNELS_KEPT / 4,
+                     rotated ? p->shape.head_dim / 8 : INDEX_CHANNELS_KEPT / 2 };
+    uint8_t *codes[2] = { record + (rotated ? l->sign : l->coarse) + token * bytes[0],
+                          record + (rotated ? l->large : l->fine) + token * bytes[1] };
+
+    for (int i = 0; i < 2; i++) {
+        random_bytes(r, codes[i], bytes[i]);
+        if (scale == 0)
+            memset(codes[i], 0, (size_t)bytes[i]);
+    }
+    put_bf16(record + (rotated ? l->scale : l->scale2) + 2 * token, scale);
+    if (!rotated)
+        put_bf16(record + l->scale4 + 2 * token, scale / 3);
+}
+
+static void fill_bounds(const struct problem *p, uint8_t *record, struct test_random *r)
+{
+    for (int d = 0; d < p->shape.head_dim; d++) {
+        float a = random_normal(r), b = random_normal(r);
+        put_bf16(record + p->layout.lo + 2 * d, fminf(a, b));
+        put_bf16(record + p->layout.hi + 2 * d, fmaxf(a, b));
+    }
+}
+
+/* With `alike` set tokens and bounds are drawn from so many. */
+static struct test_random draw(const struct problem *p, struct test_random *r)
+{
+    if (!p->s.alike)
+        return test_random(random_u64(r));
+    return test_random(1000 + (uint64_t)random_below(r, p->s.alike));
+}
+
+static void fill_index(struct problem *p, struct test_random *r)
+{
+    for (int seq = 0; seq < p->s.seqs; seq++)
+        for (int g = 0; g < p->shape.kv_heads; g++)
+            for (int token = 0; token < p->s.n_tokens[seq]; token++) {
+                uint8_t *record = record_at(p, seq, g, token / BLOCK_TOKENS);
+                struct test_random own = draw(p, r);
+                fill_token(p, record, token % BLOCK_TOKENS, &own);
+                if (p->layout.lo >= 0 && token % BLOCK_TOKENS == 0)
+                    fill_bounds(p, record, &own);
+            }
+}
+
+static void *ints(int n)
+{
+    int32_t *out = mem_alloc((size_t)n * sizeof *out);
+
+    for (int i = 0; i < n; i++)
+        out[i] = UNWRITTEN;
+    return out;
+}
+
+static void place_blocks(struct problem *p, struct test_random *r, int n_blocks)
+{
+    int32_t *ids = ints(n_blocks);
+    int used = 0;
+
+    random_order(r, ids, n_blocks);
+    for (int seq = 0; seq < p->s.seqs; seq++)
+        for (int b = 0; b < p->max_blocks; b++)
+            p->table[seq * p->max_blocks + b] =
+                b < blocks_of(p->s.n_tokens[seq]) ? ids[used++] : -1;
+    mem_free(ids);
+}
+
+static struct problem *make_problem(const struct setup *s, uint64_t seed)
+{
+    struct problem *p = mem_calloc(1, sizeof *p);
+    struct test_random r = test_random(seed);
+    int n_blocks = 1, q_floats = s->seqs * (s->kv_heads * s->group * s->head_dim + Q_GAP);
+
+    p->s = *s;
+    p->shape = shape_of(s);
+    p->layout = index_layout(&p->shape);
+    p->heads = s->kv_heads * s->group;
+    p->lists = s->seqs * s->kv_heads;
+    for (int i = 0; i < s->seqs; i++) {
+        n_blocks += blocks_of(s->n_tokens[i]);
+        if (p->max_blocks < blocks_of(s->n_tokens[i]))
+            p->max_blocks = blocks_of(s->n_tokens[i]);
+    }
+    p->table = ints(s->seqs * p->max_blocks);
+    place_blocks(p, &r, n_blocks);
+    p->index = mem_alloc((size_t)n_blocks * index_block_bytes(&p->shape));
+    memset(p->index, seed % 2 ? 0xff : 0x7f, (size_t)n_blocks * index_block_bytes(&p->shape));
+    fill_index(p, &r);
+    p->q = mem_alloc((size_t)q_floats * sizeof *p->q);
+    random_floats(&r, p->q, (size_t)q_floats, 1);
+    if (p->shape.index == INDEX_CHANNELS) {
+        p->channels = mem_alloc((size_t)s->kv_heads * INDEX_CHANNELS_KEPT * sizeof(int16_t));
+        random_channels(&r, p->channels, &p->shape);
+    }
+    p->kept = ints(p->lists * s->keep_blocks);
+    p->n_kept = ints(p->lists);
+    p->chosen = ints(p->lists * s->keep_tokens);
+    p->n_chosen = ints(p->lists);
+    size_t items = (size_t)p->max_blocks * BLOCK_TOKENS;
+    p->score = mem_alloc(items * sizeof *p->score);
+    p->forced = mem_alloc(items * sizeof *p->forced);
+    p->taken = mem_alloc(items * sizeof *p->taken);
+    return p;
+}
+
+static void free_problem(struct problem *p)
+{
+    mem_free(p->q);
+    mem_free(p->index);
+    mem_free(p->table);
+    mem_free(p->channels);
+    mem_free(p->kept);
+    mem_free(p->n_kept);
+    mem_free(p->chosen);
+    mem_free(p->n_chosen);
+    mem_free(p->score);
+    mem_free(p->forced);
+    mem_free(p->taken);
+    mem_free(p);
+}
+
+/* ---- the operations, for sequences first..first + n - 1 */
+
+static int q_stride(const struct problem *p)
+{
+    return p->heads * p->shape.head_dim + Q_GAP;
+}
+
+static int longest(const struct problem *p, int first, int n)
+{
+    int most = 0;
+
+    for (int i = first; i < first + n; i++)
+        most = p->s.n_tokens[i] > most ? p->s.n_tokens[i] : most;
+    return most;
+}
+
+static void filter(struct backend *be, struct problem *p, int first, int n)
+{
+    const struct backend_ops *ops = backend_ops(be);
+    struct stream *stream = stream_create(be);
+    int list = first * p->shape.kv_heads;
+    void *scratch = mem_alloc(ops->block_filter_scratch(&p->shape, n, p->heads, p->max_blocks));
+
+    ops->block_filter(stream, &(struct block_filter_args){
+        .kept = p->kept + list * p->s.keep_blocks,
+        .n_kept = p->n_kept + list,
+        .q = p->q + first * q_stride(p),
+        .q_stride = q_stride(p),
+        .index = p->index,
+        .table = p->table + first * p->max_blocks,
+        .n_tokens = p->s.n_tokens + first,
+        .channels = p->channels,
+        .scratch = scratch,
+        .shape = p->shape,
+        .seqs = n,
+        .heads = p->heads,
+        .max_blocks = p->max_blocks,
+        .keep_blocks = p->s.keep_blocks,
+        .sink_tokens = p->s.sinks,
+        .recent_tokens = p->s.recent,
+        .max_n_tokens = longest(p, first, n) });
+    ck_assert_int_eq(stream_sync(stream, NULL), ST_OK);
+    stream_destroy(stream);
+    mem_free(scratch);
+}
+
+static void select_tokens(struct backend *be, struct problem *p, int first, int n)
+{
+    const struct backend_ops *ops = backend_ops(be);
+    struct stream *stream = stream_create(be);
+    int list = first * p->shape.kv_heads;
+    void *scratch = mem_alloc(ops->token_select_scratch(&p->shape, n, p->heads,
+                                                        p->s.keep_blocks));
+
+    ops->token_select(stream, &(struct token_select_args){
+        .chosen = p->chosen + list * p->s.keep_tokens,
+        .n_chosen = p->n_chosen + list,
+        .kept = p->kept + list * p->s.keep_blocks,
+        .n_kept = p->n_kept + list,
+        .q = p->q + first * q_stride(p),
+        .q_stride = q_stride(p),
+        .index = p->index,
+        .table = p->table + first * p->max_blocks,
+        .n_tokens = p->s.n_tokens + first,
+        .channels = p->channels,
+        .scratch = scratch,
+        .shape = p->shape,
+        .seqs = n,
+        .heads = p->heads,
+        .max_blocks = p->max_blocks,
+        .keep_blocks = p->s.keep_blocks,
+        .keep_tokens = p->s.keep_tokens,
+        .sink_tokens = p->s.sinks,
+        .recent_tokens = p->s.recent });
+    ck_assert_int_eq(stream_sync(stream, NULL), ST_OK);
+    stream_destroy(stream);
+    mem_free(scratch);
+}
+
+/* A first level of another kind: random ascending blocks, as many as there may be in
+ * the first list, fewer in the others. */
+static void keep_any_blocks(struct problem *p, struct test_random *r)
+{
+    for (int list = 0; list < p->lists; list++) {
+        int n = blocks_of(p->s.n_tokens[list / p->shape.kv_heads]);
+        int most = n < p->s.keep_blocks ? n : p->s.keep_blocks;
+        int want = list % 3 == 0 || most == 0 ? most : 1 + random_below(r, most), n_kept = 0;
+        int32_t *out = p->kept + list * p->s.keep_blocks;
+        for (int block = 0; block < n && n_kept < want; block++)
+            if (random_below(r, n - block) < want - n_kept)
+                out[n_kept++] = block;
+        p->n_kept[list] = n_kept;
+        while (n_kept < p->s.keep_blocks)
+            out[n_kept++] = -1;
+    }
+}
+
+/* ---- the reference */
+
+static int bit(const uint8_t *codes, int at)
+{
+    return codes[at / 8] >> at % 8 & 1;
+}
+
+static int bits(const uint8_t *codes, int at, int n)
+{
+    int value = 0;
+
+    for (int i = 0; i < n; i++)
+        value |= bit(codes, at * n + i) << i;
+    return value;
+}
+
+static double rotated_score(const struct problem *p, const uint8_t *record, int token,
+                            const double *x, bool fine)
+{
+    const struct index_layout *l = &p->layout;
+    int bytes = p->shape.head_dim / 8;
+    double sum = 0;
+
+    for (int d = 0; d < p->shape.head_dim; d++) {
+        int sign = bit(record + l->sign + token * bytes, d);
+        int large = bit(record + l->large + token * bytes, d);
+        sum += x[d] * (sign ? 1 : -1) * (!fine ? 1 : large ? 1.5 : 0.5);
+    }
+    return sum * (double)get_bf16(record + l->scale + 2 * token);
+}
+
+static double channels_score(const struct problem *p, const uint8_t *record, int token,
+                             const int16_t *channels, const double *q, bool fine)
+{
+    enum { KEPT = INDEX_CHANNELS_KEPT };
+    const struct index_layout *l = &p->layout;
+    double sum = 0;
+
+    for (int i = 0; i < KEPT; i++)
+        sum += q[channels[i]] *
+               (fine ? bits(record + l->fine + token * KEPT / 2, i, 4) - 8
+                     : bits(record + l->coarse + token * KEPT / 4, i, 2) - 1.5);
+    return sum * (double)get_bf16(record + (fine ? l->scale4 : l->scale2) + 2 * token);
+}
+
+static double bounds_score(const struct problem *p, const uint8_t *record, const double *q)
+{
+    double sum = 0;
+
+    for (int d = 0; d < p->shape.head_dim; d++)
+        sum += fmax(q[d] * (double)get_bf16(record + p->layout.lo + 2 * d),
+                    q[d] * (double)get_bf16(record + p->layout.hi + 2 * d));
+    return sum;
+}
+
+/* Queries of a KV head as doubles, rotated for a rotated index. */
+struct queries { double of[16][MAX_DIM], rotated[16][MAX_DIM]; };
+
+static struct queries *make_queries(const struct problem *p, int seq, int g)
+{
+    struct queries *q = mem_alloc(sizeof *q);
+    int dim = p->shape.head_dim;
+
+    ck_assert_int_le(p->s.group, 16);
+    for (int i = 0; i < p->s.group; i++) {
+        const float *from = p->q + seq * q_stride(p) + (g * p->s.group + i) * dim;
+        for (int d = 0; d < dim; d++)
+            q->of[i][d] = (double)from[d];
+        rotate_slowly(q->rotated[i], q->of[i], dim);
+    }
+    return q;
+}
+
+static double token_score(const struct problem *p, const struct queries *q, int seq, int g,
+                          int position, bool fine)
+{
+    const uint8_t *record = record_at(p, seq, g, position / BLOCK_TOKENS);
+    double best = -INFINITY;
+
+    for (int i = 0; i < p->s.group; i++)
+        best = fmax(best, p->shape.index == INDEX_ROTATED
+                              ? rotated_score(p, record, position % BLOCK_TOKENS,
+                                              q->rotated[i], fine)
+                              : channels_score(p, record, position % BLOCK_TOKENS,
+                                               p->channels + g * INDEX_CHANNELS_KEPT,
+                                               q->of[i], fine));
+    return best;
+}
+
+static double block_score(const struct problem *p, const struct queries *q, int seq, int g,
+                          int block)
+{
+    double best = -INFINITY;
+
+    if (p->shape.filter == FILTER_BOUNDS) {
+        for (int i = 0; i < p->s.group; i++)
+            best = fmax(best, bounds_score(p, record_at(p, seq, g, block), q->of[i]));
+        return best;
+    }
+    for (int i = 0; i < BLOCK_TOKENS; i++)
+        if (block * BLOCK_TOKENS + i < p->s.n_tokens[seq])
+            best = fmax(best, token_score(p, q, seq, g, block * BLOCK_TOKENS + i, false));
+    return best;
+}
+
+static bool token_is_forced(const struct problem *p, int seq, int position)
+{
+    return position < p->s.sinks || position > p->s.n_tokens[seq] - 1 - p->s.recent;
+}
+
+static bool block_is_forced(const struct problem *p, int seq, int block)
+{
+    for (int i = 0; i < BLOCK_TOKENS; i++)
+        if (block * BLOCK_TOKENS + i < p->s.n_tokens[seq] &&
+            token_is_forced(p, seq, block * BLOCK_TOKENS + i))
+            return true;
+    return false;
+}
+
+/* What makes a choice of n_out of n items right.  Items are the places in score and
+ * forced; place[] is ascending, what the items are called in out. */
+static void check_choice(struct problem *p, const int32_t *out, int n_out, int keep,
+                         const int32_t *place, int n, const char *what)
+{
+    double least = INFINITY, most = -INFINITY, magnitude = 0;
+    int at = 0, n_forced = 0, forced_taken = 0, want = n < keep ? n : keep;
+
+    ck_assert_msg(n_out == want, "%s: %d, not %d", what, n_out, want);
+    for (int i = 0; i < n; i++) {
+        p->taken[i] = at < n_out && out[at] == place[i];
+        at += p->taken[i];
+        n_forced += p->forced[i];
+        forced_taken += p->forced[i] && p->taken[i];
+        if (p->taken[i] && !p->forced[i])
+            least = fmin(least, p->score[i]);
+        if (!p->taken[i] && !p->forced[i])
+            most = fmax(most, p->score[i]);
+        magnitude = fmax(magnitude, fabs(p->score[i]));
+    }
+    ck_assert_msg(at == n_out, "%s: %d is not in order or not to be had", what, out[at]);
+    for (int i = n_out; i < keep; i++)
+        if (out[i] != -1)
+            ck_abort_msg("%s: %d behind the last", what, out[i]);
+    if (n_forced > keep)
+        n_forced = keep;
+    ck_assert_msg(forced_taken == n_forced, "%s: %d of %d forced", what, forced_taken,
+                  n_forced);
+    ck_assert_msg(least >= most - 2e-5 * magnitude, "%s: took %.9g, left %.9g", what, least,
+                  most);
+    for (int i = 0, dropped = -1; i < n; i++) {
+        if (!p->forced[i] && !p->taken[i] && p->score[i] == most && dropped < 0)
+            dropped = i;
+        if (!p->forced[i] && p->taken[i] && p->score[i] == most && dropped >= 0)
+            ck_abort_msg("%s: took %d, not %d, which is equal", what, place[i],
+                         place[dropped]);
+    }
+}
+
+static void check_filter(struct problem *p)
+{
+    int32_t *place = ints(p->max_blocks);
+
+    for (int list = 0; list < p->lists; list++) {
+        int seq = list / p->shape.kv_heads, g = list % p->shape.kv_heads;
+        int n = blocks_of(p->s.n_tokens[seq]);
+        struct queries *q = make_queries(p, seq, g);
+        for (int block = 0; block < n; block++) {
+            place[block] = block;
+            p->forced[block] = block_is_forced(p, seq, block);
+            p->score[block] = block_score(p, q, seq, g, block);
+        }
+        mem_free(q);
+        if (n > 0)
+            check_choice(p, p->kept + list * p->s.keep_blocks, p->n_kept[list],
+                         p->s.keep_blocks, place, n, "blocks");
+    }
+    mem_free(place);
+}
+
+static void check_select(struct problem *p)
+{
+    int32_t *place = ints(p->max_blocks * BLOCK_TOKENS);
+
+    for (int list = 0; list < p->lists; list++) {
+        int seq = list / p->shape.kv_heads, g = list % p->shape.kv_heads, n = 0;
+        struct queries *q = make_queries(p, seq, g);
+        for (int i = 0; i < p->n_kept[list] * BLOCK_TOKENS; i++) {
+            int block = p->kept[list * p->s.keep_blocks + i / BLOCK_TOKENS];
+            int position = block * BLOCK_TOKENS + i % BLOCK_TOKENS;
+            if (position >= p->s.n_tokens[seq])
+                continue;
+            place[n] = position;
+            p->forced[n] = token_is_forced(p, seq, position);
+            p->score[n++] = token_score(p, q, seq, g, position, true);
+        }
+        mem_free(q);
+        if (p->s.n_tokens[seq] > 0)
+            check_choice(p, p->chosen + list * p->s.keep_tokens, p->n_chosen[list],
+                         p->s.keep_tokens, place, n, "tokens");
+    }
+    mem_free(place);
+}
+
+/* ---- tests */
+
+/* kind, group, head_dim and budgets; every kind meets every head dimension. */
+static struct setup setup_of(int i)
+{
+    static const int head_dims[] = { 16, 32, 64, 128, 256 };
+    static const int groups[] = { 1, 2, 3, 5, 7, 8, 16 };
+    static const int keeps[][2] = { { 1, 1 }, { 3, 20 }, { 12, 100 }, { 40, 1000 },
+                                    { 47, 3000 }, { 46, 2999 }, { 64, 5000 } };
+    struct setup s = {
+        .kv_heads = 1 + i % 3, .group = groups[i % 7], .head_dim = head_dims[i % 5],
+        .kind = i / 5 % 4, .keep_blocks = keeps[i / 3 % 7][0],
+        .keep_tokens = keeps[i / 3 % 7][1], .sinks = i % 4 * 2, .recent = i % 2 * 50,
+        .seqs = 8, .n_tokens = { 3000, 1, 63, 0, 64, 65, 128, 1111 },
+    };
+
+    return s;
+}
+enum { N_SETUPS = 40 };
+
+static void compare_ints(const int32_t *got, const int32_t *want, int n, const char *what)
+{
+    for (int i = 0; i < n; i++)
+        if (got[i] != want[i])
+            ck_abort_msg("%s: number %d is %d, not %d", what, i, got[i], want[i]);
+}
+
+/* What the two levels chose. */
+static int32_t *copy_results(const struct problem *p, int *n)
+{
+    int n_kept = p->lists * p->s.keep_blocks, n_chosen = p->lists * p->s.keep_tokens;
+    int32_t *all = ints(n_kept + n_chosen + 2 * p->lists);
+
+    memcpy(all, p->kept, (size_t)n_kept * sizeof *all);
+    memcpy(all + n_kept, p->chosen, (size_t)n_chosen * sizeof *all);
+    memcpy(all + n_kept + n_chosen, p->n_kept, (size_t)p->lists * sizeof *all);
+    memcpy(all + n_kept + n_chosen + p->lists, p->n_chosen, (size_t)p->lists * sizeof *all);
+    *n = n_kept + n_chosen + 2 * p->lists;
+    return all;
+}
+
+START_TEST(choices_are_right)
+{
+    struct setup s = setup_of(_i);
+    struct problem *p = make_problem(&s, 1 + _i);
+    struct test_random r = test_random(100 + _i);
+    struct backend *scalar = test_backend("scalar");
+    int n;
+
+    filter(scalar, p, 0, s.seqs);
+    check_filter(p);
+    select_tokens(scalar, p, 0, s.seqs);
+    check_select(p);
+    int32_t *want = copy_results(p, &n);
+    for (int i = 0; i < TEST_N_ISAS; i++) {
+        if (!test_backend(test_isa(i)))
+            continue;
+        filter(test_backend(test_isa(i)), p, 0, s.seqs);
+        select_tokens(test_backend(test_isa(i)), p, 0, s.seqs);
+        int32_t *got = copy_results(p, &n);
+        compare_ints(got, want, n, test_isa(i));
+        mem_free(got);
+    }
+    keep_any_blocks(p, &r);
+    select_tokens(test_backend("auto"), p, 0, s.seqs);
+    check_select(p);
+    mem_free(want);
+    free_problem(p);
+}
+END_TEST
+
+/* Tokens and blocks of which many are equal, down to all: the earlier ones are chosen. */
+START_TEST(ties_go_to_the_earlier)
+{
+    static const int alike[] = { 1, 2, 5, 30 };
+    struct setup s = setup_of(15);
+
+    for (int i = 0; i < 4; i++) {
+        s.alike = alike[i];
+        s.kind = _i;
+        s.head_dim = 64;
+        s.keep_blocks = 17;
+        s.keep_tokens = 333;
+        struct problem *p = make_problem(&s, 200 + _i);
+        if (i == 0) /* a query of zeros: no score differs */
+            memset(p->q, 0, (size_t)(s.seqs * q_stride(p)) * sizeof *p->q);
+        filter(test_backend("auto"), p, 0, s.seqs);
+        check_filter(p);
+        select_tokens(test_backend("auto"), p, 0, s.seqs);
+        check_select(p);
+        free_problem(p);
+    }
+}
+END_TEST
+
+/* 0 is 0 with either sign: a zero key, whose sum may be negative, and a key at right
+ * angles to the query are equal. */
+START_TEST(zeros_are_equal)
+{
+    struct setup s = { .kv_heads = 1, .group = 1, .head_dim = 32, .kind = 3, .keep_blocks = 2,
+                       .keep_tokens = 40, .seqs = 1, .n_tokens = { 256 } };
+    struct problem *p = make_problem(&s, 300);
+
+    for (int d = 0; d < 32; d++)
+        p->q[d] = d == p->channels[0];
+    for (int token = 0; token < 256; token++) {
+        uint8_t *record = record_at(p, 0, 0, token / BLOCK_TOKENS);
+        uint8_t *fine = record + p->layout.fine + token % BLOCK_TOKENS * 16;
+        memset(fine, token % 2 ? 0x88 : 0, 16); /* at right angles, or a zero key */
+        put_bf16(record + p->layout.scale4 + 2 * (token % BLOCK_TOKENS), token % 2 ? 1.0f : 0);
+    }
+    for (int block = 0; block < 4; block++)
+        for (int d = 0; d < 32; d++) { /* 0 from -q * 0, then from -q * -0 */
+            float zero = block % 2 ? -0.0f : 0.0f;
+            put_bf16(record_at(p, 0, 0, block) + p->layout.lo + 2 * d, zero);
+            put_bf16(record_at(p, 0, 0, block) + p->layout.hi + 2 * d, zero);
+        }
+    p->n_kept[0] = 2;
+    p->kept[0] = 0;
+    p->kept[1] = 1;
+    select_tokens(test_backend("auto"), p, 0, 1);
+    check_select(p);
+    for (int i = 0; i < 40; i++)
+        ck_assert_int_eq(p->chosen[i], i);
+    for (int d = 0; d < 32; d++)
+        p->q[d] = -1;
+    filter(test_backend("auto"), p, 0, 1);
+    check_filter(p);
+    ck_assert_int_eq(p->kept[0], 0);
+    ck_assert_int_eq(p->kept[1], 1);
+    free_problem(p);
+}
+END_TEST
+
+/* Alone or in company, whoever computes: the same choice. */
+START_TEST(company_and_threads_change_nothing)
+{
+    static const int threads[] = { 1, 2, 3, 8 };
+    struct setup s = setup_of(3 * 3);
+    int n;
+
+    s.kind = _i;
+    s.n_tokens[0] = 9000;        /* several pieces */
+    struct problem *p = make_problem(&s, 400);
+    filter(test_backend("auto"), p, 0, s.seqs);
+    select_tokens(test_backend("auto"), p, 0, s.seqs);
+    check_filter(p);
+    int32_t *want = copy_results(p, &n);
+    for (int i = 0; i < 4; i++) {
+        struct backend *be = open_with_threads("auto", threads[i]);
+        for (int seqs = 1; seqs <= s.seqs; seqs += s.seqs - 1) {
+            for (int j = 0; j < p->lists * s.keep_tokens; j++)
+                p->chosen[j] = UNWRITTEN;
+            for (int first = 0; first < s.seqs; first += seqs) {
+                if (longest(p, first, seqs) == 0) {
+                    memcpy(p->chosen + first * s.kv_heads * s.keep_tokens,
+                           want + p->lists * s.keep_blocks +
+                               first * s.kv_heads * s.keep_tokens,
+                           (size_t)(s.kv_heads * s.keep_tokens) * sizeof *want);
+                    continue;
+                }
+                filter(be, p, first, seqs);
+                select_tokens(be, p, first, seqs);
+            }
+            int32_t *got = copy_results(p, &n);
+            compare_ints(got, want, n, "company");
+            mem_free(got);
+        }
+        backend_close(be);
+    }
+    mem_free(want);
+    free_problem(p);
+}
+END_TEST
+
+/* Sinks and recents at every edge of a block and of the context. */
+START_TEST(sinks_and_recents)
+{
+    static const int edges[] = { 0, 1, 63, 64, 65, 71, 72, 73, 128, 199, 200, 201, 1000 };
+    enum { N = sizeof edges / sizeof edges[0] };
+    struct setup s = { .kv_heads = 2, .group = 2, .head_dim = 32, .kind = _i % 4, .seqs = 3,
+                       .n_tokens = { 200, 192, 1 } };
+
+    for (int i = 0; i < N * N; i++) {
+        s.sinks = edges[i / N];
+        s.recent = edges[i % N];
+        s.keep_blocks = 1 + i % 4;
+        s.keep_tokens = 150;
+        struct problem *p = make_problem(&s, 500 + i);
+        filter(test_backend("auto"), p, 0, s.seqs);
+        check_filter(p);
+        select_tokens(test_backend("auto"), p, 0, s.seqs);
+        check_select(p);
+        free_problem(p);
+    }
+}
+END_TEST
+
+/* The three operations one after the other, to the bit. */
+START_TEST(two_levels_are_the_three_operations)
+{
+    struct setup s = setup_of(9);
+    struct backend *be = test_backend("auto");
+    const struct backend_ops *ops = backend_ops(be);
+    struct stream *stream = stream_create(be);
+    struct test_random r = test_random(600);
+
+    s.kind = _i;
+    struct problem *p = make_problem(&s, 600);
+    size_t pool = (size_t)(s.seqs * p->max_blocks) * kv_block_bytes(&p->shape);
+    size_t row = (size_t)(p->heads * s.head_dim), floats = (size_t)s.seqs * row;
+    bf16 *kv = mem_alloc(pool);
+    float *want = mem_calloc(floats, sizeof *want), *got = mem_calloc(floats, sizeof *got);
+    void *scratch = mem_alloc(ops->attend_two_level_scratch(
+        &p->shape, s.seqs, p->heads, p->max_blocks, s.keep_blocks, s.keep_tokens));
+    random_bf16s(&r, kv, pool / sizeof *kv, 1);
+    filter(be, p, 0, s.seqs);
+    select_tokens(be, p, 0, s.seqs);
+    ops->attend_selected(stream, &(struct attend_selected_args){
+        .out = want, .q = p->q, .q_stride = q_stride(p), .kv = kv, .table = p->table,
+        .chosen = p->chosen, .n_chosen = p->n_chosen, .shape = p->shape, .seqs = s.seqs,
+        .heads = p->heads, .max_blocks = p->max_blocks, .keep_tokens = s.keep_tokens,
+        .scale = 0.1f });
+    ops->attend_two_level(stream, &(struct attend_two_level_args){
+        .out = got, .q = p->q, .q_stride = q_stride(p), .kv = kv, .index = p->index,
+        .kv_table = p->table, .index_table = p->table, .n_tokens = p->s.n_tokens,
+        .channels = p->channels, .scratch = scratch, .shape = p->shape, .seqs = s.seqs,
+        .heads = p->heads, .max_blocks = p->max_blocks, .keep_blocks = s.keep_blocks,
+        .keep_tokens = s.keep_tokens, .sink_tokens = s.sinks, .recent_tokens = s.recent,
+        .max_n_tokens = longest(p, 0, s.seqs), .scale = 0.1f });
+    ck_assert_int_eq(stream_sync(stream, NULL), ST_OK);
+    for (int seq = 0; seq < s.seqs; seq++)
+        ck_assert(s.n_tokens[seq] == 0 ||
+                  floats_identical("two levels", got + (size_t)seq * row,
+                                   want + (size_t)seq * row, row));
+    stream_destroy(stream);
+    mem_free(kv);
+    mem_free(want);
+    mem_free(got);
+    mem_free(scratch);
+    free_problem(p);
+}
+END_TEST
+
+TCase *select_ops_case(void)
+{
+    TCase *c = tcase_create("select_ops");
+
+    tcase_set_timeout(c, 120);
+    tcase_add_loop_test(c, choices_are_right, 0, N_SETUPS);
+    tcase_add_loop_test(c, ties_go_to_the_earlier, 0, 4);
+    tcase_add_test(c, zeros_are_equal);
+    tcase_add_loop_test(c, company_and_threads_change_nothing, 0, 4);
+    tcase_add_loop_test(c, sinks_and_recents, 0, 4);
+    tcase_add_loop_test(c, two_levels_are_the_three_operations, 0, 4);
+    return c;
+}

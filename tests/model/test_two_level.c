@@ -1,0 +1,102 @@
+/* Two-level attention in the whole model: equal to full attention while its budgets hold
+ * the context, and around every border. */
+
+#include "tests/support/backend_fixture.h"
+#include "tests/support/model_runner.h"
+
+#include <check.h>
+#include <math.h>
+#include <stdio.h>
+
+enum { MAX_TOKENS = 1400, BUDGET_BLOCKS = 16, BUDGET_TOKENS = 1024 };
+
+static const struct { enum filter_kind filter; const char *isa; } kinds[] = {
+    { FILTER_COARSE, "auto" }, { FILTER_BOUNDS, "auto" }, { FILTER_COARSE, "avx2" },
+    { FILTER_COARSE, "scalar" },
+};
+enum { N_KINDS = sizeof kinds / sizeof kinds[0] };
+
+static void open_model(struct runner *r, int kind, int keep_blocks, int keep_tokens)
+{
+    struct select_config select = select_default();
+
+    select.filter = kinds[kind].filter;
+    select.keep_blocks = keep_blocks;
+    select.keep_tokens = keep_tokens;
+    runner_open(r, &(struct runner_options){
+        .dir = "models/asynctlsd-books-9m", .isa = kinds[kind].isa, .select = select,
+        .max_rows = 512, .max_seqs = 2, .max_tokens = MAX_TOKENS });
+}
+
+/* The same context of n tokens twice, the last token decoded sparse and dense; how far
+ * apart the logprobs are. */
+static double sparse_against_dense(struct runner *r, const int32_t *ids, int n)
+{
+    struct test_seq sparse, dense;
+
+    seq_init(r, &sparse, MAX_TOKENS);
+    seq_init(r, &dense, MAX_TOKENS);
+    if (n > 1) {
+        runner_feed(r, &sparse, ids, n - 1, 512);
+        runner_feed(r, &dense, ids, n - 1, 512);
+    }
+    struct sample_result a = runner_decode(r, &sparse, ids[n - 1], true);
+    struct sample_result b = runner_decode(r, &dense, ids[n - 1], false);
+    seq_fini(r, &sparse);
+    seq_fini(r, &dense);
+    return logprob_difference(&a, &b);
+}
+
+/* Lengths around blocks and the budget: up to the budget everything is chosen. */
+START_TEST(within_budget_equals_full)
+{
+    static const int lengths[] = { 1, 2, 63, 64, 65, 127, 128, 129, BUDGET_TOKENS - 1,
+                                   BUDGET_TOKENS };
+    static int32_t ids[MAX_TOKENS];
+    double worst = 0;
+    struct runner r;
+
+    if (!test_backend(kinds[_i].isa))
+        return;
+    test_prompt(ids, MAX_TOKENS);
+    open_model(&r, _i, BUDGET_BLOCKS, BUDGET_TOKENS);
+    for (size_t i = 0; i < sizeof lengths / sizeof lengths[0]; i++)
+        worst = fmax(worst, sparse_against_dense(&r, ids, lengths[i]));
+    printf("two levels within their budget: logprobs within %.6f of full attention\n", worst);
+    ck_assert_double_le(worst, 1e-3);
+    runner_close(&r);
+}
+END_TEST
+
+/* One token more than the budget, and many more: something is left out, and the answer
+ * stays close.  That something is left out shows, so that the test above tests something. */
+START_TEST(beyond_budget_is_close)
+{
+    static const int lengths[] = { BUDGET_TOKENS + 1, MAX_TOKENS };
+    static int32_t ids[MAX_TOKENS];
+    struct runner r;
+
+    if (!test_backend(kinds[_i].isa))
+        return;
+    test_prompt(ids, MAX_TOKENS);
+    open_model(&r, _i, BUDGET_BLOCKS, BUDGET_TOKENS);
+    double one = sparse_against_dense(&r, ids, lengths[0]);
+    double many = sparse_against_dense(&r, ids, lengths[1]);
+    printf("two levels beyond their budget: logprobs %.4f and %.4f from full attention\n", one,
+           many);
+    ck_assert_double_gt(many, 1e-6);
+    ck_assert_double_le(one, 0.5);
+    ck_assert_double_le(many, 2);
+    runner_close(&r);
+}
+END_TEST
+
+TCase *two_level_case(void)
+{
+    TCase *tc = tcase_create("two_level");
+
+    tcase_set_timeout(tc, 120);
+    tcase_add_loop_test(tc, within_budget_equals_full, 0, N_KINDS);
+    tcase_add_loop_test(tc, beyond_budget_is_close, 0, N_KINDS);
+    return tc;
+}
