@@ -18,6 +18,7 @@ PY         ?= python3
 CPPFLAGS += -I. -MMD -MP -D_GNU_SOURCE
 CFLAGS   += -std=c11 -O2 -g -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wno-sign-conversion \
             -Wstrict-prototypes -Wvla -Werror=implicit -fno-strict-aliasing -fno-omit-frame-pointer \
+            -ffp-contract=off \
             $(SAN:%=-fsanitize=%) $(WERROR)
 NVFLAGS  += -std=c++17 -O3 -g -lineinfo -I. -MD -MP -Xptxas -warn-spills -Werror all-warnings \
             -Xcompiler -Wall,-Wextra $(foreach a,$(CUDA_ARCHS),-gencode arch=compute_$a,code=sm_$a)
@@ -59,7 +60,7 @@ $B/kernels/cpu/avx2_%.o: ISA := -O3 -mavx2 -mfma -mf16c
 
 # Test programs: tests/<kind>/test_<name>.c holds `TCase *<name>_case(void)`;
 # the list is made from the file names, so a test cannot be forgotten.
-TEST_KINDS := unit kernels model
+TEST_KINDS := unit kernels model $(if $(CU),gpu)
 define test_program
 $B/tests/$(1)/cases.h: $(wildcard tests/$(1)/test_*.c) Makefile
 	$$Q mkdir -p $$(@D) && for f in $(sort $(patsubst tests/$(1)/test_%.c,%,$(wildcard tests/$(1)/test_*.c))); \
@@ -101,6 +102,7 @@ unit-test: $(TEST_KINDS:%=$B/test-%) $(TEST_MODELS)
 	$B/test-unit
 	CK_FORK=no timeout 900 $B/test-kernels
 	CK_FORK=no timeout 900 $B/test-model
+	$(if $(CU),CK_FORK=no timeout 900 $B/test-gpu)
 
 test-http: $B/asynctlsd $(VENV)/ready
 	ASYNCTLSD=$B/asynctlsd timeout 900 $(PYTEST) -m unittest discover -s tests/http -p 'test_*.py'
@@ -108,7 +110,7 @@ test-http: $B/asynctlsd $(VENV)/ready
 # Each target runs for FUZZ_SECONDS from its seeds; crashes are left in build-fuzz.
 FUZZ_SECONDS ?= 10
 FUZZ_CC      ?= clang
-FUZZ_FLAGS   := -std=c11 -g -O1 -I. -D_GNU_SOURCE -fsanitize=fuzzer,address,undefined \
+FUZZ_FLAGS   := -std=c11 -g -O1 -ffp-contract=off -I. -D_GNU_SOURCE -fsanitize=fuzzer,address,undefined \
                 -fno-sanitize-recover=undefined
 FUZZERS      := $(patsubst tests/fuzz/fuzz_%.c,%,$(wildcard tests/fuzz/fuzz_*.c))
 FUZZ_SRC     := $(ENGINE) $(CPU) $(SERVER)

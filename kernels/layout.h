@@ -58,6 +58,12 @@ extern "C" {
 
 typedef uint16_t bf16;  /* storage only; arithmetic is float */
 
+#ifdef __CUDACC__
+#define LAYOUT_FN static inline __host__ __device__
+#else
+#define LAYOUT_FN static inline
+#endif
+
 enum { BLOCK_TOKENS = 64, INDEX_CHANNELS_KEPT = 32 };
 
 enum filter_kind { FILTER_BOUNDS, FILTER_COARSE };
@@ -78,12 +84,12 @@ struct index_layout {
 };
 
 /* Bytes of one block of one layer. */
-static inline size_t kv_block_bytes(const struct kv_shape *s)
+LAYOUT_FN size_t kv_block_bytes(const struct kv_shape *s)
 {
     return (size_t)s->kv_heads * BLOCK_TOKENS * 2 * (size_t)s->head_dim * 2;
 }
 
-static inline struct index_layout index_layout(const struct kv_shape *s)
+LAYOUT_FN struct index_layout index_layout(const struct kv_shape *s)
 {
     struct index_layout l = { -1, -1, -1, -1, -1, -1, -1, -1, -1, 0 };
     int at = 0;
@@ -110,14 +116,14 @@ static inline struct index_layout index_layout(const struct kv_shape *s)
 }
 
 /* Bytes of the index of one block of one layer. */
-static inline size_t index_block_bytes(const struct kv_shape *s)
+LAYOUT_FN size_t index_block_bytes(const struct kv_shape *s)
 {
     return (size_t)s->kv_heads * (size_t)index_layout(s).record_bytes;
 }
 
 /* The sign of channel d in the rotation: bit d of a fixed 256-bit string (the
  * fractional part of pi, so that nobody chose it). */
-static inline int rotation_sign(int d)
+LAYOUT_FN int rotation_sign(int d)
 {
     const uint32_t pi[8] = { 0x243f6a88u, 0x85a308d3u, 0x13198a2eu, 0x03707344u,
                              0xa4093822u, 0x299f31d0u, 0x082efa98u, 0xec4e6c89u };
@@ -126,13 +132,13 @@ static inline int rotation_sign(int d)
 
 /* What is attended to whatever its score: the first sink_tokens and the last
  * recent_tokens of a context, and the blocks that hold them. */
-static inline bool always_chosen(int position, int n_tokens, int sink_tokens,
+LAYOUT_FN bool always_chosen(int position, int n_tokens, int sink_tokens,
                                  int recent_tokens)
 {
     return position < sink_tokens || position >= n_tokens - recent_tokens;
 }
 
-static inline bool always_kept(int block, int n_tokens, int sink_tokens, int recent_tokens)
+LAYOUT_FN bool always_kept(int block, int n_tokens, int sink_tokens, int recent_tokens)
 {
     int first = block * BLOCK_TOKENS, last = first + BLOCK_TOKENS - 1;
 

@@ -96,7 +96,7 @@ struct rope_table_args {
  * both), rotate them (half-split pairs: x[i] with x[i + D/2]), write q back, round k and v
  * to bf16 and store them in their block, and update the block's index.
  *
- * Rows of one block come in ascending position, a block is written from its
+ * Rows of one block are neighbours in ascending position, a block is written from its
  * first token on, and the row at position p % BLOCK_TOKENS == 0 starts the
  * block's index afresh.                                   tolerance: q, k 1e-5; index exact
  *                                                         given equal stored keys */
@@ -152,6 +152,8 @@ struct attend_dense_args {
  * recent_tokens positions; then by score, equal scores keep the earlier block.
  * Fewer blocks than keep_blocks: all are kept.
  *
+ * Where more blocks must be kept than keep_blocks, the earlier ones of them are.
+ *
  * Result: ascending block numbers (positions / BLOCK_TOKENS), padded with -1.
  *                                    tolerance: exact ids given equal scores;
  *                                    scores 1e-4 */
@@ -179,7 +181,8 @@ struct block_filter_args {
  *
  * Always chosen: positions below sink_tokens and the last recent_tokens; then
  * by score, equal scores choose the earlier position.  Choosing is exact given
- * the scores.  Fewer candidates than keep_tokens: all are chosen.
+ * the scores.  Fewer candidates than keep_tokens: all are chosen; more that must be
+ * chosen: the earlier ones of them.
  *
  * Result: ascending positions, padded with -1: ascending because attention
  * then reads memory in order and a run is repeatable.

@@ -50,6 +50,7 @@ void *mem_realloc(void *p, size_t count, size_t bytes)
 
 char *mem_strndup(const char *s, size_t n)
 {
+    ASSERT(n < SIZE_MAX);
     char *copy = mem_alloc(n + 1);
 
     memcpy(copy, s, n);
@@ -75,7 +76,7 @@ void *mem_map(size_t bytes, size_t align)
     size_t slack = align > page ? align : 0;
 
     ASSERT(align && (align & (align - 1)) == 0 && align <= (2u << 20));
-    if (bytes == 0 || want < bytes)
+    if (bytes == 0 || want < bytes || want > SIZE_MAX - slack)
         return NULL;
     char *p = mmap(NULL, want + slack, PROT_READ | PROT_WRITE,
                    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -136,7 +137,7 @@ void arena_destroy(struct arena *a)
 
 void *arena_alloc(struct arena *a, size_t bytes)
 {
-    if (bytes > a->max || a->used > a->max - bytes)
+    if (bytes > a->max || a->used > a->max - bytes || bytes > SIZE_MAX / 2)
         return NULL;
     size_t want = (bytes + 15) & ~(size_t)15;
     if (!a->head || a->head->size - a->head->used < want) {

@@ -1,5 +1,6 @@
 #include "engine/base/strbuf.h"
 
+#include "engine/base/invariant.h"
 #include "engine/base/mem.h"
 
 #include <stdarg.h>
@@ -10,6 +11,7 @@ char *strbuf_room(struct strbuf *b, size_t n)
 {
     if (b->capacity - b->n <= n) {
         size_t want = b->n + n + 1;
+        ASSERT(want > n);
         size_t grown = b->capacity + b->capacity / 2 + 64;
         b->capacity = want > grown ? want : grown;
         b->data = mem_realloc(b->data, b->capacity, 1);

@@ -212,7 +212,8 @@ static enum status prepare(struct calibration *c, uint32_t n_ids, struct error *
         .max_rows = CHUNK_ROWS, .max_seqs = 1, .max_logit_rows = 1,
         .max_blocks = (int)((n_ids + BLOCK_TOKENS - 1) / BLOCK_TOKENS),
     };
-    size_t heads = (size_t)(g->layers * g->kv_heads), q_dim = (size_t)(g->heads * g->head_dim);
+    size_t heads = (size_t)(g->layers * g->kv_heads);
+    size_t row = (size_t)((g->heads + 2 * g->kv_heads) * g->head_dim);  /* q, k and v */
     int16_t *channels = mem_calloc(heads * INDEX_CHANNELS_KEPT, sizeof *channels);
 
     for (size_t i = 0; i < heads * INDEX_CHANNELS_KEPT; i++)
@@ -222,7 +223,8 @@ static enum status prepare(struct calibration *c, uint32_t n_ids, struct error *
     mem_free(channels);
     TRY(st);
     struct kv_shape shape = model_kv_shape(c->m, &plan.config);
-    size_t rows_bytes = CHUNK_ROWS * q_dim * sizeof(float), block = kv_block_bytes(&shape);
+    size_t rows_bytes = CHUNK_ROWS * row * dtype_bytes(backend_info(c->m->be)->act);
+    size_t block = kv_block_bytes(&shape);
     if (!backend_info(c->m->be)->host_visible
         && buffer_alloc(c->m->be, &c->pinned, MEM_PINNED,
                         rows_bytes > block ? rows_bytes : block) != ST_OK)

@@ -4,11 +4,13 @@
 
 #include <cjson/cJSON.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <math.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <unistd.h>
 
 enum { MAX_TOP_KEYS = 2000 };
 
@@ -151,12 +153,18 @@ static enum status file_take(FILE *in, char **text, size_t *n, const char *path,
 enum status file_read(char **text, size_t *n, const char *path, size_t max_bytes,
                       bool *absent, struct error *err)
 {
-    FILE *in = fopen(path, "rb");
+    /* Non-blocking, so that a pipe is refused and not waited for. */
+    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+    FILE *in = fd < 0 ? NULL : fdopen(fd, "rb");
 
     if (absent)
-        *absent = !in && (errno == ENOENT || errno == ENOTDIR);
-    if (!in)
-        return error_set(err, ST_IO, "%s: %s", path, strerror(errno));
+        *absent = fd < 0 && (errno == ENOENT || errno == ENOTDIR);
+    if (!in) {
+        enum status st = error_set(err, ST_IO, "%s: %s", path, strerror(errno));
+        if (fd >= 0)
+            close(fd);
+        return st;
+    }
     enum status st = file_take(in, text, n, path, max_bytes, err);
     fclose(in);
     return st;

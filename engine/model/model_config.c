@@ -117,7 +117,8 @@ static enum status read_family(struct model_config *c, const struct json_file *f
 {
     const char *type = NULL, *act = "silu";
     const struct family_facts *facts = NULL;
-    const cJSON *architecture = cJSON_GetArrayItem(json_get(f->root, "architectures"), 0);
+    const cJSON *architectures = json_get(f->root, "architectures");
+    const cJSON *architecture = cJSON_GetArrayItem(architectures, 0);
 
     TRY(json_string(f, f->root, "model_type", &type, err));
     if (!type)
@@ -128,8 +129,9 @@ static enum status read_family(struct model_config *c, const struct json_file *f
     if (!facts)
         return error_set(err, ST_UNSUPPORTED, "%s: \"model_type\" is \"%.60s\"; qwen3, qwen2, "
                          "llama and mistral are implemented", f->name, type);
-    if (architecture && (!cJSON_IsString(architecture)
-                         || strcmp(architecture->valuestring, facts->architecture) != 0))
+    if ((architectures && !cJSON_IsArray(architectures))
+        || (architecture && (!cJSON_IsString(architecture)
+                             || strcmp(architecture->valuestring, facts->architecture) != 0)))
         return error_set(err, ST_UNSUPPORTED, "%s: \"architectures\" does not say %s, the one "
                          "implemented for \"model_type\" %s", f->name, facts->architecture, type);
     TRY(json_string(f, f->root, "hidden_act", &act, err));
@@ -287,10 +289,13 @@ static enum status check_rope_keys(const struct json_file *f, const cJSON *p, co
                                    struct error *err)
 {
     for (const cJSON *k = p->child; k; k = k->next) {
-        bool known = cJSON_IsNull(k);
+        bool known = false;
         for (size_t i = 0; i < sizeof rope_keys / sizeof *rope_keys; i++)
             known = known || strcmp(k->string, rope_keys[i]) == 0;
-        if (!known)
+        if (known && cJSON_GetObjectItemCaseSensitive(p, k->string) != k)
+            return error_set(err, ST_INVALID, "%s: \"%.60s\" is in \"%s\" twice", f->name,
+                             k->string, where);
+        if (!known && !cJSON_IsNull(k))
             return error_set(err, ST_UNSUPPORTED, "%s: \"%.60s\" in \"%s\" is not implemented",
                              f->name, k->string, where);
     }

@@ -113,7 +113,8 @@ static enum status read_file(struct safetensors *st, struct error *err)
 
 static enum status map_file(struct weight_file *f, struct error *err)
 {
-    int fd = open(f->path, O_RDONLY | O_CLOEXEC);
+    /* Non-blocking, so that a pipe is refused and not waited for. */
+    int fd = open(f->path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
     struct stat s;
 
     if (fd < 0)

@@ -42,7 +42,7 @@ const char *tensor_type_name(enum tensor_type type)
 /* A cursor over the header.  Reading functions return a status; on failure
  * the sentence is in err. */
 struct header {
-    const char *file;            /* for sentences */
+    const char *file, *tensor;   /* for sentences; tensor NULL between tensors */
     const char *start, *p, *end;
     struct strbuf text;          /* of the last string read */
     struct error *err;
@@ -50,8 +50,12 @@ struct header {
 
 static enum status fail(const struct header *h, const char *what)
 {
-    return error_set(h->err, ST_INVALID, "%s: header, byte %zu: %s", h->file,
-                     (size_t)(h->p - h->start), what);
+    size_t at = (size_t)(h->p - h->start);
+
+    if (h->tensor)
+        return error_set(h->err, ST_INVALID, "%s: tensor %.120s: header, byte %zu: %s", h->file,
+                         h->tensor, at, what);
+    return error_set(h->err, ST_INVALID, "%s: header, byte %zu: %s", h->file, at, what);
 }
 
 static void skip_blank(struct header *h)
@@ -273,6 +277,7 @@ static enum status read_tensor(struct header *h, struct tensor *t)
     enum { DTYPE = 1, SHAPE = 2, OFFSETS = 4 };
     int seen = 0;
 
+    h->tensor = t->name;
     TRY(expect(h, '{', "a tensor must be an object"));
     do {
         TRY(read_string(h));
@@ -295,6 +300,7 @@ static enum status read_tensor(struct header *h, struct tensor *t)
     if (seen != (DTYPE | SHAPE | OFFSETS))
         return error_set(h->err, ST_INVALID, "%s: tensor %.120s lacks \"%s\"", h->file, t->name,
                          !(seen & DTYPE) ? "dtype" : !(seen & SHAPE) ? "shape" : "data_offsets");
+    h->tensor = NULL;
     return check_size(h, t);
 }
 

@@ -10,7 +10,8 @@
 #include <string.h>
 
 /* While one buffer is on its way the reader fills the other. */
-enum { READERS = 4, BUFFERS = 2, PIECE_BYTES = 8 << 20, REPORTS = 10 };
+enum { READERS = 4, BUFFERS = 2, PIECE_BYTES = 8 << 20, REPORTS = 10,
+       MIN_REPORTED_BYTES = 256 << 20 };
 
 struct work {
     struct backend *be;
@@ -56,7 +57,8 @@ static void report(struct work *w, size_t bytes)
 {
     uint64_t before = atomic_fetch_add(&w->done, bytes), after = before + bytes;
 
-    if (after * REPORTS / w->total != before * REPORTS / w->total)
+    if (w->total >= MIN_REPORTED_BYTES
+        && after * REPORTS / w->total != before * REPORTS / w->total)
         log_info("model", "weights: %llu of %llu MB on the device",
                  (unsigned long long)(after >> 20), (unsigned long long)(w->total >> 20));
 }

@@ -8,6 +8,8 @@
 #define XXH_INLINE_ALL
 #include <xxhash.h>
 
+enum { MAX_KEEP_BLOCKS = 1 << 16, MAX_FORCED_TOKENS = 1 << 16 };
+
 struct select_config select_default(void)
 {
     /* 64 blocks and 1,024 tokens lose no needle with the coarse filter
@@ -52,19 +54,23 @@ static bool take_word(const char **s, const char *word)
     return true;
 }
 
+/* What one entry says; the budgets are NOT_SAID where it is silent. */
+enum { NOT_SAID = -1 };
+
 /* What stands behind the colon: dense, or blocks=N and tokens=N in any order. */
-static bool take_setting(const char **s, struct select_layer *layer)
+static bool take_setting(const char **s, struct select_layer *said)
 {
+    *said = (struct select_layer){ false, NOT_SAID, NOT_SAID };
     if (take_word(s, "dense")) {
-        layer->dense = true;
+        said->dense = true;
         return true;
     }
     for (;;) {
         if (take_word(s, "blocks=")) {
-            if (!take_number(s, &layer->keep_blocks))
+            if (!take_number(s, &said->keep_blocks))
                 return false;
         } else if (take_word(s, "tokens=")) {
-            if (!take_number(s, &layer->keep_tokens))
+            if (!take_number(s, &said->keep_tokens))
                 return false;
         } else
             return false;
@@ -72,6 +78,16 @@ static bool take_setting(const char **s, struct select_layer *layer)
             return true;
         ++*s;
     }
+}
+
+/* A later entry wins over an earlier one, and a budget makes a layer sparse again. */
+static void apply_setting(struct select_layer *layer, const struct select_layer *said)
+{
+    layer->dense = said->dense;
+    if (said->keep_blocks != NOT_SAID)
+        layer->keep_blocks = said->keep_blocks;
+    if (said->keep_tokens != NOT_SAID)
+        layer->keep_tokens = said->keep_tokens;
 }
 
 static enum status parse_layers(struct select_plan *plan, const char *text, struct error *err)
@@ -90,11 +106,11 @@ static enum status parse_layers(struct select_plan *plan, const char *text, stru
             return error_set(err, ST_INVALID,
                              "layer exceptions: layers %d-%d in '%s'; the model has 0 to %d",
                              first, last, text, plan->n_layers - 1);
-        struct select_layer changed = plan->layer[first];
-        if (*s != ':' || (++s, !take_setting(&s, &changed)))
+        struct select_layer said;
+        if (*s != ':' || (++s, !take_setting(&s, &said)))
             goto malformed;
         for (int l = first; l <= last; l++)
-            plan->layer[l] = changed;
+            apply_setting(&plan->layer[l], &said);
         if (*s == ',' || *s == ';')
             s++;
         else if (*s)
@@ -124,6 +140,9 @@ static enum status validate_layer(const struct select_config *c, const struct se
 {
     if (l->dense)
         return ST_OK;
+    if (l->keep_blocks > MAX_KEEP_BLOCKS)
+        return error_set(err, ST_INVALID, "layer %d: %d blocks kept; %d is the limit", layer,
+                         l->keep_blocks, (int)MAX_KEEP_BLOCKS);
     if (l->keep_blocks < forced_blocks(c))
         return error_set(err, ST_INVALID,
                          "layer %d: %d blocks kept, but sinks and recent tokens can need %d",
@@ -143,11 +162,18 @@ static enum status validate_config(const struct select_config *c, const struct k
                                    const int16_t *channels, struct error *err)
 {
     int d = shape->head_dim;
+    const struct { const char *key; int value, min, max; } ranges[] = {
+        { "keep-blocks", c->keep_blocks, 1, MAX_KEEP_BLOCKS },
+        { "keep-tokens", c->keep_tokens, 1, MAX_KEEP_BLOCKS * BLOCK_TOKENS },
+        { "sink-tokens", c->sink_tokens, 0, MAX_FORCED_TOKENS },
+        { "recent-tokens", c->recent_tokens, 1, MAX_FORCED_TOKENS },
+        { "crossover", c->crossover_tokens, 0, INT32_MAX },
+    };
 
-    if (c->sink_tokens < 0 || c->recent_tokens < 1 || c->crossover_tokens < 0 ||
-        c->keep_blocks < 1 || c->keep_blocks > 1 << 16 || c->keep_tokens < 1 ||
-        c->sink_tokens > 1 << 16 || c->recent_tokens > 1 << 16)
-        return error_set(err, ST_INVALID, "sparse attention: a budget is out of range");
+    for (size_t i = 0; i < sizeof ranges / sizeof *ranges; i++)
+        if (ranges[i].value < ranges[i].min || ranges[i].value > ranges[i].max)
+            return error_set(err, ST_INVALID, "%s is %d; %d to %d can be", ranges[i].key,
+                             ranges[i].value, ranges[i].min, ranges[i].max);
     if (c->index == INDEX_ROTATED && (d < 16 || (d & (d - 1)) != 0))
         return error_set(err, ST_UNSUPPORTED,
                          "head_dim %d: the rotated index needs a power of two from 16 up; "

@@ -26,7 +26,8 @@ struct select_config {
     int sink_tokens, recent_tokens;  /* always kept */
     int crossover_tokens;            /* contexts up to here are dense */
     const char *layers;              /* exceptions: "0-1:dense,6:blocks=128,tokens=2048"; NULL none.
-                                        Entries are separated by ';' or by ',' before a digit. */
+                                        Entries are separated by ';' or by ',' before a digit;
+                                        of two for one layer the later wins. */
 };
 
 struct select_layer {

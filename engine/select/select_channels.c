@@ -108,6 +108,29 @@ enum status select_channels_read(int16_t *out, const char *path, int layers,
     return st;
 }
 
+/* In a file beside it first, so that a full disk leaves what was there. */
+static enum status write_whole(const char *path, const struct strbuf *text, struct error *err)
+{
+    struct strbuf beside = { 0 };
+
+    strbuf_printf(&beside, "%s.part", path);
+    FILE *f = fopen(beside.data, "wb");
+    bool ok = f && fwrite(text->data, 1, text->n, f) == text->n && fflush(f) == 0;
+    int why = errno;
+    if (f && fclose(f) != 0 && ok) {
+        ok = false;
+        why = errno;
+    }
+    if (ok && rename(beside.data, path) != 0) {
+        ok = false;
+        why = errno;
+    }
+    if (f && !ok)
+        remove(beside.data);
+    strbuf_fini(&beside);
+    return ok ? ST_OK : error_set(err, ST_IO, "%s: %s", path, strerror(why));
+}
+
 enum status select_channels_write(const int16_t *channels, const char *path, int layers,
                                   const struct kv_shape *shape, struct error *err)
 {
@@ -127,10 +150,7 @@ enum status select_channels_write(const int16_t *channels, const char *path, int
         strbuf_puts(&out, "]");
     }
     strbuf_puts(&out, "]}\n");
-    FILE *f = fopen(path, "wb");
-    bool ok = f && fwrite(out.data, 1, out.n, f) == out.n;
-    if (f && fclose(f) != 0)
-        ok = false;
+    enum status st = write_whole(path, &out, err);
     strbuf_fini(&out);
-    return ok ? ST_OK : error_set(err, ST_IO, "%s: %s", path, strerror(errno));
+    return st;
 }

@@ -294,7 +294,9 @@ static void attend(struct attention *a, int most_rows, int most_tokens)
 {
     int workers = workers_count(a->s->be->workers);
 
-    ASSERT(a->heads % a->shape.kv_heads == 0 && most_rows > 0 && most_tokens > 0);
+    ASSERT(a->heads % a->shape.kv_heads == 0 && most_rows > 0 && most_tokens >= 0);
+    if (most_tokens == 0)        /* nothing but padding */
+        return;
     a->group = a->heads / a->shape.kv_heads;
     a->leaf = a->s->be->isa == ISA_AVX512 && a->shape.head_dim >= 32 ? &avx512_attend_leaf
               : a->s->be->isa == ISA_SCALAR                        ? &scalar_attend_leaf

@@ -92,8 +92,9 @@ static void rope_task(void *arg, int task, int worker)
     }
     task -= r->query_tasks;
     int from = task % r->key_pieces * KEY_ROWS, kv_head = task / r->key_pieces;
+    int end = run_start(a, from + KEY_ROWS);
     const float *norm = norm_weights(store, a->k_norm, a->norm_type, a->shape.head_dim);
-    for (int row = run_start(a, from); row < run_start(a, from + KEY_ROWS); row++)
+    for (int row = run_start(a, from); row < end; row++)
         if (a->kv_block[row] >= 0)
             store_row(r, row, kv_head, norm);
 }

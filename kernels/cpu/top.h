@@ -5,10 +5,11 @@
 
 /* Exact choice of the largest; private to kernels/cpu. */
 
-/* Scores as keys of the same order; NaN with a clear sign is above infinity. */
+/* Scores as keys of the same order; NaN with a clear sign is above infinity.  Adding 0
+ * makes -0, the score of many a zero key, the 0 that it equals. */
 static inline uint32_t top_key(float score)
 {
-    union { float f; uint32_t u; } x = { .f = score };
+    union { float f; uint32_t u; } x = { .f = score + 0.0f };
 
     return x.u & 0x80000000u ? ~x.u : x.u | 0x80000000u;
 }

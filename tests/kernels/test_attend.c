@@ -22,6 +22,7 @@ enum {
 struct setup {
     int kv_heads, group, head_dim, seqs;
     int32_t n_tokens[MAX_SEQS], n_rows[MAX_SEQS];
+    int shared;                  /* blocks that a context repeats; 0: each has its own */
 };
 
 struct problem {
@@ -72,8 +73,11 @@ static void fill_pool(struct problem *p, struct test_random *r)
 
     for (int seq = 0; seq < p->s.seqs; seq++)
         for (int position = 0; position < p->s.n_tokens[seq]; position++)
-            for (int g = 0; g < p->shape.kv_heads; g++)
+            for (int g = 0; g < p->shape.kv_heads; g++) {
+                if (p->s.shared && position / BLOCK_TOKENS >= p->s.shared)
+                    return;
                 random_bf16s(r, token_at(p, seq, g, position), row, 1);
+            }
 }
 
 static void place_sequences(struct problem *p, struct test_random *r, int32_t *ids, int n_ids)
@@ -86,7 +90,9 @@ static void place_sequences(struct problem *p, struct test_random *r, int32_t *i
         p->rows += p->s.n_rows[seq] + 1;
         for (int b = 0; b < p->max_blocks; b++)
             p->table[seq * p->max_blocks + b] =
-                b < blocks_of(p->s.n_tokens[seq]) ? ids[used++] : -1;
+                b >= blocks_of(p->s.n_tokens[seq]) ? -1
+                : p->s.shared                      ? ids[b % p->s.shared]
+                                                   : ids[used++];
     }
     p->rows++;
 }
@@ -400,10 +406,10 @@ static float *copy_rows(const struct problem *p)
 /* Rows that cross the end of a split, and of a block, in company of a short sequence, of
  * padding and of a longer one. */
 static const struct setup mixes[] = {
-    { 2, 3, 64, 4, { 1100, 70, 0, 2100 }, { 150, 13, 1, 2 } },
-    { 1, 1, 32, 4, { 2060, 1, 0, 1500 }, { 40, 1, 1, 7 } },
-    { 1, 8, 16, 4, { 1030, 900, 0, 3000 }, { 70, 64, 1, 1 } },
-    { 1, 5, 128, 4, { 1026, 64, 0, 1025 }, { 14, 9, 1, 2 } },
+    { 2, 3, 64, 4, { 1100, 70, 0, 2100 }, { 150, 13, 1, 2 }, 0 },
+    { 1, 1, 32, 4, { 2060, 1, 0, 1500 }, { 40, 1, 1, 7 }, 0 },
+    { 1, 8, 16, 4, { 1030, 900, 0, 3000 }, { 70, 64, 1, 1 }, 0 },
+    { 1, 5, 128, 4, { 1026, 64, 0, 1025 }, { 14, 9, 1, 2 }, 0 },
 };
 enum { N_MIXES = sizeof mixes / sizeof mixes[0] };
 
@@ -477,6 +483,41 @@ START_TEST(one_long_row)
     free_problem(p);
     backend_close(be);
     backend_close(one);
+}
+END_TEST
+
+/* A context of a million tokens that repeats a few blocks: 1,024 splits. */
+START_TEST(a_million_tokens)
+{
+    const struct setup s = { .kv_heads = 1, .group = 2, .head_dim = 16, .seqs = 1,
+                             .n_tokens = { 1 << 20 }, .n_rows = { 3 }, .shared = 7 };
+    struct problem *p = make_problem(&s, 36);
+    struct backend *be = open_with_threads("auto", 8), *one = open_with_threads("auto", 1);
+    float *wanted = make_wanted(p), *all = mem_alloc(p->out_floats * sizeof *all);
+
+    run_dense(one, p);
+    check_wanted(p, wanted, "auto");
+    memcpy(all, p->out, p->out_floats * sizeof *all);
+    run_dense(be, p);
+    ck_assert(floats_identical("threads", p->out, all, p->out_floats));
+    mem_free(wanted);
+    mem_free(all);
+    free_problem(p);
+    backend_close(be);
+    backend_close(one);
+}
+END_TEST
+
+/* Sequences of padding alone are no work and no harm. */
+START_TEST(padding_alone)
+{
+    const struct setup s = { .kv_heads = 2, .group = 2, .head_dim = 32, .seqs = 3,
+                             .n_rows = { 1, 1, 1 } };
+    struct problem *p = make_problem(&s, 37);
+
+    run_dense(test_backend("auto"), p);
+    check_ownership(p);
+    free_problem(p);
 }
 END_TEST
 
@@ -702,6 +743,8 @@ TCase *attend_case(void)
     tcase_add_loop_test(c, pieces_do_not_change_a_bit, 0, TEST_ALL_ISAS * N_MIXES);
     tcase_add_loop_test(c, threads_do_not_change_a_bit, 0, TEST_ALL_ISAS * N_MIXES);
     tcase_add_loop_test(c, one_long_row, 0, 2);
+    tcase_add_test(c, a_million_tokens);
+    tcase_add_test(c, padding_alone);
     tcase_add_loop_test(c, hard_scores, 0, TEST_ALL_ISAS);
     tcase_add_loop_test(c, selected_is_right, 0, N_SHAPES);
     tcase_add_loop_test(c, selected_is_independent, 0, TEST_ALL_ISAS);

@@ -21,13 +21,14 @@ struct setup {
     int alike;                   /* how many different tokens there are; 0: no limit */
     int seqs;
     int32_t n_tokens[MAX_SEQS];
+    int shared;                  /* blocks that a context repeats; 0: each has its own */
 };
 
 struct problem {
     struct setup s;
     struct kv_shape shape;
     struct index_layout layout;
-    int heads, max_blocks, lists;
+    int heads, max_blocks, lists, n_blocks;
     float *q;                    /* [seqs, heads * head_dim + Q_GAP] */
     uint8_t *index;
     int32_t *table;
@@ -128,6 +129,8 @@ static void fill_index(struct problem *p, struct test_random *r)
     for (int seq = 0; seq < p->s.seqs; seq++)
         for (int g = 0; g < p->shape.kv_heads; g++)
             for (int token = 0; token < p->s.n_tokens[seq]; token++) {
+                if (p->s.shared && token / BLOCK_TOKENS >= p->s.shared)
+                    break;
                 uint8_t *record = record_at(p, seq, g, token / BLOCK_TOKENS);
                 struct test_random own = draw(p, r);
                 fill_token(p, record, token % BLOCK_TOKENS, &own);
@@ -136,7 +139,7 @@ static void fill_index(struct problem *p, struct test_random *r)
             }
 }
 
-static void *ints(int n)
+static int32_t *ints(int n)
 {
     int32_t *out = mem_alloc((size_t)n * sizeof *out);
 
@@ -145,16 +148,18 @@ static void *ints(int n)
     return out;
 }
 
-static void place_blocks(struct problem *p, struct test_random *r, int n_blocks)
+static void place_blocks(struct problem *p, struct test_random *r)
 {
-    int32_t *ids = ints(n_blocks);
+    int32_t *ids = ints(p->n_blocks);
     int used = 0;
 
-    random_order(r, ids, n_blocks);
+    random_order(r, ids, p->n_blocks);
     for (int seq = 0; seq < p->s.seqs; seq++)
         for (int b = 0; b < p->max_blocks; b++)
             p->table[seq * p->max_blocks + b] =
-                b < blocks_of(p->s.n_tokens[seq]) ? ids[used++] : -1;
+                b >= blocks_of(p->s.n_tokens[seq]) ? -1
+                : p->s.shared                      ? ids[b % p->s.shared]
+                                                   : ids[used++];
     mem_free(ids);
 }
 
@@ -162,22 +167,24 @@ static struct problem *make_problem(const struct setup *s, uint64_t seed)
 {
     struct problem *p = mem_calloc(1, sizeof *p);
     struct test_random r = test_random(seed);
-    int n_blocks = 1, q_floats = s->seqs * (s->kv_heads * s->group * s->head_dim + Q_GAP);
+    int q_floats = s->seqs * (s->kv_heads * s->group * s->head_dim + Q_GAP);
 
     p->s = *s;
     p->shape = shape_of(s);
     p->layout = index_layout(&p->shape);
     p->heads = s->kv_heads * s->group;
     p->lists = s->seqs * s->kv_heads;
+    p->n_blocks = 1;
     for (int i = 0; i < s->seqs; i++) {
-        n_blocks += blocks_of(s->n_tokens[i]);
+        p->n_blocks += blocks_of(s->n_tokens[i]);
         if (p->max_blocks < blocks_of(s->n_tokens[i]))
             p->max_blocks = blocks_of(s->n_tokens[i]);
     }
     p->table = ints(s->seqs * p->max_blocks);
-    place_blocks(p, &r, n_blocks);
-    p->index = mem_alloc((size_t)n_blocks * index_block_bytes(&p->shape));
-    memset(p->index, seed % 2 ? 0xff : 0x7f, (size_t)n_blocks * index_block_bytes(&p->shape));
+    place_blocks(p, &r);
+    size_t index_bytes = (size_t)p->n_blocks * index_block_bytes(&p->shape);
+    p->index = mem_alloc(index_bytes);
+    memset(p->index, seed / 2 % 2 ? 0xff : 0x7f, index_bytes);
     fill_index(p, &r);
     p->q = mem_alloc((size_t)q_floats * sizeof *p->q);
     random_floats(&r, p->q, (size_t)q_floats, 1);
@@ -710,6 +717,22 @@ START_TEST(sinks_and_recents)
 }
 END_TEST
 
+/* A context of a million tokens that repeats a thousand blocks, so ties everywhere. */
+START_TEST(a_million_tokens)
+{
+    struct setup s = { .kv_heads = 1, .group = 1, .head_dim = 32, .kind = _i,
+                       .keep_blocks = 5000, .keep_tokens = 4096, .sinks = 4, .recent = 64,
+                       .seqs = 1, .n_tokens = { 1 << 20 }, .shared = 1001 };
+    struct problem *p = make_problem(&s, 450);
+
+    filter(test_backend("auto"), p, 0, 1);
+    check_filter(p);
+    select_tokens(test_backend("auto"), p, 0, 1);
+    check_select(p);
+    free_problem(p);
+}
+END_TEST
+
 /* The three operations one after the other, to the bit. */
 START_TEST(two_levels_are_the_three_operations)
 {
@@ -721,7 +744,7 @@ START_TEST(two_levels_are_the_three_operations)
 
     s.kind = _i;
     struct problem *p = make_problem(&s, 600);
-    size_t pool = (size_t)(s.seqs * p->max_blocks) * kv_block_bytes(&p->shape);
+    size_t pool = (size_t)p->n_blocks * kv_block_bytes(&p->shape);
     size_t row = (size_t)(p->heads * s.head_dim), floats = (size_t)s.seqs * row;
     bf16 *kv = mem_alloc(pool);
     float *want = mem_calloc(floats, sizeof *want), *got = mem_calloc(floats, sizeof *got);
@@ -765,6 +788,7 @@ TCase *select_ops_case(void)
     tcase_add_loop_test(c, ties_go_to_the_earlier, 0, 4);
     tcase_add_test(c, zeros_are_equal);
     tcase_add_loop_test(c, company_and_threads_change_nothing, 0, 4);
+    tcase_add_loop_test(c, a_million_tokens, 0, 4);
     tcase_add_loop_test(c, sinks_and_recents, 0, 4);
     tcase_add_loop_test(c, two_levels_are_the_three_operations, 0, 4);
     return c;

@@ -19,7 +19,7 @@ void rotate_slowly(double *out, const double *x, int head_dim);
 /* 0 .. n - 1 in random order. */
 void random_order(struct test_random *r, int32_t *out, int n);
 
-/* [kv_heads, INDEX_CHANNELS_KEPT]: different channels in random order for each head. */
+/* [kv_heads, INDEX_CHANNELS_KEPT]: different channels for each head, in random order. */
 void random_channels(struct test_random *r, int16_t *out, const struct kv_shape *shape);
 
 /* All instruction sets, scalar first. */
