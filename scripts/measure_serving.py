@@ -25,6 +25,8 @@ def complete(**body):
 
 
 def main():
+    if len(sys.argv) > 3 or any(a.startswith("-") for a in sys.argv[1:]):
+        sys.exit(__doc__)
     program = sys.argv[1] if len(sys.argv) > 1 else str(ROOT / "build" / "asynctlsd")
     model = sys.argv[2] if len(sys.argv) > 2 else str(ROOT / "models" / "asynctlsd-books-9m")
     began = time.time()
