@@ -28,7 +28,7 @@ enum { ENGINE_MIN_PREFILL_TOKENS = 64 };
 
 struct engine_config {
     const char *model_dir;  /* borrowed for the duration of engine_create(), as all strings */
-    const char *backend;    /* "cpu", "cuda:0" */
+    const char *backend;    /* of backend_open() */
     const char *isa;        /* backend.h; NULL auto */
     int threads;            /* CPU back end; 0: one a core */
     uint32_t max_model_len; /* 0: the most that the model and the pool allow */
@@ -36,7 +36,9 @@ struct engine_config {
     uint32_t max_waiting;   /* requests in the waiting room */
     uint64_t max_waiting_tokens; /* their prompt tokens in all; one request always fits */
     uint32_t step_tokens;   /* token budget of a step; at least max_running + that */
-    uint64_t kv_bytes;      /* KV pool with index; 0: a quarter of the device's memory */
+    uint64_t kv_bytes;      /* KV pool with index; 0: on a GPU what the next line leaves, on
+                               the CPU a quarter of its memory */
+    uint32_t gpu_memory_thousandths; /* of the device's memory, for everything */
     bool prefix_cache;
     bool check_invariants;  /* scheduler_check and kv_pool_check after every step */
     struct select_config select;

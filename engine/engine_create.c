@@ -117,6 +117,16 @@ static uint32_t logit_rows(const struct engine_config *cfg, int vocab)
     return (uint32_t)rows;
 }
 
+static struct model_limits step_limits(const struct engine_config *cfg, uint32_t logit_rows,
+                                       uint32_t max_model_len)
+{
+    return (struct model_limits){
+        .max_rows = (int)cfg->step_tokens, .max_seqs = (int)cfg->max_running,
+        .max_logit_rows = (int)logit_rows,
+        .max_blocks = (int)((max_model_len + BLOCK_TOKENS - 1) / BLOCK_TOKENS),
+    };
+}
+
 static void log_memory(const struct engine *e, uint32_t blocks, size_t block_bytes,
                        size_t scratch_bytes)
 {
@@ -131,28 +141,53 @@ static void log_memory(const struct engine *e, uint32_t blocks, size_t block_byt
              e->select.config.crossover_tokens);
 }
 
+/* What the KV pool may take.  On a GPU scratch comes out of the same share; how much that
+ * is depends, a little, on the longest context and so on the pool, for which the model's
+ * limit stands here. */
+static enum status pool_bytes(const struct engine *e, const struct engine_config *cfg,
+                              uint64_t *out, struct error *err)
+{
+    const struct device_info *info = backend_info(e->be);
+    const struct model_config *m = model_config(e->model);
+
+    *out = cfg->kv_bytes ? cfg->kv_bytes : info->mem_bytes / 4;
+    if (cfg->kv_bytes || info->host_visible)
+        return ST_OK;
+    uint32_t longest = cfg->max_model_len ? cfg->max_model_len : (uint32_t)m->max_position;
+    struct model_limits limits = step_limits(cfg, logit_rows(cfg, m->vocab), longest);
+    uint64_t share = info->mem_bytes / 1000 * cfg->gpu_memory_thousandths;
+    uint64_t used = info->mem_bytes - backend_memory_free(e->be);
+    uint64_t scratch = model_scratch_bytes(e->model, &limits, &e->select);
+    if (share < used + scratch)
+        return error_set(err, ST_NODEVMEM,
+                         "%s: gpu-memory-fraction allows %llu MB; %llu MB are in use, weights "
+                         "included, and scratch takes %llu MB", info->name,
+                         (unsigned long long)share >> 20, (unsigned long long)used >> 20,
+                         (unsigned long long)scratch >> 20);
+    *out = share - used - scratch;
+    return ST_OK;
+}
+
 static enum status carve_memory(struct engine *e, const struct engine_config *cfg,
                                 const struct kv_shape *shape, struct error *err)
 {
     const struct model_config *m = model_config(e->model);
     size_t block_bytes = kv_pool_bytes_per_block(shape, m->layers);
-    uint64_t kv_bytes = cfg->kv_bytes ? cfg->kv_bytes : backend_info(e->be)->mem_bytes / 4;
-    uint64_t blocks = kv_bytes / block_bytes;
+    uint64_t kv_bytes = 0;
 
+    TRY(pool_bytes(e, cfg, &kv_bytes, err));
+    uint64_t blocks = kv_bytes / block_bytes;
     if (blocks < 1)
         return error_set(err, ST_INVALID,
-                         "kv-cache-bytes is %llu; one block of 64 tokens takes %zu",
+                         "%s %llu bytes for the KV pool; one block of 64 tokens takes %zu",
+                         cfg->kv_bytes ? "kv-cache-bytes gives" : "there are",
                          (unsigned long long)kv_bytes, block_bytes);
     if (blocks > INT32_MAX / 2)
         blocks = INT32_MAX / 2;
     TRY(resolve_length(e, cfg, (uint32_t)blocks, err));
     e->step_tokens = cfg->step_tokens;
     e->max_logit_rows = logit_rows(cfg, m->vocab);
-    struct model_limits limits = {
-        .max_rows = (int)cfg->step_tokens, .max_seqs = (int)cfg->max_running,
-        .max_logit_rows = (int)e->max_logit_rows,
-        .max_blocks = (int)((e->max_model_len + BLOCK_TOKENS - 1) / BLOCK_TOKENS),
-    };
+    struct model_limits limits = step_limits(cfg, e->max_logit_rows, e->max_model_len);
     struct kv_pool_config pool = {
         .blocks = (uint32_t)blocks, .layers = m->layers, .shape = *shape,
         .prefix_cache = cfg->prefix_cache,

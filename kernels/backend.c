@@ -35,6 +35,13 @@ enum status backend_open(struct backend **out, const char *name,
     *out = NULL;
     if (strcmp(name, "cpu") == 0)
         return cpu_backend_open(out, options, err);
+    if (strcmp(name, "auto") == 0) {
+#ifdef WITH_CUDA
+        if (cuda_device_present())
+            return cuda_backend_open(out, 0, err);
+#endif
+        return cpu_backend_open(out, options, err);
+    }
     if (strncmp(name, "cuda:", 5) == 0) {
         int device = device_number(name + 5);
         if (device < 0)
@@ -46,7 +53,7 @@ enum status backend_open(struct backend **out, const char *name,
                          "device cuda:%d: this program was built without CUDA", device);
 #endif
     }
-    return error_set(err, ST_INVALID, "no device is called '%s': write cpu or cuda:N", name);
+    return error_set(err, ST_INVALID, "no device is called '%s': write auto, cpu or cuda:N", name);
 }
 
 void backend_close(struct backend *be)
@@ -63,6 +70,11 @@ const struct device_info *backend_info(const struct backend *be)
 const struct backend_ops *backend_ops(const struct backend *be)
 {
     return calls_of(be)->ops(be);
+}
+
+size_t backend_memory_free(struct backend *be)
+{
+    return calls_of(be)->memory_free(be);
 }
 
 enum status buffer_alloc(struct backend *be, struct buffer *out, enum memory_kind kind,

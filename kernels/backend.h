@@ -70,13 +70,17 @@ struct backend_options {
 
 struct backend_ops;    /* kernels/ops.h: one required entry per operation */
 
-/* name is "cpu" or "cuda:N".  options may be NULL.  *out is the caller's until
- * backend_close(). */
+/* name is "cpu", "cuda:N", or "auto": cuda:0 where the build has CUDA and the machine a
+ * driver with a GPU, else cpu; what is wrong with that GPU is an error.  options may be
+ * NULL.  *out is the caller's until backend_close(). */
 enum status backend_open(struct backend **out, const char *name,
                          const struct backend_options *options, struct error *err) MUST_USE;
 void backend_close(struct backend *be);             /* NULL is fine */
 const struct device_info *backend_info(const struct backend *be);
 const struct backend_ops *backend_ops(const struct backend *be);
+
+/* Device memory that is free now; all of it on the CPU. */
+size_t backend_memory_free(struct backend *be);
 
 /* Zeroed, aligned to 256 bytes or better.  ST_NODEVMEM when there is none. */
 enum status buffer_alloc(struct backend *be, struct buffer *out,

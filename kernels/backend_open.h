@@ -20,6 +20,8 @@ struct device_calls {
     const struct device_info *(*info)(const struct backend *be);
     const struct backend_ops *(*ops)(const struct backend *be);
 
+    size_t (*memory_free)(struct backend *be);
+
     /* bytes > 0; *out is empty on entry. */
     enum status (*buffer_alloc)(struct backend *be, struct buffer *out,
                                 enum memory_kind kind, size_t bytes);
@@ -47,6 +49,7 @@ enum status cpu_backend_open(struct backend **out, const struct backend_options 
 
 /* Defined by kernels/cuda; called only in builds that have it (WITH_CUDA). */
 enum status cuda_backend_open(struct backend **out, int device, struct error *err) MUST_USE;
+bool cuda_device_present(void);  /* a driver that knows a GPU, or cannot say whether */
 
 #ifdef __cplusplus
 }

@@ -19,16 +19,20 @@ extern "C" {
  *
  * Types.  "act" is the back end's activation type (device_info.act): float on
  * the CPU, bf16 on CUDA; sums are float.  Weights are as stored in the model
- * file, BF16 or F32, row-major [out, in], with no alignment beyond that of the
- * element.  Every pointer is device memory unless it says host.
+ * file, BF16 or F32, row-major [out, in]; the CPU asks for no alignment beyond that of
+ * the element.  On CUDA whatever holds activations or weights begins at a multiple of 16
+ * bytes, and row lengths and strides are multiples of 8 elements (but for out_dim and
+ * out_stride).  Every pointer is device memory unless it says host.  Scales are positive.
  *
  * Independence.  What an operation writes for one row or sequence does not
  * depend, not even in the last bit, on the other rows and sequences of the
  * call, nor on how many there are: batch mix and chunk size must not change an
- * answer.  The CPU back end keeps this exactly.
+ * answer.  The CPU back end keeps this exactly; CUDA everywhere but in products of more
+ * than 16 rows, which may round differently with the number of rows.
  *
  * Tolerances are relative to the largest magnitude of the scalar CPU result's
- * row, for act = float; for act = bf16 add one bf16 rounding (2^-8).
+ * row (in attention a row is one head's), for act = float; for act = bf16 add one bf16
+ * rounding (2^-8), and in attention two: the weights of the values are rounded as well.
  *
  * Padding.  A step may be replayed at a fixed size (backend.h, graphs), so a row may
  * have kv_block -1: nothing is stored for it; and a sequence n_tokens 0: what it
@@ -216,6 +220,7 @@ struct attend_selected_args {
     const int32_t *table;       /* [S, max_blocks] block ids in kv */
     const int32_t *chosen;      /* [S, G, keep_tokens] */
     const int32_t *n_chosen;    /* [S, G] */
+    void *scratch;              /* ops->attend_dense_scratch() bytes */
     struct kv_shape shape;
     int seqs, heads, max_blocks, keep_tokens;
     float scale;

@@ -436,6 +436,8 @@ static const char *value_word(const struct option *o)
         return "SIZE";
     case OPTION_MS:
         return "TIME";
+    case OPTION_SHARE:
+        return "SHARE";
     case OPTION_BOOL:
         return "yes|no";
     case OPTION_CHOICE:

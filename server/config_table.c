@@ -19,8 +19,9 @@ static const struct option table[] = {
     { .key = "served-model-name", .type = OPTION_LIST, AT(model_names), .initial = "none",
       .help = "Names that requests may put in \"model\", separated by commas; the first is "
               "the one that answers carry. none: the name of the model's folder." },
-    { .key = "backend", .type = OPTION_TEXT, AT(engine.backend), .initial = "cpu",
-      .help = "The device that computes." },
+    { .key = "backend", .type = OPTION_TEXT, AT(engine.backend), .initial = "auto",
+      .help = "The device that computes: cpu, cuda:N, or auto: cuda:0 where there is a GPU, "
+              "else cpu." },
     { .key = "cpu-threads", .type = OPTION_INT, AT(engine.threads), .initial = "0", .max = 1024,
       .help = "Worker threads of the CPU back end. 0: one a core." },
     { .key = "cpu-isa", .type = OPTION_WORD, AT(engine.isa), .initial = "auto",
@@ -33,8 +34,12 @@ static const struct option table[] = {
               "the model and the KV pool allow." },
     { .key = "kv-cache-bytes", .type = OPTION_BYTES, AT(engine.kv_bytes), .initial = "0",
       .max = 64ull << 40,
-      .help = "Memory of the KV pool with its index. 0: a quarter of the machine's or the "
-              "container's memory." },
+      .help = "Memory of the KV pool with its index. 0: on a GPU what gpu-memory-fraction "
+              "leaves, else a quarter of the machine's or the container's memory." },
+    { .key = "gpu-memory-fraction", .type = OPTION_SHARE, AT(engine.gpu_memory_thousandths),
+      .initial = "0.9", .min = 50, .max = 1000,
+      .help = "Share of the GPU's memory that weights, scratch and KV pool take together; "
+              "what others use of it counts too. With kv-cache-bytes set it means nothing." },
     { .key = "prefix-cache", .type = OPTION_BOOL, AT(engine.prefix_cache), .initial = "yes",
       .help = "Keep computed blocks and reuse them for prompts that begin alike." },
 

@@ -5,6 +5,7 @@
 #include "engine/base/utf8.h"
 #include "server/config.h"
 
+#include <stdio.h>
 #include <string.h>
 
 enum { MAX_VALUE_BYTES = 4096 };
@@ -59,6 +60,34 @@ static bool number_parse(uint64_t *out, const char *text, const struct unit *uni
     return false;
 }
 
+/* "0.9" or "1" in thousandths. */
+static bool share_parse(uint64_t *out, const char *text)
+{
+    uint64_t unit = 100;
+
+    if ((text[0] != '0' && text[0] != '1') || (text[1] && text[1] != '.') ||
+        (text[1] && (text[2] == '\0' || strlen(text) > 5)))
+        return false;
+    *out = (uint64_t)(text[0] - '0') * 1000;
+    for (const char *digit = text + 2; text[1] && *digit; digit++, unit /= 10) {
+        if (*digit < '0' || *digit > '9')
+            return false;
+        *out += (uint64_t)(*digit - '0') * unit;
+    }
+    return true;
+}
+
+static void share_print(struct strbuf *out, uint64_t thousandths)
+{
+    char text[16];
+    int n = snprintf(text, sizeof text, "%u.%03u", (unsigned)(thousandths / 1000 % 10),
+                     (unsigned)(thousandths % 1000));
+
+    while (text[n - 1] == '0' && n > 3)
+        n--;
+    strbuf_add(out, text, (size_t)n);
+}
+
 /* The first unit of the list that divides it. */
 static void number_print(struct strbuf *out, uint64_t value, const struct unit *units)
 {
@@ -69,6 +98,14 @@ static void number_print(struct strbuf *out, uint64_t value, const struct unit *
     strbuf_printf(out, "%llu%s", (unsigned long long)(value / u->factor), value ? u->name : "");
 }
 
+static void value_print(struct strbuf *out, const struct option *o, uint64_t value)
+{
+    if (o->type == OPTION_SHARE)
+        share_print(out, value);
+    else
+        number_print(out, value, units_of(o));
+}
+
 static const char *example_of(enum option_type type)
 {
     switch (type) {
@@ -76,6 +113,8 @@ static const char *example_of(enum option_type type)
         return "a size such as 16gb, 512mb or 4096";
     case OPTION_MS:
         return "a time such as 30s, 500ms or 5m";
+    case OPTION_SHARE:
+        return "a share such as 0.9";
     default:
         return "a whole number";
     }
@@ -88,17 +127,19 @@ static enum status number_set(const struct option *o, void *at, const char *text
     enum status status = ST_OK;
     uint64_t v;
 
-    if (!number_parse(&v, text, units_of(o)))
+    bool ok = o->type == OPTION_SHARE ? share_parse(&v, text)
+                                      : number_parse(&v, text, units_of(o));
+    if (!ok)
         return error_set(err, ST_INVALID, "%s: %s is '%.80s', which is not %s", place, o->key,
                          text, example_of(o->type));
     if (v < o->min || v > o->max) {
-        number_print(&low, o->min, units_of(o));
-        number_print(&high, o->max, units_of(o));
+        value_print(&low, o, o->min);
+        value_print(&high, o, o->max);
         status = error_set(err, ST_INVALID, "%s: %s is '%.80s', which is not between %s and %s",
                            place, o->key, text, low.data, high.data);
         strbuf_fini(&low);
         strbuf_fini(&high);
-    } else if (o->type == OPTION_U32) {
+    } else if (o->type == OPTION_U32 || o->type == OPTION_SHARE) {
         *(uint32_t *)at = (uint32_t)v;
     } else if (o->type == OPTION_INT) {
         *(int *)at = (int)v;
@@ -244,6 +285,7 @@ enum status option_set(const struct option *o, void *base, const char *text, con
     case OPTION_U64:
     case OPTION_BYTES:
     case OPTION_MS:
+    case OPTION_SHARE:
         return number_set(o, at, text, place, err);
     case OPTION_BOOL:
         return bool_set(o, at, text, place, err);
@@ -279,7 +321,8 @@ void option_print(const struct option *o, const void *base, struct strbuf *out)
         return;
     switch (o->type) {
     case OPTION_U32:
-        number_print(out, *(const uint32_t *)at, no_units);
+    case OPTION_SHARE:
+        value_print(out, o, *(const uint32_t *)at);
         break;
     case OPTION_INT:
         number_print(out, (uint64_t) * (const int *)at, no_units);

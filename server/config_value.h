@@ -20,6 +20,7 @@ enum option_type {
     OPTION_U64,    /* uint64_t or size_t */
     OPTION_BYTES,  /* the same, written 4096, 512mb, 16gb (units of 1024) */
     OPTION_MS,     /* uint64_t, written 500ms, 30s, 5m */
+    OPTION_SHARE,  /* uint32_t, thousandths, written 0.9 */
     OPTION_BOOL,   /* bool, written yes, no */
     OPTION_CHOICE, /* an enum that counts from 0, one of choices */
     OPTION_WORD,   /* char *, one of choices */

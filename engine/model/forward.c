@@ -21,19 +21,6 @@
  * computed, and the attention of that layer only from each sequence's first
  * wanted row on.  A prompt of which nothing is sampled yet ends there. */
 
-struct pass {
-    struct model *m;
-    const struct backend_ops *ops;
-    const struct model_config *g;
-    const struct model_batch *b;
-    const struct step_arrays *a;     /* device */
-    const struct step_scratch *w;
-    struct stream *s;
-    struct kv_pool *pool;
-    struct kv_shape shape;
-    int most_sparse_tokens;          /* the longest context among the sparse rows */
-};
-
 /* ---- the batch */
 
 static void check_batch(const struct model *m)
@@ -56,6 +43,17 @@ static void check_batch(const struct model *m)
     }
     for (int r = 0; r < b->logit_rows; r++)
         ASSERT(b->rows_of[r] >= 0 && b->rows_of[r] < b->rows);
+}
+
+/* True when the wanted rows are all rows in order, as in a step of decodes. */
+bool forward_wants_all_rows(const struct model_batch *b)
+{
+    if (b->logit_rows != b->rows)
+        return false;
+    for (int r = 0; r < b->rows; r++)
+        if (b->rows_of[r] != r)
+            return false;
+    return true;
 }
 
 /* The rows of each sequence that the last layer's attention is for: from the
@@ -143,34 +141,25 @@ static void *gather(struct pass *p, void *out, const void *from, int dim)
 {
     p->ops->embed(p->s, &(struct embed_args){
         .out = out, .table = from, .ids = p->a->rows_of,
-        .table_type = backend_info(p->m->be)->act, .rows = p->b->logit_rows, .dim = dim });
+        .table_type = backend_info(p->m->be)->act, .rows = p->logit_rows, .dim = dim });
     return out;
 }
 
-static void attend_dense(struct pass *p, int layer, int from, bool last)
+static void attend_dense(struct pass *p, int layer, const struct dense_rows *d)
 {
     const struct step_arrays *a = p->a;
-    const struct model_batch *b = p->b;
-    const struct step_arrays *h = &p->m->host_arrays;
-    const int32_t *first = last ? a->last_first_row : a->first_row;
-    const int32_t *n = last ? a->last_n_rows : a->n_rows;
-    const int32_t *host_n = last ? h->last_n_rows : h->n_rows;
-    int most_rows = 0, most_tokens = 0;
 
-    if (from == b->seqs)
+    if (d->seqs == 0)
         return;
-    for (int s = from; s < b->seqs; s++) {
-        most_rows = host_n[s] > most_rows ? host_n[s] : most_rows;
-        most_tokens = b->n_tokens[s] > most_tokens ? b->n_tokens[s] : most_tokens;
-    }
     p->ops->attend_dense(p->s, &(struct attend_dense_args){
         .out = p->w->attn, .q = p->w->qkv, .q_stride = qkv_dim(p->g),
         .kv = kv_pool_kv(p->pool, layer), .scratch = p->w->attention,
-        .table = a->kv_table + (size_t)from * (size_t)p->m->limits.max_blocks,
-        .first_row = first + from, .n_rows = n + from, .n_tokens = a->n_tokens + from,
-        .shape = p->shape, .seqs = b->seqs - from, .heads = p->g->heads,
+        .table = a->kv_table + (size_t)d->from * (size_t)p->m->limits.max_blocks,
+        .first_row = d->first_row + d->from, .n_rows = d->n_rows + d->from,
+        .n_tokens = d->n_tokens + d->from,
+        .shape = p->shape, .seqs = d->seqs, .heads = p->g->heads,
         .max_blocks = p->m->limits.max_blocks,
-        .max_n_rows = most_rows, .max_n_tokens = most_tokens,
+        .max_n_rows = d->most_rows, .max_n_tokens = d->most_tokens,
         .scale = 1.0f / sqrtf((float)p->g->head_dim) });
 }
 
@@ -181,7 +170,7 @@ static const int16_t *layer_channels(const struct pass *p, int layer)
     return p->w->channels + (size_t)(layer * p->g->kv_heads) * INDEX_CHANNELS_KEPT;
 }
 
-/* Both levels for the sparse rows 0 .. sparse_seqs - 1. */
+/* Both levels for the first sequences, a row each. */
 static void attend_sparse(struct pass *p, int layer)
 {
     const struct select_layer *budget = &p->m->plan.layer[layer];
@@ -191,8 +180,8 @@ static void attend_sparse(struct pass *p, int layer)
         .out = p->w->attn, .q = p->w->qkv, .q_stride = qkv_dim(p->g),
         .kv = kv_pool_kv(p->pool, layer), .index = kv_pool_index(p->pool, layer),
         .kv_table = p->a->kv_table, .index_table = p->a->index_table,
-        .n_tokens = p->a->n_tokens, .channels = layer_channels(p, layer),
-        .scratch = p->w->attention, .shape = p->shape, .seqs = p->b->sparse_seqs,
+        .n_tokens = p->sparse_n_tokens, .channels = layer_channels(p, layer),
+        .scratch = p->w->attention, .shape = p->shape, .seqs = p->sparse_seqs,
         .heads = p->g->heads, .max_blocks = p->m->limits.max_blocks,
         .keep_blocks = budget->keep_blocks, .keep_tokens = budget->keep_tokens,
         .sink_tokens = cfg->sink_tokens, .recent_tokens = cfg->recent_tokens,
@@ -238,7 +227,7 @@ static void project(struct pass *p, int layer, const void *delta)
 {
     const struct layer_weights *l = weights_layer(p->m->weights, layer);
     const struct step_scratch *w = p->w;
-    const int rows = p->b->rows, stride = qkv_dim(p->g);
+    const int rows = p->rows, stride = qkv_dim(p->g);
     const int q = p->g->heads * p->g->head_dim, kv = p->g->kv_heads * p->g->head_dim;
 
     norm(p, w->x, delta, l->attn_norm, rows);
@@ -258,11 +247,11 @@ static void project(struct pass *p, int layer, const void *delta)
 
 static void attend(struct pass *p, int layer, bool last)
 {
-    int sparse = p->m->plan.layer[layer].dense ? 0 : p->b->sparse_seqs;
+    bool select = p->sparse_seqs > 0 && !p->m->plan.layer[layer].dense;
 
-    if (sparse > 0)
+    if (select)
         attend_sparse(p, layer);
-    attend_dense(p, layer, sparse, last);
+    attend_dense(p, layer, &p->dense[last][select]);
 }
 
 /* Output projection and MLP over rows of attn and x; the result is in delta. */
@@ -282,27 +271,16 @@ static void finish_layer(struct pass *p, int layer, void *x, const void *attn, i
     linear(p, w->delta, w->mid, l->down, no_weight, rows, mlp, hidden, hidden);
 }
 
-/* True when the wanted rows are all rows in order, as in a step of decodes. */
-static bool wants_all_rows(const struct model_batch *b)
-{
-    if (b->logit_rows != b->rows)
-        return false;
-    for (int r = 0; r < b->rows; r++)
-        if (b->rows_of[r] != r)
-            return false;
-    return true;
-}
-
-/* The last layer's second half, the logits and the tokens. */
+/* The last layer's second half and the logits. */
 static void finish(struct pass *p, int layer)
 {
     const struct step_scratch *w = p->w;
     const struct weight head = weights_head(p->m->weights);
-    const int rows = p->b->logit_rows;
+    const int rows = p->logit_rows;
     void *x = w->x;
     const void *attn = w->attn;
 
-    if (!wants_all_rows(p->b)) {
+    if (p->gathers) {
         x = gather(p, w->last_x, w->x, p->g->hidden);
         attn = gather(p, w->last_attn, w->attn, p->g->heads * p->g->head_dim);
     }
@@ -311,16 +289,13 @@ static void finish(struct pass *p, int layer)
     p->ops->logits(p->s, &(struct logits_args){
         .out = w->logits, .x = w->h, .weight = head.data, .weight_type = head.type,
         .rows = rows, .dim = p->g->hidden, .vocab = p->g->vocab });
-    p->ops->sample(p->s, &(struct sample_args){
-        .out = p->b->result, .logits = w->logits, .params = p->b->sample, .rows = rows,
-        .vocab = p->g->vocab });
 }
 
-static void forward(struct pass *p)
+void forward_queue(struct pass *p)
 {
     const struct weight embed = weights_embed(p->m->weights);
     const struct step_scratch *w = p->w;
-    const int last = p->g->layers - 1, rows = p->b->rows;
+    const int last = p->g->layers - 1, rows = p->rows;
 
     p->ops->embed(p->s, &(struct embed_args){
         .out = w->x, .table = embed.data, .ids = p->a->ids, .table_type = embed.type,
@@ -334,28 +309,76 @@ static void forward(struct pass *p)
         finish_layer(p, layer, w->x, w->attn, rows);
     }
     project(p, last, last ? w->delta : NULL);
-    if (p->b->logit_rows == 0)
+    if (p->logit_rows == 0)
         return;
     attend(p, last, true);
     finish(p, last);
 }
 
+/* ---- a step */
+
+struct pass forward_pass(struct model *m, struct stream *s, struct kv_pool *pool,
+                         const struct step_arrays *a)
+{
+    return (struct pass){
+        .m = m, .ops = m->ops, .g = &m->config, .b = &m->batch, .a = a, .w = &m->scratch,
+        .s = s, .pool = pool, .shape = model_kv_shape(m, &m->plan.config),
+    };
+}
+
+/* The sequences from `from` on as attend_dense takes them. */
+static struct dense_rows dense_from(const struct model *m, int from, bool last)
+{
+    const struct model_batch *b = &m->batch;
+    const int32_t *host_n = last ? m->host_arrays.last_n_rows : m->host_arrays.n_rows;
+    struct dense_rows d = {
+        .from = from, .seqs = b->seqs - from, .n_tokens = m->arrays.n_tokens,
+        .first_row = last ? m->arrays.last_first_row : m->arrays.first_row,
+        .n_rows = last ? m->arrays.last_n_rows : m->arrays.n_rows,
+    };
+
+    for (int s = from; s < b->seqs; s++) {
+        d.most_rows = host_n[s] > d.most_rows ? host_n[s] : d.most_rows;
+        d.most_tokens = b->n_tokens[s] > d.most_tokens ? b->n_tokens[s] : d.most_tokens;
+    }
+    return d;
+}
+
+/* Queue the batch as it is. */
+static void queue_batch(struct model *m, struct stream *s, struct kv_pool *pool)
+{
+    const struct model_batch *b = &m->batch;
+    struct pass p = forward_pass(m, s, pool, &m->arrays);
+
+    p.rows = b->rows;
+    p.logit_rows = b->logit_rows;
+    p.gathers = !forward_wants_all_rows(b);
+    p.sparse_seqs = b->sparse_seqs;
+    p.sparse_n_tokens = m->arrays.n_tokens;
+    for (int i = 0; i < b->sparse_seqs; i++)
+        if (b->n_tokens[i] > p.most_sparse_tokens)
+            p.most_sparse_tokens = b->n_tokens[i];
+    find_last_rows(m);
+    for (int last = 0; last < 2; last++) {
+        p.dense[last][false] = dense_from(m, 0, last);
+        p.dense[last][true] = dense_from(m, b->sparse_seqs, last);
+    }
+    upload_batch(m, s);
+    forward_queue(&p);
+}
+
 enum status model_step(struct model *m, struct stream *s, struct kv_pool *pool,
                        struct error *err)
 {
-    struct pass p = {
-        .m = m, .ops = m->ops, .g = &m->config, .b = &m->batch, .a = &m->arrays,
-        .w = &m->scratch, .s = s, .pool = pool,
-        .shape = model_kv_shape(m, &m->plan.config),
-    };
+    const struct model_batch *b = &m->batch;
 
     ASSERT(m->prepared);
     check_batch(m);
-    for (int i = 0; i < m->batch.sparse_seqs; i++)
-        if (m->batch.n_tokens[i] > p.most_sparse_tokens)
-            p.most_sparse_tokens = m->batch.n_tokens[i];
-    find_last_rows(m);
-    upload_batch(m, s);
-    forward(&p);
+    if (!replay_batch(m, s, pool))
+        queue_batch(m, s, pool);
+    if (b->logit_rows > 0)
+        m->ops->sample(s, &(struct sample_args){
+            .out = b->result, .logits = m->scratch.logits, .params = b->sample,
+            .rows = b->logit_rows, .vocab = m->config.vocab });
     return stream_sync(s, err);
 }

@@ -31,6 +31,7 @@ void model_close(struct model *m)
 {
     if (!m)
         return;
+    replay_destroy(m);
     buffer_free(m->be, &m->device);
     buffer_free(m->be, &m->host);
     weights_close(m->weights);
@@ -261,6 +262,7 @@ enum status model_prepare(struct model *m, const struct model_limits *limits,
         m->arrays = m->host_arrays;
     carve_device(&m->scratch, &m->arrays, m->device.base, m, limits, plan);
     m->prepared = true;
+    TRY(replay_create(m, err));
     return upload_constants(m, plan, err);
 }
 

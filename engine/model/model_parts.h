@@ -5,8 +5,8 @@
 #include "engine/model/weights.h"
 #include "kernels/ops.h"
 
-/* What model.c lays out and forward.c computes with; private to these two and
- * to calibrate.c. */
+/* What model.c lays out and forward.c and replay.c compute with; private to these and to
+ * calibrate.c. */
 
 /* The integers of a step.  On the host they are what the caller filled in; the
  * device has a copy, or the same memory when it can see the host's. */
@@ -34,6 +34,8 @@ struct step_scratch {
     void *attention;             /* scratch of attend_dense or attend_two_level */
 };
 
+struct replay;                   /* replay.c */
+
 struct model {
     struct backend *be;
     const struct backend_ops *ops;
@@ -47,9 +49,51 @@ struct model {
     struct model_batch batch;
     struct step_arrays host_arrays, arrays;
     struct step_scratch scratch;
+    struct replay *replay;       /* NULL where the back end records no graphs */
     model_observer observer;
     void *observer_arg;
 };
+
+/* Sequences with full attention: `from` is the first, in all arrays. */
+struct dense_rows {
+    const int32_t *first_row, *n_rows, *n_tokens;          /* device */
+    int from, seqs;
+    int most_rows, most_tokens;  /* the largest entries of n_rows and n_tokens, or more */
+};
+
+/* One forward pass. */
+struct pass {
+    struct model *m;
+    const struct backend_ops *ops;
+    const struct model_config *g;
+    const struct model_batch *b;
+    const struct step_arrays *a;     /* device */
+    const struct step_scratch *w;
+    struct stream *s;
+    struct kv_pool *pool;
+    struct kv_shape shape;
+    int rows, logit_rows;
+    bool gathers;                    /* the wanted rows are not all rows in order */
+    int sparse_seqs, most_sparse_tokens;
+    const int32_t *sparse_n_tokens;  /* device */
+    struct dense_rows dense[2][2];   /* [in the last layer][where the layer selects] */
+};
+
+/* A pass over the batch with nothing filled in that depends on its rows. */
+struct pass forward_pass(struct model *m, struct stream *s, struct kv_pool *pool,
+                         const struct step_arrays *a);
+
+/* Queue everything from the embedding to the logits. */
+void forward_queue(struct pass *p);
+
+bool forward_wants_all_rows(const struct model_batch *b);
+
+/* replay.c.  Call when limits are known; leaves m->replay NULL where there are no graphs. */
+enum status replay_create(struct model *m, struct error *err) MUST_USE;
+void replay_destroy(struct model *m);
+
+/* Queue the batch as the replay of a recorded one; false when it cannot be. */
+bool replay_batch(struct model *m, struct stream *s, struct kv_pool *pool);
 
 /* Copy from any host memory to the device, and wait. */
 enum status model_upload(struct model *m, void *device, const void *host, size_t bytes,

@@ -86,6 +86,11 @@ static const struct backend_ops *ops_of(const struct backend *be)
     return &be->ops;
 }
 
+static size_t memory_of(struct backend *be)
+{
+    return be->info.mem_bytes;
+}
+
 /* Both kinds are plain memory.  Large ones begin on a huge page. */
 static enum status alloc_buffer(struct backend *be, struct buffer *out, enum memory_kind kind,
                                 size_t bytes)
@@ -167,6 +172,7 @@ static const struct device_calls cpu_calls = {
     .close = close_cpu,
     .info = info_of,
     .ops = ops_of,
+    .memory_free = memory_of,
     .buffer_alloc = alloc_buffer,
     .buffer_free = free_buffer,
     .stream_create = create_stream,

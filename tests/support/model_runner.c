@@ -16,7 +16,7 @@ static int blocks_of(int tokens)
 
 void runner_open(struct runner *r, const struct runner_options *o)
 {
-    struct backend *be = test_backend(o->isa ? o->isa : "auto");
+    struct backend *be = o->backend ? o->backend : test_backend(o->isa ? o->isa : "auto");
     struct error err = { 0 };
 
     ck_assert_ptr_nonnull(be);
@@ -39,7 +39,8 @@ void runner_open(struct runner *r, const struct runner_options *o)
         .shape = shape,
     };
     ck_assert_msg(kv_pool_create(&r->pool, be, &pool, &err) == ST_OK, "%s", err.text);
-    kv_pool_poison(r->pool, true);
+    if (backend_info(be)->host_visible)
+        kv_pool_poison(r->pool, true);
     r->stream = stream_create(be);
 }
 

@@ -19,6 +19,7 @@ struct runner {
 
 struct runner_options {
     const char *dir;             /* model folder */
+    struct backend *backend;     /* NULL: the CPU's */
     const char *isa;             /* of test_backend(); NULL is auto */
     struct select_config select; /* filter 0, index 0, ...: use select_default() */
     const int16_t *channels;     /* for INDEX_CHANNELS */

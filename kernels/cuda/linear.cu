@@ -1,0 +1,394 @@
+/* Matrix products.
+ *
+ * A step of decodes has few rows and is bound by reading the weights; multiply_few() does
+ * nothing but stream them through the tensor cores.  Products of many rows go to cuBLASLt.
+ * Weights in float32, which the tensor cores cannot multiply with bf16, have a plain
+ * kernel. */
+
+#include "kernels/cuda/mma.cuh"
+
+#include "engine/base/mem.h"
+
+#include <string.h>
+
+namespace {
+
+enum {
+    FEW_ROWS = 16,
+    THREADS = 256,
+    WARPS = THREADS / WARP,
+    TILE = 16,                   /* outputs a warp makes at a time: rows of the left operand */
+    STEP = 64,                   /* inputs a warp takes at a time */
+    STEP_LOADS = STEP / 32,      /* 16-byte loads of each thread in it, from one row */
+    COLUMNS = 8,                 /* rows of x to a product: columns of the right operand */
+};
+
+struct product {
+    void *out;                   /* [rows, out_stride] */
+    const __nv_bfloat16 *x, *weight, *bias;
+    int rows, in_dim, out_dim, out_stride;
+};
+
+__device__ __forceinline__ uint4 load_weights(const __nv_bfloat16 *from)
+{
+    uint4 v;
+
+    asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from));
+    return v;
+}
+
+__device__ __forceinline__ void store(float *to, float v)
+{
+    *to = v;
+}
+
+__device__ __forceinline__ void store(__nv_bfloat16 *to, float v)
+{
+    *to = __float2bfloat16_rn(v);
+}
+
+/* out = x W^T + bias for up to COLUMN_TILES * COLUMNS rows of x.
+ *
+ * A thread block makes TILES * TILE outputs of every row; its warps take every WARPS-th
+ * step of the inputs, and their sums are added in the order of the warps, so a result does
+ * not depend on the number of rows.  The order of inputs inside a product is free, and so
+ * each thread loads 16 bytes in a row of both operands, which are two products' worth. */
+template <int COLUMN_TILES, int TILES, typename T>
+__global__ void __launch_bounds__(THREADS, 2) multiply_few(product p)
+{
+    __shared__ float part[WARPS][COLUMN_TILES * COLUMNS][TILE];
+    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, c = lane % 4;
+    int first = blockIdx.x * TILES * TILE;
+    float acc[TILES][COLUMN_TILES][4] = {};
+    uint4 w[TILES][2][STEP_LOADS];
+
+    auto load = [&](int from) {
+#pragma unroll
+        for (int t = 0; t < TILES; t++)
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                int row = min(first + t * TILE + half * 8 + g, p.out_dim - 1);
+                const __nv_bfloat16 *base = p.weight + (size_t)row * p.in_dim;
+#pragma unroll
+                for (int i = 0; i < STEP_LOADS; i++) {
+                    int at = from + i * 32 + c * 8;
+                    w[t][half][i] = at < p.in_dim ? load_weights(base + at)
+                                                  : make_uint4(0, 0, 0, 0);
+                }
+            }
+    };
+    load(warp * STEP);           /* while earlier kernels finish */
+    let_next_start();
+    wait_for_inputs();
+    for (int from = warp * STEP; from < p.in_dim; from += WARPS * STEP) {
+        uint4 x[COLUMN_TILES][STEP_LOADS];
+#pragma unroll
+        for (int n = 0; n < COLUMN_TILES; n++)
+#pragma unroll
+            for (int i = 0; i < STEP_LOADS; i++) {
+                int row = n * COLUMNS + g, at = from + i * 32 + c * 8;
+                bool there = row < p.rows && at < p.in_dim;
+                x[n][i] = there ? *(const uint4 *)(p.x + (size_t)row * p.in_dim + at)
+                                : make_uint4(0, 0, 0, 0);
+            }
+        uint4 now[TILES][2][STEP_LOADS];
+        memcpy(now, w, sizeof now);
+        load(from + WARPS * STEP);
+#pragma unroll
+        for (int t = 0; t < TILES; t++)
+#pragma unroll
+            for (int i = 0; i < STEP_LOADS; i++) {
+                const uint4 &low = now[t][0][i], &high = now[t][1][i];
+                unsigned a[4] = { low.x, high.x, low.y, high.y };
+                unsigned b[4] = { low.z, high.z, low.w, high.w };
+#pragma unroll
+                for (int n = 0; n < COLUMN_TILES; n++) {
+                    mma_bf16(acc[t][n], a, x[n][i].x, x[n][i].y);
+                    mma_bf16(acc[t][n], b, x[n][i].z, x[n][i].w);
+                }
+            }
+    }
+#pragma unroll
+    for (int t = 0; t < TILES; t++) {
+        if (t > 0)
+            __syncthreads();
+#pragma unroll
+        for (int n = 0; n < COLUMN_TILES; n++)
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                part[warp][n * COLUMNS + 2 * c + i % 2][g + i / 2 * 8] = acc[t][n][i];
+        __syncthreads();
+        for (int i = threadIdx.x; i < COLUMN_TILES * COLUMNS * TILE; i += THREADS) {
+            int row = i / TILE, at = first + t * TILE + i % TILE;
+            float sum = 0;
+            for (int k = 0; k < WARPS; k++)
+                sum += part[k][row][i % TILE];
+            if (row >= p.rows || at >= p.out_dim)
+                continue;
+            if (p.bias)
+                sum += __bfloat162float(p.bias[at]);
+            store((T *)p.out + (size_t)row * p.out_stride + at, sum);
+        }
+    }
+}
+
+template <typename T>
+void launch_few(struct stream *s, const product &p)
+{
+    /* Where there are many outputs, x is read half as often. */
+    bool wide = p.out_dim >= 8 * TILE * s->be->info.sm_count;
+    int per_block = wide ? 2 * TILE : TILE;
+    dim3 grid((p.out_dim + per_block - 1) / per_block);
+
+    if (p.rows <= 8)
+        launch_early(s, "linear", wide ? multiply_few<1, 2, T> : multiply_few<1, 1, T>, grid,
+                     THREADS, 0, p);
+    else
+        launch_early(s, "linear", wide ? multiply_few<2, 2, T> : multiply_few<2, 1, T>, grid,
+                     THREADS, 0, p);
+}
+
+/* ---- float32 weights */
+
+enum { FLOAT_ROWS = 8 };         /* of x, to a warp */
+
+/* A warp makes one output of FLOAT_ROWS rows. */
+template <typename T>
+__global__ void __launch_bounds__(THREADS) multiply_float(product p)
+{
+    const float *weight = (const float *)p.weight, *bias = (const float *)p.bias;
+    int lane = threadIdx.x % WARP, at = blockIdx.x * WARPS + threadIdx.x / WARP;
+    int first = blockIdx.y * FLOAT_ROWS;
+    float sum[FLOAT_ROWS] = {};
+
+    let_next_start();
+    wait_for_inputs();
+    if (at >= p.out_dim)
+        return;
+    for (int i = lane; i < p.in_dim; i += WARP) {
+        float w = weight[(size_t)at * p.in_dim + i];
+        for (int r = 0; r < FLOAT_ROWS; r++)
+            if (first + r < p.rows)
+                sum[r] += w * __bfloat162float(p.x[(size_t)(first + r) * p.in_dim + i]);
+    }
+    for (int r = 0; r < FLOAT_ROWS; r++) {
+        float total = warp_sum(sum[r]);
+        if (lane == 0 && first + r < p.rows)
+            store((T *)p.out + (size_t)(first + r) * p.out_stride + at,
+                  total + (bias ? bias[at] : 0));
+    }
+}
+
+template <typename T>
+void launch_float(struct stream *s, const product &p)
+{
+    dim3 grid((p.out_dim + WARPS - 1) / WARPS, (p.rows + FLOAT_ROWS - 1) / FLOAT_ROWS);
+
+    launch_early(s, "linear", multiply_float<T>, grid, THREADS, 0, p);
+}
+
+/* ---- many rows */
+
+enum { PLANS = 1024, WORKSPACE_BYTES = 32 << 20 };
+
+/* What decides on the algorithm. */
+struct plan_key {
+    int rows, in_dim, out_dim, out_stride;
+    bool to_float, bias, aligned;
+};
+
+struct plan {
+    plan_key key;                /* rows 0: empty */
+    cublasLtMatmulAlgo_t algo;
+};
+
+/* Descriptions of one product for cuBLASLt, which counts matrices by columns: it makes
+ * out^T [out_dim, rows] = W^T' x^T. */
+struct description {
+    cublasLtMatmulDesc_t product;
+    cublasLtMatrixLayout_t weight, x, out;
+};
+
+}
+
+struct linear_plans {
+    cublasLtHandle_t handle;
+    void *workspace;
+    plan plans[PLANS];           /* each at the place of its key's hash: a later one replaces it */
+};
+
+cudaError_t linear_plans_create(struct linear_plans **out)
+{
+    struct linear_plans *p = (struct linear_plans *)mem_calloc(1, sizeof *p);
+
+    *out = p;
+    cudaError_t e = cudaMalloc(&p->workspace, WORKSPACE_BYTES);
+    if (e == cudaSuccess && cublasLtCreate(&p->handle) != CUBLAS_STATUS_SUCCESS)
+        e = cudaErrorInitializationError;
+    return e;
+}
+
+void linear_plans_destroy(struct linear_plans *p)
+{
+    if (!p)
+        return;
+    if (p->handle)
+        cublasLtDestroy(p->handle);
+    cudaFree(p->workspace);
+    mem_free(p);
+}
+
+namespace {
+
+cublasStatus_t describe(description *d, const product &p, const plan_key &key)
+{
+    cublasOperation_t turned = CUBLAS_OP_T;
+    cublasLtEpilogue_t with_bias = CUBLASLT_EPILOGUE_BIAS;
+    cublasStatus_t e = cublasLtMatmulDescCreate(&d->product, CUBLAS_COMPUTE_32F, CUDA_R_32F);
+
+    if (e == CUBLAS_STATUS_SUCCESS)
+        e = cublasLtMatmulDescSetAttribute(d->product, CUBLASLT_MATMUL_DESC_TRANSA, &turned,
+                                           sizeof turned);
+    if (e == CUBLAS_STATUS_SUCCESS && key.bias)
+        e = cublasLtMatmulDescSetAttribute(d->product, CUBLASLT_MATMUL_DESC_EPILOGUE, &with_bias,
+                                           sizeof with_bias);
+    if (e == CUBLAS_STATUS_SUCCESS && key.bias)
+        e = cublasLtMatmulDescSetAttribute(d->product, CUBLASLT_MATMUL_DESC_BIAS_POINTER,
+                                           &p.bias, sizeof p.bias);
+    if (e == CUBLAS_STATUS_SUCCESS)
+        e = cublasLtMatrixLayoutCreate(&d->weight, CUDA_R_16BF, key.in_dim, key.out_dim,
+                                       key.in_dim);
+    if (e == CUBLAS_STATUS_SUCCESS)
+        e = cublasLtMatrixLayoutCreate(&d->x, CUDA_R_16BF, key.in_dim, key.rows, key.in_dim);
+    if (e == CUBLAS_STATUS_SUCCESS)
+        e = cublasLtMatrixLayoutCreate(&d->out, key.to_float ? CUDA_R_32F : CUDA_R_16BF,
+                                       key.out_dim, key.rows, key.out_stride);
+    return e;
+}
+
+void forget(description *d)
+{
+    if (d->out)
+        cublasLtMatrixLayoutDestroy(d->out);
+    if (d->x)
+        cublasLtMatrixLayoutDestroy(d->x);
+    if (d->weight)
+        cublasLtMatrixLayoutDestroy(d->weight);
+    if (d->product)
+        cublasLtMatmulDescDestroy(d->product);
+}
+
+cublasStatus_t choose_algorithm(struct linear_plans *plans, plan *out, const description *d,
+                                const plan_key &key)
+{
+    cublasLtMatmulPreference_t wish = NULL;
+    cublasLtMatmulHeuristicResult_t found = {};
+    size_t workspace = WORKSPACE_BYTES;
+    /* Partial sums are not to be rounded to bf16. */
+    uint32_t reductions = CUBLASLT_REDUCTION_SCHEME_INPLACE |
+                          CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
+    uint32_t aligned = 16, element = key.to_float ? 4 : 2;
+    int n = 0;
+
+    cublasStatus_t e = cublasLtMatmulPreferenceCreate(&wish);
+    if (e == CUBLAS_STATUS_SUCCESS)
+        e = cublasLtMatmulPreferenceSetAttribute(
+            wish, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &workspace, sizeof workspace);
+    if (e == CUBLAS_STATUS_SUCCESS)
+        e = cublasLtMatmulPreferenceSetAttribute(
+            wish, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &reductions, sizeof reductions);
+    const cublasLtMatmulPreferenceAttributes_t inputs[] = {
+        CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES };
+    for (int i = 0; i < 2 && e == CUBLAS_STATUS_SUCCESS; i++)
+        e = cublasLtMatmulPreferenceSetAttribute(wish, inputs[i], &aligned, sizeof aligned);
+    const cublasLtMatmulPreferenceAttributes_t outputs[] = {
+        CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES };
+    for (int i = 0; i < 2 && e == CUBLAS_STATUS_SUCCESS; i++)
+        e = cublasLtMatmulPreferenceSetAttribute(wish, outputs[i],
+                                                 key.aligned ? &aligned : &element,
+                                                 sizeof aligned);
+    if (e == CUBLAS_STATUS_SUCCESS)
+        e = cublasLtMatmulAlgoGetHeuristic(plans->handle, d->product, d->weight, d->x, d->out,
+                                           d->out, wish, 1, &found, &n);
+    if (e == CUBLAS_STATUS_SUCCESS && n == 0)
+        e = CUBLAS_STATUS_NOT_SUPPORTED;
+    if (e == CUBLAS_STATUS_SUCCESS) {
+        out->key = key;
+        out->algo = found.algo;
+    }
+    if (wish)
+        cublasLtMatmulPreferenceDestroy(wish);
+    return e;
+}
+
+plan *plan_place(struct linear_plans *plans, const plan_key &key)
+{
+    uint64_t hash = 0xcbf29ce484222325u;
+    const int parts[] = { key.rows, key.in_dim, key.out_dim, key.out_stride,
+                          key.to_float * 4 + key.bias * 2 + key.aligned };
+
+    for (int part : parts)
+        hash = (hash ^ (uint64_t)part) * 0x100000001b3u;
+    return &plans->plans[(hash >> 20) % PLANS];
+}
+
+bool same_key(const plan_key &a, const plan_key &b)
+{
+    return a.rows == b.rows && a.in_dim == b.in_dim && a.out_dim == b.out_dim &&
+           a.out_stride == b.out_stride && a.to_float == b.to_float && a.bias == b.bias &&
+           a.aligned == b.aligned;
+}
+
+void multiply_many(struct stream *s, const product &p, bool to_float)
+{
+    plan_key key = { p.rows, p.in_dim, p.out_dim, p.out_stride, to_float, p.bias != NULL,
+                     (uintptr_t)p.out % 16 == 0 };
+    struct linear_plans *plans = s->plans;
+    plan *place = plan_place(plans, key);
+    description d = {};
+    const float one = 1, zero = 0;
+
+    cublasStatus_t e = describe(&d, p, key);
+    if (e == CUBLAS_STATUS_SUCCESS && !same_key(place->key, key))
+        e = choose_algorithm(plans, place, &d, key);
+    if (e == CUBLAS_STATUS_SUCCESS)
+        e = cublasLtMatmul(plans->handle, d.product, &one, p.weight, d.weight, p.x, d.x, &zero,
+                           p.out, d.out, p.out, d.out, &place->algo, plans->workspace,
+                           WORKSPACE_BYTES, s->cu);
+    forget(&d);
+    if (e != CUBLAS_STATUS_SUCCESS)
+        stream_check(s, e == CUBLAS_STATUS_EXECUTION_FAILED ? cudaErrorLaunchFailure
+                                                            : cudaErrorNotSupported, "linear");
+}
+
+void multiply(struct stream *s, const product &p, enum dtype weight_type, bool to_float)
+{
+    if (!stream_enter(s) || p.rows == 0)
+        return;
+    if (weight_type == DTYPE_F32)
+        to_float ? launch_float<float>(s, p) : launch_float<__nv_bfloat16>(s, p);
+    else if (p.rows > FEW_ROWS)
+        multiply_many(s, p, to_float);
+    else
+        to_float ? launch_few<float>(s, p) : launch_few<__nv_bfloat16>(s, p);
+}
+
+}
+
+void cuda_linear(struct stream *s, const struct linear_args *a)
+{
+    product p = { a->out, (const __nv_bfloat16 *)a->x, (const __nv_bfloat16 *)a->weight,
+                  (const __nv_bfloat16 *)a->bias, a->rows, a->in_dim, a->out_dim,
+                  a->out_stride };
+
+    multiply(s, p, a->weight_type, false);
+}
+
+void cuda_logits(struct stream *s, const struct logits_args *a)
+{
+    product p = { a->out, (const __nv_bfloat16 *)a->x, (const __nv_bfloat16 *)a->weight, NULL,
+                  a->rows, a->dim, a->vocab, a->vocab };
+
+    multiply(s, p, a->weight_type, true);
+}

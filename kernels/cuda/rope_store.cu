@@ -1,0 +1,274 @@
+/* Norm and rotation of queries and keys; keys, values and their index into the pools.
+ *
+ * A warp takes one head of one row, lane l channels l + 32 i.  The index must come out as
+ * layout.h says to the bit, so its arithmetic here is in functions that round each
+ * operation and fuse none. */
+
+#include "kernels/cuda/rotate.cuh"
+
+namespace {
+
+enum { WARPS = 4 };
+
+/* x [DIM / WARP]: the sum over a head, adding the upper half to the lower one until one
+ * is left; for all lanes. */
+template <int PARTS>
+__device__ __forceinline__ float halving_sum(float (&s)[PARTS])
+{
+#pragma unroll
+    for (int half = PARTS / 2; half > 0; half /= 2)
+#pragma unroll
+        for (int i = 0; i < half; i++)
+            s[i] = __fadd_rn(s[i], s[i + half]);
+    float sum = s[0];
+#pragma unroll
+    for (int half = WARP / 2; half > 0; half /= 2)
+        sum = __fadd_rn(sum, __shfl_xor_sync(0xffffffffu, sum, half));
+    return sum;
+}
+
+template <int PARTS>
+__device__ __forceinline__ float mean_square(const float (&x)[PARTS])
+{
+    float s[PARTS];
+
+#pragma unroll
+    for (int i = 0; i < PARTS; i++)
+        s[i] = __fmul_rn(x[i], x[i]);
+    return __fmul_rn(halving_sum(s), 1.0f / (float)(PARTS * WARP));
+}
+
+template <int PARTS>
+__device__ __forceinline__ __nv_bfloat16 scale_of(const float (&x)[PARTS])
+{
+    return __float2bfloat16_rn(__fmul_rn(0.996f, __fsqrt_rn(mean_square(x))));
+}
+
+template <int PARTS>
+__device__ __forceinline__ void place(float (&x)[PARTS], const float (&norm)[PARTS],
+                                      bool has_norm, const float *cos_sin, float eps)
+{
+    enum { DIM = PARTS * WARP };
+    int lane = threadIdx.x % WARP;
+
+    if (has_norm) {
+        float factor = rsqrtf(mean_square(x) + eps);
+#pragma unroll
+        for (int i = 0; i < PARTS; i++)
+            x[i] = x[i] * factor * norm[i];
+    }
+#pragma unroll
+    for (int i = 0; i < PARTS / 2; i++) {
+        float a = x[i], b = x[i + PARTS / 2];
+        float c = cos_sin[lane + WARP * i], s = cos_sin[lane + WARP * i + DIM / 2];
+        x[i] = a * c - b * s;
+        x[i + PARTS / 2] = b * c + a * s;
+    }
+}
+
+struct record {
+    uint8_t *base;
+    struct index_layout layout;
+    const int16_t *channels;
+};
+
+template <int PARTS>
+__device__ __forceinline__ void add_rotated(const record &r, const float (&x)[PARTS], int token)
+{
+    enum { DIM = PARTS * WARP };
+    int lane = threadIdx.x % WARP;
+    __nv_bfloat16 rounded = scale_of(x);
+    float scale = __bfloat162float(rounded), y[PARTS];
+    unsigned *sign = (unsigned *)(r.base + r.layout.sign) + token * PARTS;
+    unsigned *large = (unsigned *)(r.base + r.layout.large) + token * PARTS;
+
+#pragma unroll
+    for (int i = 0; i < PARTS; i++)
+        y[i] = x[i];
+    rotate<DIM>(y);
+#pragma unroll
+    for (int i = 0; i < PARTS; i++) {
+        unsigned s = __ballot_sync(0xffffffffu, y[i] >= 0 && scale != 0);
+        unsigned l = __ballot_sync(0xffffffffu, fabsf(y[i]) >= scale && scale != 0);
+        if (lane == 0) {
+            sign[i] = s;
+            large[i] = l;
+        }
+    }
+    if (lane == 0)
+        ((__nv_bfloat16 *)(r.base + r.layout.scale))[token] = rounded;
+}
+
+__device__ __forceinline__ unsigned fine_code(float x, float scale)
+{
+    float level = rintf(__fdiv_rn(x, scale));
+
+    level = level < -7 ? -7 : level > 7 ? 7 : level;
+    return (unsigned)((level == level ? (int)level : 0) + 8);
+}
+
+template <int PARTS>
+__device__ __forceinline__ void add_channels_kept(const record &r, const float (&key)[PARTS],
+                                                  int token)
+{
+    enum { KEPT = INDEX_CHANNELS_KEPT };
+    static_assert(KEPT == WARP, "a kept channel a lane");
+    int lane = threadIdx.x % WARP, channel = r.channels[lane];
+    float x[1] = { 0 };
+
+#pragma unroll
+    for (int i = 0; i < PARTS; i++) {
+        float v = __shfl_sync(0xffffffffu, key[i], channel % WARP);
+        if (channel / WARP == i)
+            x[0] = v;
+    }
+    /* As the comparisons of the CPU's loop, fmaxf passes over what is no number. */
+    float top = fmaxf(warp_max(fabsf(x[0])), 0.0f);
+    __nv_bfloat16 rounded2 = scale_of(x), rounded4 = __float2bfloat16_rn(__fdiv_rn(top, 7));
+    float scale2 = __bfloat162float(rounded2), scale4 = __bfloat162float(rounded4);
+    unsigned code = scale2 != 0 ? (unsigned)(x[0] >= -scale2) + (x[0] >= 0) + (x[0] >= scale2)
+                                : 0;
+    unsigned fine = scale4 != 0 ? fine_code(x[0], scale4) : 0;
+    code <<= 2 * (lane % 4);
+    code |= __shfl_xor_sync(0xffffffffu, code, 1);
+    code |= __shfl_xor_sync(0xffffffffu, code, 2);
+    fine <<= 4 * (lane % 2);
+    fine |= __shfl_xor_sync(0xffffffffu, fine, 1);
+    if (lane % 4 == 0)
+        r.base[r.layout.coarse + token * (KEPT / 4) + lane / 4] = (uint8_t)code;
+    if (lane % 2 == 0)
+        r.base[r.layout.fine + token * (KEPT / 2) + lane / 2] = (uint8_t)fine;
+    if (lane == 0) {
+        ((__nv_bfloat16 *)(r.base + r.layout.scale2))[token] = rounded2;
+        ((__nv_bfloat16 *)(r.base + r.layout.scale4))[token] = rounded4;
+    }
+}
+
+__device__ __forceinline__ __nv_bfloat16 *key_at(const struct rope_store_args &a, int row,
+                                                 int kv_head, int token)
+{
+    return (__nv_bfloat16 *)a.kv + (size_t)a.kv_block[row] * (kv_block_bytes(&a.shape) / 2) +
+           (size_t)(kv_head * BLOCK_TOKENS + token) * 2 * a.shape.head_dim;
+}
+
+__device__ __forceinline__ record record_of(const struct rope_store_args &a, int row, int kv_head)
+{
+    record r;
+
+    r.layout = index_layout(&a.shape);
+    r.base = a.index + (size_t)a.index_block[row] * index_block_bytes(&a.shape) +
+             (size_t)kv_head * r.layout.record_bytes;
+    r.channels = a.channels ? a.channels + kv_head * INDEX_CHANNELS_KEPT : NULL;
+    return r;
+}
+
+/* Unit u is head u of the queries, then of the keys and values. */
+template <int DIM>
+__global__ void __launch_bounds__(WARPS * WARP) rope_store(struct rope_store_args a)
+{
+    enum { PARTS = DIM / WARP };
+    int lane = threadIdx.x % WARP, units = a.heads + a.shape.kv_heads;
+    int unit = blockIdx.x * WARPS + threadIdx.x / WARP, row = unit / units;
+    int head = unit % units, kv_head = head - a.heads;
+    const void *weight = kv_head < 0 ? a.q_norm : a.k_norm;
+    float norm[PARTS] = {}, x[PARTS];
+
+    if (row < a.rows && weight)
+        for (int i = 0; i < PARTS; i++)
+            norm[i] = weight_at(weight, lane + WARP * i, a.norm_type);
+    let_next_start();
+    wait_for_inputs();
+    if (row >= a.rows || (kv_head >= 0 && a.kv_block[row] < 0))
+        return;
+    __nv_bfloat16 *q = (__nv_bfloat16 *)a.q + (size_t)row * a.qkv_stride_q + head * DIM;
+    const __nv_bfloat16 *k = (const __nv_bfloat16 *)a.k + (size_t)row * a.qkv_stride_k +
+                             kv_head * DIM;
+    const __nv_bfloat16 *v = (const __nv_bfloat16 *)a.v + (size_t)row * a.qkv_stride_v +
+                             kv_head * DIM;
+    const __nv_bfloat16 *from = kv_head < 0 ? q : k;
+    for (int i = 0; i < PARTS; i++)
+        x[i] = __bfloat162float(from[lane + WARP * i]);
+    place(x, norm, weight != NULL, a.cos_sin + (size_t)row * DIM, a.eps);
+    if (kv_head < 0) {
+        for (int i = 0; i < PARTS; i++)
+            q[lane + WARP * i] = __float2bfloat16_rn(x[i]);
+        return;
+    }
+    int token = a.positions[row] % BLOCK_TOKENS;
+    __nv_bfloat16 *key = key_at(a, row, kv_head, token);
+    for (int i = 0; i < PARTS; i++) {
+        __nv_bfloat16 stored = __float2bfloat16_rn(x[i]);
+        key[lane + WARP * i] = stored;
+        key[DIM + lane + WARP * i] = v[lane + WARP * i];
+        x[i] = __bfloat162float(stored);
+    }
+    record r = record_of(a, row, kv_head);
+    if (a.shape.index == INDEX_ROTATED)
+        add_rotated(r, x, token);
+    else
+        add_channels_kept(r, x, token);
+}
+
+/* Bounds take all keys of a block, so a warp does a run of rows of one block and a KV
+ * head, when their keys are stored. */
+template <int DIM>
+__global__ void __launch_bounds__(WARPS * WARP) widen_bounds(struct rope_store_args a)
+{
+    enum { PARTS = DIM / WARP };
+    int lane = threadIdx.x % WARP, unit = blockIdx.x * WARPS + threadIdx.x / WARP;
+    int row = unit / a.shape.kv_heads, kv_head = unit % a.shape.kv_heads;
+    __nv_bfloat16 lo[PARTS], hi[PARTS];
+
+    let_next_start();
+    wait_for_inputs();
+    if (row >= a.rows || a.kv_block[row] < 0 ||
+        (row > 0 && a.index_block[row] == a.index_block[row - 1] && a.kv_block[row - 1] >= 0))
+        return;
+    record r = record_of(a, row, kv_head);
+    __nv_bfloat16 *low = (__nv_bfloat16 *)(r.base + r.layout.lo);
+    __nv_bfloat16 *high = (__nv_bfloat16 *)(r.base + r.layout.hi);
+    for (int i = 0; i < PARTS; i++) {
+        lo[i] = low[lane + WARP * i];
+        hi[i] = high[lane + WARP * i];
+    }
+    int block = a.index_block[row];
+    for (; row < a.rows && a.index_block[row] == block && a.kv_block[row] >= 0; row++) {
+        int token = a.positions[row] % BLOCK_TOKENS;
+        const __nv_bfloat16 *key = key_at(a, row, kv_head, token);
+        for (int i = 0; i < PARTS; i++) {
+            __nv_bfloat16 x = key[lane + WARP * i];
+            if (token == 0 || __bfloat162float(x) < __bfloat162float(lo[i]))
+                lo[i] = x;
+            if (token == 0 || __bfloat162float(x) > __bfloat162float(hi[i]))
+                hi[i] = x;
+        }
+    }
+    for (int i = 0; i < PARTS; i++) {
+        low[lane + WARP * i] = lo[i];
+        high[lane + WARP * i] = hi[i];
+    }
+}
+
+template <int DIM>
+void launch(struct stream *s, const struct rope_store_args &a)
+{
+    int units = a.rows * (a.heads + a.shape.kv_heads), runs = a.rows * a.shape.kv_heads;
+
+    launch_early(s, "rope_store", rope_store<DIM>, dim3((units + WARPS - 1) / WARPS),
+                 WARPS * WARP, 0, a);
+    if (a.shape.filter == FILTER_BOUNDS)
+        launch_early(s, "rope_store", widen_bounds<DIM>, dim3((runs + WARPS - 1) / WARPS),
+                     WARPS * WARP, 0, a);
+}
+
+}
+
+void cuda_rope_store(struct stream *s, const struct rope_store_args *a)
+{
+    if (a->rows <= 0)
+        return;
+    if (a->shape.head_dim == 128)
+        launch<128>(s, *a);
+    else
+        launch<64>(s, *a);
+}

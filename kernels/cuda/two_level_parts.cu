@@ -1,0 +1,97 @@
+/* Two-level attention in its three operations, where there is no fused kernel. */
+
+#include "kernels/cuda/cuda.cuh"
+
+namespace {
+
+struct parts {
+    int32_t *kept, *n_kept, *chosen, *n_chosen;
+    void *scratch;
+    size_t bytes;
+};
+
+int32_t *carve(char *base, size_t *at, size_t n)
+{
+    int32_t *part = base ? (int32_t *)(base + *at) : NULL;
+
+    *at += (n * sizeof(int32_t) + 255) / 256 * 256;
+    return part;
+}
+
+parts carve_parts(void *base, const struct kv_shape *shape, int seqs, int heads, int max_blocks,
+                  int keep_blocks, int keep_tokens)
+{
+    size_t lists = (size_t)seqs * shape->kv_heads, at = 0;
+    size_t filter = cuda_block_filter_scratch(shape, seqs, heads, max_blocks);
+    size_t select = cuda_token_select_scratch(shape, seqs, heads, keep_blocks);
+    size_t dense = cuda_attend_dense_scratch(shape, seqs, heads, max_blocks);
+    parts p;
+
+    p.kept = carve((char *)base, &at, lists * keep_blocks);
+    p.n_kept = carve((char *)base, &at, lists);
+    p.chosen = carve((char *)base, &at, lists * keep_tokens);
+    p.n_chosen = carve((char *)base, &at, lists);
+    p.scratch = carve((char *)base, &at, (max(max(filter, select), dense) + 3) / 4);
+    p.bytes = at;
+    return p;
+}
+
+void run_parts(struct stream *s, const struct attend_two_level_args *a)
+{
+    parts p = carve_parts(a->scratch, &a->shape, a->seqs, a->heads, a->max_blocks,
+                          a->keep_blocks, a->keep_tokens);
+    struct block_filter_args filter = {};
+    struct token_select_args select = {};
+    struct attend_selected_args attend = {};
+
+    filter.kept = p.kept;
+    filter.n_kept = p.n_kept;
+    filter.q = select.q = attend.q = a->q;
+    filter.q_stride = select.q_stride = attend.q_stride = a->q_stride;
+    filter.index = select.index = a->index;
+    filter.table = select.table = a->index_table;
+    filter.n_tokens = select.n_tokens = a->n_tokens;
+    filter.channels = select.channels = a->channels;
+    filter.scratch = select.scratch = p.scratch;
+    filter.shape = select.shape = attend.shape = a->shape;
+    filter.seqs = select.seqs = attend.seqs = a->seqs;
+    filter.heads = select.heads = attend.heads = a->heads;
+    filter.max_blocks = select.max_blocks = attend.max_blocks = a->max_blocks;
+    filter.keep_blocks = select.keep_blocks = a->keep_blocks;
+    filter.sink_tokens = select.sink_tokens = a->sink_tokens;
+    filter.recent_tokens = select.recent_tokens = a->recent_tokens;
+    filter.max_n_tokens = a->max_n_tokens;
+    cuda_block_filter(s, &filter);
+    select.chosen = p.chosen;
+    select.n_chosen = p.n_chosen;
+    select.kept = p.kept;
+    select.n_kept = p.n_kept;
+    select.keep_tokens = a->keep_tokens;
+    cuda_token_select(s, &select);
+    attend.out = a->out;
+    attend.kv = a->kv;
+    attend.table = a->kv_table;
+    attend.chosen = p.chosen;
+    attend.scratch = p.scratch;
+    attend.n_chosen = p.n_chosen;
+    attend.keep_tokens = a->keep_tokens;
+    attend.scale = a->scale;
+    cuda_attend_selected(s, &attend);
+}
+
+}
+
+void cuda_attend_two_level(struct stream *s, const struct attend_two_level_args *a)
+{
+    if (!stream_enter(s) || a->seqs == 0)
+        return;
+    if (!attend_two_level_fused(s, a))
+        run_parts(s, a);
+}
+
+size_t cuda_attend_two_level_scratch(const struct kv_shape *shape, int max_seqs, int heads,
+                                     int max_blocks, int keep_blocks, int keep_tokens)
+{
+    return carve_parts(NULL, shape, max_seqs, heads, max_blocks, keep_blocks, keep_tokens)
+        .bytes;
+}

@@ -1,0 +1,99 @@
+/* Two-level attention of one layer on the GPU over context length and batch, in a graph,
+ * beside the time that reading all of K and V takes at the memory's rate.
+ *
+ *   bench-gpu-two-level [heads] [kv_heads] [head_dim]
+ *
+ * Several copies of the pool are used by turns where one would fit the cache. */
+
+#include "engine/base/mem.h"
+#include "kernels/ops.h"
+#include "tests/support/gpu_bench.h"
+
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+
+enum { KEEP_BLOCKS = 64, KEEP_TOKENS = 1024, SINKS = 4, RECENT = 64, LAYERS = 8 };
+
+struct bench {
+    struct kv_shape shape;
+    int heads, seqs, n_tokens;
+    struct attend_two_level_args args;
+    size_t layer_kv, layer_index;
+};
+
+/* One call a layer, each with a pool of its own. */
+static void queue_layers(void *arg)
+{
+    struct bench *b = arg;
+
+    for (int layer = 0; layer < LAYERS; layer++) {
+        struct attend_two_level_args a = b->args;
+        a.kv = (const bf16 *)(const void *)((const char *)a.kv + (size_t)layer * b->layer_kv);
+        a.index += (size_t)layer * b->layer_index;
+        gpu_bench_ops()->attend_two_level(gpu_bench_stream(), &a);
+    }
+}
+
+static void measure(struct bench *b)
+{
+    int blocks = (b->n_tokens + BLOCK_TOKENS - 1) / BLOCK_TOKENS, dim = b->shape.head_dim;
+    size_t rows = (size_t)(b->seqs * b->heads * dim);
+    int32_t *table = mem_alloc((size_t)(b->seqs * blocks) * sizeof *table);
+    int32_t *n_tokens = mem_alloc((size_t)b->seqs * sizeof *n_tokens);
+
+    for (int i = 0; i < b->seqs * blocks; i++)
+        table[i] = (int32_t)((int64_t)i * 7919 % (b->seqs * blocks)); /* a prime: scattered */
+    for (int i = 0; i < b->seqs; i++)
+        n_tokens[i] = b->n_tokens;
+    b->layer_kv = (size_t)(b->seqs * blocks) * kv_block_bytes(&b->shape);
+    b->layer_index = (size_t)(b->seqs * blocks) * index_block_bytes(&b->shape);
+    b->args = (struct attend_two_level_args){
+        .out = gpu_bench_zero(rows * sizeof(bf16)),
+        .q = gpu_bench_random_bf16(rows),
+        .q_stride = b->heads * dim,
+        .kv = gpu_bench_random_bf16(LAYERS * b->layer_kv / sizeof(bf16)),
+        .index = gpu_bench_random_index(LAYERS * b->layer_index, &b->shape),
+        .kv_table = gpu_bench_copy(table, (size_t)(b->seqs * blocks) * sizeof *table),
+        .n_tokens = gpu_bench_copy(n_tokens, (size_t)b->seqs * sizeof *n_tokens),
+        .shape = b->shape, .seqs = b->seqs, .heads = b->heads, .max_blocks = blocks,
+        .keep_blocks = KEEP_BLOCKS, .keep_tokens = KEEP_TOKENS, .sink_tokens = SINKS,
+        .recent_tokens = RECENT, .max_n_tokens = b->n_tokens,
+        .scale = 1 / sqrtf((float)dim),
+    };
+    b->args.index_table = b->args.kv_table;
+    b->args.scratch = gpu_bench_zero(gpu_bench_ops()->attend_two_level_scratch(
+        &b->shape, b->seqs, b->heads, blocks, KEEP_BLOCKS, KEEP_TOKENS));
+    double us = gpu_bench_graph(queue_layers, b) / LAYERS;
+    double floor_us = (double)b->layer_kv / 4620e3;
+    printf("%8d %6d %10.1f %12.1f %8.1f\n", b->n_tokens, b->seqs, us, floor_us, floor_us / us);
+    fflush(stdout);
+    gpu_bench_forget();
+    mem_free(table);
+    mem_free(n_tokens);
+}
+
+int main(int argc, char **argv)
+{
+    static const int batches[] = { 1, 4, 8 }, lengths[] = { 4096, 16384, 49152, 98304, 131072 };
+    struct bench b = { .heads = argc > 1 ? (int)strtol(argv[1], NULL, 10) : 32 };
+
+    b.shape = (struct kv_shape){
+        .kv_heads = argc > 2 ? (int)strtol(argv[2], NULL, 10) : 8,
+        .head_dim = argc > 3 ? (int)strtol(argv[3], NULL, 10) : 128,
+        .filter = FILTER_COARSE,
+        .index = INDEX_ROTATED,
+    };
+    if (!gpu_bench_open())
+        return 1;
+    printf("two-level attention, one layer, %d heads on %d of %d, us; \"all\" is reading all "
+           "of K and V at 4,620 GB/s\n  tokens  batch  two-level          all   faster\n",
+           b.heads, b.shape.kv_heads, b.shape.head_dim);
+    for (size_t i = 0; i < sizeof batches / sizeof batches[0]; i++)
+        for (size_t j = 0; j < sizeof lengths / sizeof lengths[0]; j++) {
+            b.seqs = batches[i];
+            b.n_tokens = lengths[j];
+            measure(&b);
+        }
+    return 0;
+}
