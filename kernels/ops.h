@@ -27,8 +27,11 @@ extern "C" {
  * Independence.  What an operation writes for one row or sequence does not
  * depend, not even in the last bit, on the other rows and sequences of the
  * call, nor on how many there are: batch mix and chunk size must not change an
- * answer.  The CPU back end keeps this exactly; CUDA everywhere but in products of more
- * than 16 rows, which may round differently with the number of rows.
+ * answer.  The CPU back end keeps this exactly; CUDA everywhere but in two places.
+ * Products of more than 16 rows may round differently with the number of rows.  And
+ * attend_dense has a kernel for sequences with one row in the call and another for those
+ * with more: how a row is rounded depends on which of the two its sequence is, and on
+ * nothing else of how a context is cut into calls.
  *
  * Tolerances are relative to the largest magnitude of the scalar CPU result's
  * row (in attention a row is one head's), for act = float; for act = bf16 add one bf16

@@ -594,10 +594,38 @@ START_TEST(mixed_is_independent)
 }
 END_TEST
 
-/* A chunk in two pieces: the same rows bit for bit. */
+/* Rows from..from + n - 1 of sequence 0 in a call of their own, against `want`, all of out:
+ * bit for bit, or within the tolerance. */
+static void check_piece(const struct problem *p, int from, int n, bool bits, const bf16 *want)
+{
+    struct problem piece = *p;
+    int prefix = p->s.n_tokens[0] - p->s.n_rows[0];
+    float *wide = mem_alloc(row_dim(p) * sizeof *wide);
+    char name[100], text[240];
+
+    piece.first_row[0] = p->first_row[0] + from;
+    piece.s.n_rows[0] = n;
+    piece.s.n_tokens[0] = prefix + from + n;
+    snprintf(name, sizeof name, "rows %d to %d by themselves", from, from + n - 1);
+    bf16 *out = dense_on_gpu(&piece, exact_maxima(&piece), NULL, 0);
+    if (bits)
+        same_rows(&piece, name, 0, out, want);
+    for (int i = 0; i < n && !bits; i++) {
+        size_t at = (size_t)(piece.first_row[0] + i) * row_dim(p);
+        for (size_t d = 0; d < row_dim(p); d++)
+            wide[d] = bf16_to_float(want[at + d]);
+        describe(text, sizeof text, &piece, name, 0, i);
+        compare_row(p, text, out + at, wide, attend_tolerance);
+    }
+    mem_free(out);
+    mem_free(wide);
+}
+
+/* A chunk in two pieces: the same rows bit for bit, but for a piece of one row, which is
+ * decode's and rounded as there. */
 START_TEST(pieces_do_not_change_a_bit)
 {
-    static const int cuts[] = { 1, 17, 64, 100, 199 };
+    static const int cuts[] = { 1, 2, 17, 64, 100, 198, 199 };
 
     if (!gpu_backend())
         return;
@@ -606,22 +634,33 @@ START_TEST(pieces_do_not_change_a_bit)
     struct problem *p = make_problem(&s, 480 + (uint64_t)_i);
     bf16 *all = dense_on_gpu(p, exact_maxima(p), NULL, 0);
     for (size_t i = 0; i < sizeof cuts / sizeof cuts[0]; i++) {
-        char text[100];
-        struct problem piece = *p;
-        piece.s.n_rows[0] = cuts[i];
-        piece.s.n_tokens[0] = 300 + cuts[i];
-        bf16 *first = dense_on_gpu(&piece, exact_maxima(&piece), NULL, 0);
-        same_rows(&piece, "first piece", 0, first, all);
-        piece.first_row[0] = cuts[i];
-        piece.s.n_rows[0] = 200 - cuts[i];
-        piece.s.n_tokens[0] = 500;
-        bf16 *second = dense_on_gpu(&piece, exact_maxima(&piece), NULL, 0);
-        snprintf(text, sizeof text, "second piece, cut at %d", cuts[i]);
-        same_rows(&piece, text, 0, second, all);
-        mem_free(first);
-        mem_free(second);
+        check_piece(p, 0, cuts[i], cuts[i] > 1, all);
+        check_piece(p, cuts[i], 200 - cuts[i], 200 - cuts[i] > 1, all);
     }
     mem_free(all);
+    free_problem(p);
+}
+END_TEST
+
+/* A row by itself, as decode makes it, is the same to the bit beside a sequence of many
+ * rows and whatever maxima the host names. */
+START_TEST(one_row_is_one_row)
+{
+    if (!gpu_backend())
+        return;
+    struct setup s = round_setup(_i, 0);
+    add(&s, 500, 1);
+    add(&s, 200, 90);
+    struct problem *p = make_problem(&s, 490 + (uint64_t)_i);
+    const int alone = 0;
+    bf16 *both = dense_on_gpu(p, exact_maxima(p), NULL, 0);
+    bf16 *one = dense_on_gpu(p, (struct maxima){ 1, 500 }, &alone, 1);
+    bf16 *many = dense_on_gpu(p, (struct maxima){ 200, 640 }, &alone, 1);
+    same_rows(p, "alone", 0, one, both);
+    same_rows(p, "alone, with room for more rows", 0, many, both);
+    mem_free(both);
+    mem_free(one);
+    mem_free(many);
     free_problem(p);
 }
 END_TEST
@@ -891,6 +930,7 @@ TCase *gpu_attend_case(void)
     tcase_add_loop_test(c, decode_is_independent, 0, N_ROUNDS);
     tcase_add_loop_test(c, mixed_is_independent, 0, N_ROUNDS);
     tcase_add_loop_test(c, pieces_do_not_change_a_bit, 0, N_ROUNDS);
+    tcase_add_loop_test(c, one_row_is_one_row, 0, N_ROUNDS);
     tcase_add_loop_test(c, selected_equals_cpu, 0, N_ROUNDS);
     tcase_add_loop_test(c, selected_alone_equals_cpu, 0, N_ROUNDS);
     tcase_add_loop_test(c, selected_is_independent, 0, N_ROUNDS);
