@@ -3,8 +3,30 @@
  * A thread block takes a chunk of one sequence's tokens and one KV head, all heads of its
  * group at once.  Each of its warps streams tiles of TILE tokens through a ring in shared
  * memory of its own and keeps a softmax of its own, so nothing is waited for but memory;
- * at the end the warps' parts are joined.  The parts of the chunks are joined by a second,
- * small kernel.  Where chunks begin depends on a sequence's own length and nothing else. */
+ * at the end the warps' parts are joined.  The chunks' parts are joined by the thread block
+ * that is the last of its sequence and KV head to end, in the chunks' order.  How many
+ * chunks there are, and of which blocks, depends on a sequence's own length and nothing
+ * else.
+ *
+ * K and V are read once, 4 KB a token of Qwen3-8B, and that is what a long context costs:
+ * 1,398 us of 131,072 tokens at batch 8 on an H100 are 3,072 GB/s, where a kernel that
+ * does nothing but read has 3,080.
+ *
+ * Tried there and lost, us at 131,072 tokens unless it says else:
+ *   gaps of 16 bytes between rows in shared memory, instead of pieces that change places:
+ *   1,472 for 1,397 at batch 8.  128 bytes of memory then lie across two lines of shared
+ *   memory, and with bulk copies the same 5 % are lost
+ *   bulk copies without gaps: 3,080 to 3,100 GB/s when merely reading, no more than
+ *   cp.async reaches, and rows of 512 bytes leave bank conflicts
+ *   a second kernel to join the chunks: 1 us more at 1,024 tokens and batch 1, 3 to 4 from
+ *   16,384 on; only at 1,024 tokens and batch 4 and 8 0.5 less
+ *   66 chunks: 187 for 180 at batch 1, 1,409 for 1,397 at batch 8; 17: 190 and 1,396; 33,
+ *   which fill 132 multiprocessors twice: 2 to 3 % more at 16,384 tokens and batch 1 and 4
+ *   chunks of neighbouring blocks: the same within 1 %, as is a table without gaps
+ *   chunks of 128 tokens at least: 10 % more at 4,096 tokens, batch 4 and 8
+ *   eight warps or rings of 4 and 6 tiles, so one thread block a multiprocessor: mostly
+ *   more, up to 24 % at 4,096 tokens; rings of 2 tiles: 204 for 180 at batch 1
+ *   a hint that K and V are not needed again: nothing, when merely reading */
 
 #include "kernels/cuda/attend.cuh"
 
@@ -14,9 +36,9 @@ enum {
     WARPS = 4,
     THREADS = WARPS * WARP,
     TILE = 16,                   /* tokens */
-    DEPTH = 3,                   /* tiles of a warp on their way or in use */
+    DEPTH = 3,             /* tiles of a warp on their way or in use */
     HEADS = 16,                  /* rows of a product: the heads of a group, at most */
-    LEAST_CHUNK = 256,           /* tokens */
+    LEAST_BLOCKS = 4,            /* of a chunk: shorter ones take longer to start than to run */
 };
 
 /* Thread blocks to a sequence and KV head: of a long one as many as give every
@@ -28,15 +50,6 @@ int most_chunks(int kv_heads)
     return chunks < 16 ? 16 : chunks;
 }
 
-/* Tokens of a chunk; shorter ones take longer to start than to run. */
-__host__ __device__ inline int chunk_tokens(int n_tokens, int chunks)
-{
-    int share = (n_tokens + chunks - 1) / chunks;
-
-    share = (share + BLOCK_TOKENS - 1) / BLOCK_TOKENS * BLOCK_TOKENS;
-    return share > LEAST_CHUNK ? share : LEAST_CHUNK;
-}
-
 struct decode {
     __nv_bfloat16 *out;
     const __nv_bfloat16 *q, *kv;
@@ -44,6 +57,7 @@ struct decode {
     const int32_t *n_tokens, *first_row, *n_rows;   /* of attend_dense */
     const int32_t *chosen, *n_chosen;               /* of attend_selected */
     float *parts;                /* [seqs, heads, chunks, PART] */
+    unsigned *arrived;           /* [seqs, kv_heads] of struct stream */
     int q_stride, heads, kv_heads, max_blocks, keep_tokens, chunks;
     float scale;                 /* times log2(e) */
 };
@@ -54,31 +68,40 @@ __host__ __device__ inline int part_floats(int head_dim)
     return head_dim + 4;
 }
 
+/* K and V of a token. */
 template <int DIM>
-constexpr int row_bytes = 4 * DIM + 16; /* K and V, and a gap against bank conflicts */
+constexpr int row_bytes = 4 * DIM;
 
 template <int DIM>
 constexpr int ring_bytes = WARPS * DEPTH * TILE * row_bytes<DIM>;
 
-/* What a chunk is of. */
+/* Where a row in shared memory has its pieces of 16 bytes: they change places within 128
+ * bytes, so that equal pieces of 8 rows lie in different banks. */
+__device__ __forceinline__ unsigned piece_at(int row, int piece)
+{
+    return (unsigned)((piece ^ (row & 7)) * 16);
+}
+
+/* Of n tokens (or chosen ones) of row `row` of q those in the blocks number, number +
+ * chunks, ... below `blocks`. */
 struct chunk {
-    int row, n, first, end;      /* row of q; tokens (or chosen); of them this chunk's */
+    int row, n, number, chunks, blocks;
 };
 
 template <bool SELECTED>
 __device__ __forceinline__ chunk chunk_of(const decode &a, int seq, int kv_head, int number)
 {
-    chunk c = { seq, 0, 0, 0 };
+    chunk c = { seq, 0, number, 0, 0 };
 
     if (SELECTED)
         c.n = a.n_chosen[(size_t)seq * a.kv_heads + kv_head];
-    else if (a.n_rows[seq] == 1) {
-        c.n = a.n_tokens[seq];
+    else {
+        int rows = a.n_rows[seq], n = a.n_tokens[seq];
         c.row = a.first_row[seq];
+        c.n = rows == 1 ? n : 0;
     }
-    int size = chunk_tokens(c.n, a.chunks);
-    c.first = number * size;
-    c.end = min(c.first + size, c.n);
+    c.blocks = (c.n + BLOCK_TOKENS - 1) / BLOCK_TOKENS;
+    c.chunks = min((c.blocks + LEAST_BLOCKS - 1) / LEAST_BLOCKS, a.chunks);
     return c;
 }
 
@@ -92,25 +115,28 @@ __device__ __forceinline__ const __nv_bfloat16 *row_at(const decode &a, const in
     return a.kv + (block * BLOCK_TOKENS + position % BLOCK_TOKENS) * (2 * DIM);
 }
 
-/* Start copying the tile from token `from` on; tokens past the end become zeros.  The
- * tokens of a tile of a whole context are neighbours in one block. */
+/* Start copying the tile from token `from` on; tokens from n on become zeros.  block: the id
+ * of the one it lies in; chosen tokens lie anywhere. */
 template <int DIM, bool SELECTED>
 __device__ __forceinline__ void start_tile(const decode &a, const int32_t *table,
                                            const int32_t *chosen, int kv_head, unsigned to,
-                                           int from, int end)
+                                           int block, int from, int n)
 {
     enum { PER_ROW = DIM / 4, AT_ONCE = WARP / PER_ROW }; /* 16-byte pieces */
     int first = threadIdx.x % WARP / PER_ROW, piece = threadIdx.x % PER_ROW;
 
-    if (from < end) {
-        const __nv_bfloat16 *tile = SELECTED ? NULL : row_at<DIM>(a, table, kv_head, from);
-        to += first * row_bytes<DIM> + piece * 16;
+    if (from < n) {
+        const __nv_bfloat16 *tile =
+            SELECTED ? NULL
+                     : a.kv + (((size_t)block * a.kv_heads + kv_head) * BLOCK_TOKENS +
+                               from % BLOCK_TOKENS) * (2 * DIM);
 #pragma unroll
         for (int i = 0; i < TILE; i += AT_ONCE) {
+            int t = first + i;
             const __nv_bfloat16 *row =
-                SELECTED ? row_at<DIM>(a, table, kv_head, chosen[min(from + first + i, end - 1)])
-                         : tile + (first + i) * (2 * DIM);
-            copy_16(to + i * row_bytes<DIM>, row + piece * 8, from + first + i < end);
+                SELECTED ? row_at<DIM>(a, table, kv_head, chosen[min(from + t, n - 1)])
+                         : tile + t * (2 * DIM);
+            copy_16(to + t * row_bytes<DIM> + piece_at(t, piece), row + piece * 8, from + t < n);
         }
     }
     copy_commit();               /* one group a tile, empty or not, for copy_wait() */
@@ -137,13 +163,14 @@ __device__ __forceinline__ void attend_tile(softmax<DIM> *s, const unsigned (&q)
                                             unsigned rows, int n, float scale)
 {
     int lane = threadIdx.x % WARP, c = lane % 4, matrix = lane / 8;
-    unsigned row = rows + (matrix / 2 * 8 + lane % 8) * row_bytes<DIM> + matrix % 2 * 16;
+    unsigned row = rows + (matrix / 2 * 8 + lane % 8) * row_bytes<DIM> +
+                   piece_at(lane, matrix % 2);
     float score[TILE / 8][4] = {};
 
 #pragma unroll
     for (int step = 0; step < DIM / 16; step++) {
         unsigned b[4];
-        load_matrices(b, row + step * 32);
+        load_matrices(b, row ^ (step * 32));
         mma_bf16(score[0], q[step], b[0], b[1]);
         mma_bf16(score[1], q[step], b[2], b[3]);
     }
@@ -155,11 +182,11 @@ __device__ __forceinline__ void attend_tile(softmax<DIM> *s, const unsigned (&q)
     softmax_step(s, score, scale);
     unsigned p[4] = { pack_bf16(score[0][0], score[0][1]), pack_bf16(score[0][2], score[0][3]),
                       pack_bf16(score[1][0], score[1][1]), pack_bf16(score[1][2], score[1][3]) };
-    row = rows + 2 * DIM + (matrix % 2 * 8 + lane % 8) * row_bytes<DIM> + matrix / 2 * 16;
+    row = rows + (matrix % 2 * 8 + lane % 8) * row_bytes<DIM> + piece_at(lane, matrix / 2);
 #pragma unroll
     for (int j = 0; j < DIM / 8; j += 2) {
         unsigned b[4];
-        load_matrices_turned(b, row + j * 16);
+        load_matrices_turned(b, row ^ (2 * DIM + j * 16));
         mma_bf16(s->acc[j], p, b[0], b[1]);
         mma_bf16(s->acc[j + 1], p, b[2], b[3]);
     }
@@ -169,7 +196,7 @@ __device__ __forceinline__ void attend_tile(softmax<DIM> *s, const unsigned (&q)
  * WARPS * HEADS * (DIM + 2) floats. */
 template <int DIM>
 __device__ void join_warps(const decode &a, softmax<DIM> *s, float *memory, const chunk &k,
-                           int seq, int kv_head, int number, bool whole)
+                           int seq, int kv_head)
 {
     float *values = memory, *most = values + WARPS * HEADS * DIM, *sums = most + WARPS * HEADS;
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, c = lane % 4;
@@ -179,10 +206,11 @@ __device__ void join_warps(const decode &a, softmax<DIM> *s, float *memory, cons
     __syncthreads();             /* the rings are not needed any more */
     for (int half = 0; half < 2; half++) {
         int head = warp * HEADS + g + 8 * half;
-        for (int j = 0; j < DIM / 8; j++) {
-            values[head * DIM + 8 * j + 2 * c] = s->acc[j][2 * half];
-            values[head * DIM + 8 * j + 2 * c + 1] = s->acc[j][2 * half + 1];
-        }
+        if (g + 8 * half >= group)
+            continue;
+        for (int j = 0; j < DIM / 8; j++)
+            *(float2 *)&values[head * DIM + 8 * j + 2 * c] =
+                make_float2(s->acc[j][2 * half], s->acc[j][2 * half + 1]);
         if (c == 0) {
             most[head] = s->max[half];
             sums[head] = s->sum[half];
@@ -201,12 +229,12 @@ __device__ void join_warps(const decode &a, softmax<DIM> *s, float *memory, cons
             value += values[(w * HEADS + head) * DIM + d] * shrink;
         }
         int of_all = kv_head * group + head;
-        if (whole) {
+        if (k.chunks == 1) {
             a.out[((size_t)k.row * a.heads + of_all) * DIM + d] =
                 __float2bfloat16_rn(value / sum);
             continue;
         }
-        float *part = a.parts + (((size_t)seq * a.heads + of_all) * a.chunks + number) *
+        float *part = a.parts + (((size_t)seq * a.heads + of_all) * a.chunks + k.number) *
                                     part_floats(DIM);
         part[4 + d] = value;
         if (d == 0) {
@@ -216,68 +244,114 @@ __device__ void join_warps(const decode &a, softmax<DIM> *s, float *memory, cons
     }
 }
 
+/* The parts of a sequence's chunks as one: a warp a head. */
+template <int DIM>
+__device__ void join_chunks(const decode &a, const chunk &k, int seq, int kv_head)
+{
+    enum { AT_ONCE = 16, WIDE = DIM / WARP }; /* parts; channels of a lane */
+    int lane = threadIdx.x % WARP, group = a.heads / a.kv_heads;
+
+    for (int head = threadIdx.x / WARP; head < group; head += WARPS) {
+        int of_all = kv_head * group + head;
+        const float *part = a.parts + ((size_t)seq * a.heads + of_all) * a.chunks *
+                                          part_floats(DIM);
+        float top = -INFINITY, sum = 0, value[WIDE] = {};
+        for (int i = lane; i < k.chunks; i += WARP)
+            top = fmaxf(top, __ldcg(part + i * part_floats(DIM)));
+        top = warp_max(top);
+        for (int from = 0; from < k.chunks; from += AT_ONCE) {
+            float got[AT_ONCE][WIDE];
+            int own = from + lane % AT_ONCE;
+            float2 stat = __ldcg((const float2 *)(part + min(own, k.chunks - 1) *
+                                                             part_floats(DIM)));
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; i++) {
+                const float *p = part + min(from + i, k.chunks - 1) * part_floats(DIM) + 4;
+                if (WIDE == 4)
+                    *(float4 *)got[i] = __ldcg((const float4 *)p + lane);
+                else
+                    *(float2 *)got[i] = __ldcg((const float2 *)p + lane);
+            }
+            float shrink = own < k.chunks ? exp2_fast(stat.x - top) : 0;
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; i++) {
+                float f = __shfl_sync(0xffffffffu, shrink, i);
+                sum += f * __shfl_sync(0xffffffffu, stat.y, i);
+                for (int j = 0; j < WIDE; j++)
+                    value[j] += got[i][j] * f;
+            }
+        }
+        __nv_bfloat16 *out = a.out + ((size_t)k.row * a.heads + of_all) * DIM + WIDE * lane;
+        for (int j = 0; j < WIDE; j += 2)
+            *(unsigned *)(out + j) = pack_bf16(value[j] / sum, value[j + 1] / sum);
+    }
+}
+
+/* Whether this thread block is the last of its sequence and KV head to have written its
+ * part; then it sees all of them. */
+__device__ bool is_last(const decode &a, const chunk &k, int seq, int kv_head)
+{
+    bool last = false;
+
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        unsigned *at = a.arrived + (size_t)seq * a.kv_heads + kv_head;
+        last = atomicAdd(at, 1) == (unsigned)k.chunks - 1;
+        if (last)
+            *at = 0;             /* as the next call wants it */
+        __threadfence();
+    }
+    return __syncthreads_or(last);
+}
+
 /* Grid: chunks, KV heads, sequences. */
 template <int DIM, bool SELECTED>
-__global__ void __launch_bounds__(THREADS) attend(decode a)
+__global__ void __launch_bounds__(THREADS, 2) attend(decode a)
 {
-    extern __shared__ __align__(16) unsigned char memory[];
+    extern __shared__ __align__(1024) unsigned char memory[];
+    enum { SLOT = TILE * row_bytes<DIM> };
+    static_assert(WARPS * TILE == BLOCK_TOKENS, "a warp takes the same tile of every block");
     int warp = threadIdx.x / WARP, kv_head = blockIdx.y, seq = blockIdx.z;
     int group = a.heads / a.kv_heads;
 
     let_next_start();
     wait_for_inputs();
     chunk k = chunk_of<SELECTED>(a, seq, kv_head, blockIdx.x);
-    if (k.first >= k.end)
+    if (k.number >= k.chunks)
         return;
     const int32_t *table = a.table + (size_t)seq * a.max_blocks;
     const int32_t *chosen =
         SELECTED ? a.chosen + ((size_t)seq * a.kv_heads + kv_head) * a.keep_tokens : NULL;
-    unsigned ring = shared_address(memory) + warp * DEPTH * TILE * row_bytes<DIM>;
-    int from = k.first + warp * TILE;
+    unsigned ring = shared_address(memory) + warp * DEPTH * SLOT;
+    int from = k.number * BLOCK_TOKENS + warp * TILE, step = k.chunks * BLOCK_TOKENS;
+    int ahead = k.number;        /* block of the next tile to start */
 #pragma unroll
-    for (int i = 0; i < DEPTH - 1; i++)
-        start_tile<DIM, SELECTED>(a, table, chosen, kv_head, ring + i * TILE * row_bytes<DIM>,
-                                  from + i * WARPS * TILE, k.end);
+    for (int i = 0; i < DEPTH - 1; i++, ahead += k.chunks)
+        start_tile<DIM, SELECTED>(a, table, chosen, kv_head, ring + i * SLOT,
+                                  !SELECTED && ahead < k.blocks ? table[ahead] : 0,
+                                  ahead * BLOCK_TOKENS + warp * TILE, k.n);
+    /* Its id is there before it is wanted. */
+    int block = SELECTED ? 0 : table[min(ahead, k.blocks - 1)];
     unsigned q[DIM / 16][4];
     load_queries<DIM>(q, a.q + (size_t)k.row * a.q_stride + kv_head * group * DIM, group);
     softmax<DIM> s = softmax_empty<DIM>();
-    for (int slot = 0; from < k.end; from += WARPS * TILE) {
+    for (int slot = 0; from < k.n; from += step) {
         copy_wait<DEPTH - 2>();
         __syncwarp();
         /* Into the slot of the tile before, which all lanes have left. */
         int free = slot == 0 ? DEPTH - 1 : slot - 1;
-        start_tile<DIM, SELECTED>(a, table, chosen, kv_head, ring + free * TILE * row_bytes<DIM>,
-                                  from + (DEPTH - 1) * WARPS * TILE, k.end);
-        attend_tile<DIM>(&s, q, ring + slot * TILE * row_bytes<DIM>, k.end - from, a.scale);
+        start_tile<DIM, SELECTED>(a, table, chosen, kv_head, ring + free * SLOT, block,
+                                  ahead * BLOCK_TOKENS + warp * TILE, k.n);
+        ahead += k.chunks;
+        if (!SELECTED)
+            block = table[min(ahead, k.blocks - 1)];
+        attend_tile<DIM>(&s, q, ring + slot * SLOT, k.n - from, a.scale);
         slot = slot == DEPTH - 1 ? 0 : slot + 1;
     }
-    join_warps<DIM>(a, &s, (float *)memory, k, seq, kv_head, blockIdx.x, k.end - k.first == k.n);
-}
-
-/* Joins the parts of a sequence's chunks; a thread block a sequence and head. */
-template <int DIM, bool SELECTED>
-__global__ void __launch_bounds__(DIM) join_chunks(decode a)
-{
-    int head = blockIdx.x, seq = blockIdx.y, d = threadIdx.x;
-
-    let_next_start();
-    wait_for_inputs();
-    chunk k = chunk_of<SELECTED>(a, seq, head / (a.heads / a.kv_heads), 0);
-    if (k.end == k.n)            /* one chunk wrote the row itself, or there is none */
-        return;
-    int n = (k.n + k.end - 1) / k.end;
-    const float *part = a.parts + ((size_t)seq * a.heads + head) * a.chunks * part_floats(DIM);
-    float top = -INFINITY, sum = 0, value = 0;
-    for (int i = 0; i < n; i++)
-        top = fmaxf(top, part[i * part_floats(DIM)]);
-#pragma unroll 4
-    for (int i = 0; i < n; i++) {
-        const float *p = part + i * part_floats(DIM);
-        float shrink = exp2_fast(p[0] - top);
-        sum += p[1] * shrink;
-        value += p[4 + d] * shrink;
-    }
-    a.out[((size_t)k.row * a.heads + head) * DIM + d] = __float2bfloat16_rn(value / sum);
+    join_warps<DIM>(a, &s, (float *)memory, k, seq, kv_head);
+    if (k.chunks > 1 && is_last(a, k, seq, kv_head))
+        join_chunks<DIM>(a, k, seq, kv_head);
 }
 
 template <int DIM, bool SELECTED>
@@ -287,16 +361,21 @@ void launch_dim(struct stream *s, const decode &a, const char *op, int chunks, i
     int bytes = ring_bytes<DIM> > JOIN_BYTES ? ring_bytes<DIM> : JOIN_BYTES;
 
     launch_early(s, op, attend<DIM, SELECTED>, dim3(chunks, a.kv_heads, seqs), THREADS, bytes, a);
-    if (chunks > 1)
-        launch_early(s, op, join_chunks<DIM, SELECTED>, dim3(a.heads, seqs), DIM, 0, a);
 }
 
 /* most: of the tokens of a sequence. */
 template <bool SELECTED>
 void launch(struct stream *s, decode &a, const char *op, int head_dim, int most, int seqs)
 {
+    const int least = LEAST_BLOCKS * BLOCK_TOKENS;
+
+    if (seqs > MOST_ARRIVED / a.kv_heads) {
+        stream_check(s, cudaErrorInvalidValue, op);
+        return;
+    }
+    a.arrived = s->arrived;
     a.chunks = most_chunks(a.kv_heads);
-    int chunks = (most + LEAST_CHUNK - 1) / LEAST_CHUNK;
+    int chunks = (most + least - 1) / least;
     chunks = chunks < a.chunks ? chunks : a.chunks;
     if (head_dim == 128)
         launch_dim<128, SELECTED>(s, a, op, chunks, seqs);

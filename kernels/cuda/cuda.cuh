@@ -14,7 +14,11 @@
  * kernels on the stream and calls stream_note(): the first failure sticks, and
  * what is queued after it is skipped. */
 
-enum { WARP = 32, MOST_ROW = 32768 /* elements, of any activation that is normalised */ };
+enum {
+    WARP = 32,
+    MOST_ROW = 32768,            /* elements, of any activation that is normalised */
+    MOST_ARRIVED = 65536,        /* sequences times KV heads of attention by one row */
+};
 
 struct linear_plans;            /* linear.cu: cuBLASLt and its plans by shape */
 struct sampler;                 /* sample.cu: staging of the sampler's parameters */
@@ -40,6 +44,8 @@ struct stream {
     struct linear_plans *plans;
     struct sampler *sampler;
     struct cluster_choice clusters;
+    unsigned *arrived;           /* [MOST_ARRIVED] on the device: thread blocks that have
+                                    ended; zero before and after every kernel that counts */
 };
 
 struct graph {

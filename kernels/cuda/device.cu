@@ -89,6 +89,10 @@ static struct stream *device_stream_create(struct backend *be)
         s->failed = cudaStreamCreateWithFlags(&s->cu, cudaStreamNonBlocking);
     if (s->failed == cudaSuccess)
         s->failed = linear_plans_create(&s->plans);
+    if (s->failed == cudaSuccess)
+        s->failed = cudaMalloc(&s->arrived, MOST_ARRIVED * sizeof *s->arrived);
+    if (s->failed == cudaSuccess)
+        s->failed = cudaMemsetAsync(s->arrived, 0, MOST_ARRIVED * sizeof *s->arrived, s->cu);
     if (!stream_enter(s))
         s->failed_op = "stream_create";
     s->sampler = sampler_create();
@@ -99,6 +103,7 @@ static void device_stream_destroy(struct stream *s)
 {
     if (s->cu)
         cudaStreamDestroy(s->cu);
+    cudaFree(s->arrived);
     sampler_destroy(s->sampler);
     linear_plans_destroy(s->plans);
     mem_free(s);
