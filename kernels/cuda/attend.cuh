@@ -34,13 +34,12 @@ static __device__ __forceinline__ softmax<DIM> softmax_empty()
     return s;
 }
 
-/* Scores to weights, and what was summed so far to the new maximum. */
+/* Scores to weights.  What was summed so far is to be multiplied by `shrink`, which is done
+ * here but for acc. */
 template <int DIM, int TILES>
-static __device__ __forceinline__ void softmax_step(softmax<DIM> *s, float (&score)[TILES][4],
-                                                    float scale)
+static __device__ __forceinline__ void softmax_weights(softmax<DIM> *s, float (&score)[TILES][4],
+                                                       float (&shrink)[2], float scale)
 {
-    float shrink[2];
-
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         float top = s->max[half];
@@ -62,11 +61,27 @@ static __device__ __forceinline__ void softmax_step(softmax<DIM> *s, float (&sco
                 s->sum[half] += score[i][j];
             }
     }
+}
+
+template <int DIM>
+static __device__ __forceinline__ void softmax_shrink(softmax<DIM> *s, const float (&shrink)[2])
+{
 #pragma unroll
     for (int i = 0; i < DIM / 8; i++)
 #pragma unroll
         for (int j = 0; j < 4; j++)
             s->acc[i][j] *= shrink[j / 2];
+}
+
+/* Scores to weights, and what was summed so far to the new maximum. */
+template <int DIM, int TILES>
+static __device__ __forceinline__ void softmax_step(softmax<DIM> *s, float (&score)[TILES][4],
+                                                    float scale)
+{
+    float shrink[2];
+
+    softmax_weights(s, score, shrink, scale);
+    softmax_shrink(s, shrink);
 }
 
 template <int DIM>

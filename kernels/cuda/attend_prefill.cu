@@ -253,6 +253,6 @@ void cuda_attend_dense(struct stream *s, const struct attend_dense_args *a)
         return;
     /* Which sequences have one row is known on the device alone. */
     cuda_attend_one_row(s, a);
-    if (a->max_n_rows > 1)
+    if (a->max_n_rows > 1 && !attend_many_rows_hopper(s, a))
         cuda_attend_many_rows(s, a);
 }
