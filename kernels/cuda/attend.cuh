@@ -48,9 +48,11 @@ static __device__ __forceinline__ void softmax_weights(softmax<DIM> *s, float (&
             top = fmaxf(top, fmaxf(score[i][2 * half], score[i][2 * half + 1]));
         top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
         top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
-        /* A row that sees nothing yet has no maximum. */
-        float base = top == -INFINITY ? 0 : top * scale;
-        shrink[half] = exp2_fast(s->max[half] * scale - base);
+        /* A row that sees nothing yet has no maximum.  Where the maximum stays, the factor
+         * must be 1 to the bit: whether a tile that is masked for a row is taken depends on
+         * the other rows.  So the difference comes before the product. */
+        float known = top == -INFINITY ? 0 : top, base = known * scale;
+        shrink[half] = exp2_fast((s->max[half] - known) * scale);
         s->max[half] = top;
         s->sum[half] *= shrink[half];
 #pragma unroll
