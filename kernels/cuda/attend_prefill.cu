@@ -1,4 +1,5 @@
-/* Causal attention of many rows of a sequence: the chunks of a prompt.
+/* Causal attention of many rows of a sequence: the chunks of a prompt.  On Hopper
+ * attend_prefill_hopper.cu does it.
  *
  * A thread block takes ROWS rows and one head through the context, a block of keys and
  * values at a time: while one is computed with, the next is on its way.  Each warp has

@@ -1,6 +1,44 @@
 /* Causal attention of many rows of a sequence on Hopper: the chunks of a prompt.
  *
- * @HEADER@ */
+ *   out[r] = sum_p softmax_p(scale q[r] . k[p]) v[p],  p <= position of r
+ *
+ * A task is ROWS rows and one head.  A thread block per SM, of three groups of 128 threads,
+ * goes through the tasks, the longest first.  Two groups compute 64 rows each; of 240
+ * registers the queries take 32, the scores of a tile 64, its weights 32 and the sums 64.
+ * The third group copies tiles, up to DEPTH ahead, and the queries of the next task, so
+ * that they are there when the task begins.
+ *
+ * Scores are wgmma m64n128k16 with the keys as they lie as right operand, sums of values
+ * m64n128k16 (m64n64k16 for 64 channels) with the values as they lie, turned by the
+ * instruction.  The left operands are in registers: the result of the one product is laid
+ * out as the left operand of the other.  Keys and values come by bulk tensor copies, a
+ * block by 64 channels each, through one map over the pool.
+ *
+ * Tiles begin at multiples of TILE from position 0 on and come in ascending order, and one
+ * that a row sees nothing of changes none of its bits.  So a row's result depends neither on
+ * its chunk nor on its place in a task.
+ *
+ * Flops: 4 rows heads head_dim (tokens - rows / 2), and a byte from L2 for every ROWS of
+ * them: 4.7 TB/s at 600 TFLOP/s.  The tensor cores' 989 TFLOP/s would be 243 us for 2048
+ * rows at the end of 8192 tokens with 32 heads of 128.
+ *
+ * Measured on an H100 (SXM, 700 W), 2048 rows at the end of a context, 32 heads of 128 on 8;
+ * beside it attend_prefill.cu on the same machine.  From 8192 tokens on the chip draws all
+ * its power and lowers its clock from 1980 to 1500 .. 1800 MHz, so that waiting less hardly
+ * shows:
+ *
+ *    tokens       us   TFLOP/s   attend_prefill.cu
+ *      2048       71       486     126 us      273
+ *      8192      395       609     791         304
+ *     32768     1714       622    3490         305
+ *     98304     5399       605   10679         306
+ *
+ * Tried and lost, TFLOP/s at 8192 and 32768 tokens, beside the other way in the same run:
+ *   two tiles in shared memory      568, 578 for 576, 599; two rows at 8192: 95 us for 73
+ *   groups that start their products in turn    582, 595 for 582, 591: nothing
+ *   queries in shared memory        590, 604 for 586, 610; 474 for 482 at 2048 tokens
+ *   two thread blocks in a cluster, heads of one KV head, each copying half of every tile
+ *   to both                         426, 433 for 580, 592 */
 
 #include "kernels/cuda/attend.cuh"
 
@@ -15,14 +53,13 @@ enum {
     GROUP_ROWS = 64,
     ROWS = 2 * GROUP_ROWS,
     TILE = 2 * BLOCK_TOKENS,     /* tokens taken at once */
-    DEPTH = 2,                   /* tiles in shared memory */
-    PART = 64,                   /* channels of a row of shared memory, PART_BYTES */
-    PART_BYTES = 128,            /* that the copies swizzle: 16 bytes of row r go to place ^ r % 8 */
-    COPY_REGISTERS = 24,         /* of each thread: the kernel starts with 168 */
+    DEPTH = 3,                   /* tiles in shared memory */
+    PART = 64,                   /* channels of a row in shared memory */
+    PART_BYTES = 2 * PART,       /* swizzled: 16 bytes number i of row r lie at i ^ r % 8 */
+    TILE_PART = TILE * PART_BYTES,  /* bytes of a tile's K or V in one part */
+    COPY_REGISTERS = 24,         /* of a thread: all start with 168 */
     COMPUTE_REGISTERS = 240,
-    TURN_BARRIER = 1,            /* barriers by number: 1 and 2 of turns, 3 and 4 of a group */
-    GROUP_BARRIER = 3,
-    TILE_PARTS = TILE * PART_BYTES,
+    GROUP_BARRIER = 1,           /* and 2: named barriers of the groups that compute */
 };
 
 struct prefill {
@@ -38,17 +75,20 @@ struct prefill {
 template <int DIM>
 struct __align__(1024) shared {
     unsigned char q[2][DIM / PART][GROUP_ROWS * PART_BYTES];
-    unsigned char k[DEPTH][DIM / PART][TILE_PARTS];
-    unsigned char v[DEPTH][DIM / PART][TILE_PARTS];
+    unsigned char k[DEPTH][DIM / PART][TILE_PART];
+    unsigned char v[DEPTH][DIM / PART][TILE_PART];
     uint64_t k_there[DEPTH], k_left[DEPTH], v_there[DEPTH], v_left[DEPTH];
+    uint64_t q_there[2], q_left[2];
 };
 
-/* The kernel runs where its file was compiled for 9.0a, and is launched nowhere else. */
 #if defined(__CUDA_ARCH__) && !defined(__CUDA_ARCH_FEAT_SM90_ALL)
+/* Never launched: the launcher sees that it takes too few threads. */
 template <int DIM>
-__global__ void attend(const __grid_constant__ CUtensorMap map, const __grid_constant__ prefill a)
+__global__ void __launch_bounds__(WARP)
+attend(const __grid_constant__ CUtensorMap map, const __grid_constant__ prefill a)
 {
-    __trap();
+    (void)map;
+    (void)a;
 }
 #else
 
@@ -80,20 +120,15 @@ __device__ __forceinline__ void barrier_wait(uint64_t *barrier, unsigned parity)
                  : : "r"(shared_address(barrier)), "r"(parity) : "memory");
 }
 
-/* Barriers by number, of whole warps. */
-__device__ __forceinline__ void threads_meet(int barrier, int threads)
+/* Threads of a group that computes. */
+__device__ __forceinline__ void group_meet(int group)
 {
-    asm volatile("bar.sync %0, %1;" : : "r"(barrier), "r"(threads) : "memory");
-}
-
-__device__ __forceinline__ void threads_arrive(int barrier, int threads)
-{
-    asm volatile("bar.arrive %0, %1;" : : "r"(barrier), "r"(threads) : "memory");
+    asm volatile("bar.sync %0, %1;" : : "r"(GROUP_BARRIER + group), "n"((int)GROUP) : "memory");
 }
 
 /* PART channels from `channel` on of BLOCK_TOKENS rows of the pool. */
-__device__ __forceinline__ void copy_part(void *to, const CUtensorMap *map, int channel, int row,
-                                          uint64_t *barrier)
+__device__ __forceinline__ void copy_part(void *to, const CUtensorMap *map, int channel,
+                                          int row, uint64_t *barrier)
 {
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
                  "[%0], [%1, {%2, %3}], [%4];"
@@ -123,12 +158,12 @@ __device__ __forceinline__ void take_registers()
 
 #define WORDS_OF(d) "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
 
-/* Where an operand lies: rows of PART_BYTES, swizzled.  `next` is the distance of the next PART channels
- * of an operand whose rows are the inner dimension of the product, and unused otherwise. */
+/* A right operand in shared memory: rows of PART_BYTES, swizzled.  Where the rows are the
+ * inner dimension of the product, `next` is the distance to the next PART channels. */
 __device__ __forceinline__ uint64_t operand(unsigned address, unsigned next)
 {
-    return (uint64_t)1 << 62 | (uint64_t)(8 * PART_BYTES >> 4) << 32 | (uint64_t)(next >> 4) << 16 |
-           address >> 4;
+    return (uint64_t)1 << 62 | (uint64_t)(8 * PART_BYTES >> 4) << 32 |
+           (uint64_t)(next >> 4) << 16 | address >> 4;
 }
 
 /* Registers were written by others than products, or shared memory was. */
@@ -159,10 +194,11 @@ __device__ __forceinline__ void hold(float (&words)[N][4])
         asm volatile("" : WORDS_OF(words[i]) : : "memory");
 }
 
-/* d (+)= a b: 64 rows of a by 128 rows of b, 16 columns of both. */
-__device__ __forceinline__ void start_product(float (&d)[16][4], uint64_t a, uint64_t b, bool add)
+/* d = a b, or d += a b: 64 rows of a by 128 rows of b, 16 channels of both. */
+__device__ __forceinline__ void start_product(float (&d)[16][4], const unsigned (&a)[4],
+                                              uint64_t b, bool add)
 {
-    asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %66, 0;\n\t"
+    asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %69, 0;\n\t"
                  "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
                  "{%0, %1, %2, %3, %4, %5, %6, %7, "
                  "%8, %9, %10, %11, %12, %13, %14, %15, "
@@ -172,16 +208,18 @@ __device__ __forceinline__ void start_product(float (&d)[16][4], uint64_t a, uin
                  "%40, %41, %42, %43, %44, %45, %46, %47, "
                  "%48, %49, %50, %51, %52, %53, %54, %55, "
                  "%56, %57, %58, %59, %60, %61, %62, %63}, "
-                 "%64, %65, p, 1, 1, 0, 0;\n\t}"
+                 "{%64, %65, %66, %67}, %68, p, 1, 1, 0;\n\t}"
                  : WORDS_OF(d[0]), WORDS_OF(d[1]), WORDS_OF(d[2]), WORDS_OF(d[3]),
                    WORDS_OF(d[4]), WORDS_OF(d[5]), WORDS_OF(d[6]), WORDS_OF(d[7]),
                    WORDS_OF(d[8]), WORDS_OF(d[9]), WORDS_OF(d[10]), WORDS_OF(d[11]),
                    WORDS_OF(d[12]), WORDS_OF(d[13]), WORDS_OF(d[14]), WORDS_OF(d[15])
-                 : "l"(a), "l"(b), "r"((int)add) : "memory");
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((int)add)
+                 : "memory");
 }
 
 /* d += a b: 64 rows of a by all channels of b, 16 tokens of both. */
-__device__ __forceinline__ void start_sum(float (&d)[16][4], const unsigned (&a)[4], uint64_t b)
+__device__ __forceinline__ void start_sum(float (&d)[16][4], const unsigned (&a)[4],
+                                          uint64_t b)
 {
     asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
                  "{%0, %1, %2, %3, %4, %5, %6, %7, "
@@ -232,9 +270,9 @@ __device__ __forceinline__ bool find_task(task *t, const prefill &a, int i)
     t->row = (a.row_tiles - 1 - i / a.heads % a.row_tiles) * ROWS;
     t->seq = i / a.heads / a.row_tiles;
     t->n_rows = a.n_rows[t->seq];
+    t->n_tokens = a.n_tokens[t->seq];
     if (t->n_rows <= 1 || t->row >= t->n_rows)
         return false;
-    t->n_tokens = a.n_tokens[t->seq];
     t->before = t->n_tokens - t->n_rows;
     int end = t->before + min(t->row + ROWS, t->n_rows);
     t->n_blocks = (end + BLOCK_TOKENS - 1) / BLOCK_TOKENS;
@@ -251,18 +289,18 @@ __device__ __forceinline__ int task_of(int round)
     return round * gridDim.x + block;
 }
 
-/* ---- the warp that copies */
+/* ---- the warps that copy */
 
 template <int DIM>
-__device__ __forceinline__ void copy_tile(unsigned char (&to)[DIM / PART][TILE_PARTS],
-                                          const CUtensorMap *map, int channel, int row0, int row1,
-                                          uint64_t *there)
+__device__ __forceinline__ void copy_tile(unsigned char (&to)[DIM / PART][TILE_PART],
+                                          const CUtensorMap *map, int channel, int row0,
+                                          int row1, uint64_t *there)
 {
     barrier_expect(there, TILE * DIM * 2);
 #pragma unroll
     for (int part = 0; part < DIM / PART; part++) {
         copy_part(to[part], map, channel + part * PART, row0, there);
-        copy_part(to[part] + TILE_PARTS / 2, map, channel + part * PART, row1, there);
+        copy_part(to[part] + TILE_PART / 2, map, channel + part * PART, row1, there);
     }
 }
 
@@ -289,13 +327,16 @@ __device__ __forceinline__ void copy_tiles(shared<DIM> *sh, const CUtensorMap *m
             continue;
         const int32_t *table = a.table + (size_t)t.seq * a.max_blocks;
         int kv_head = t.head / (a.heads / a.kv_heads), id = 0;
+#pragma unroll 1
         for (int tile = 0; tile < t.n_tiles; tile++, n++) {
             int at = 2 * tile % WARP;
             /* An odd last block is taken twice: the second is masked. */
             if (at == 0)
                 id = table[min(2 * tile + lane, t.n_blocks - 1)];
-            int row0 = (__shfl_sync(0xffffffffu, id, at) * a.kv_heads + kv_head) * BLOCK_TOKENS;
-            int row1 = (__shfl_sync(0xffffffffu, id, at + 1) * a.kv_heads + kv_head) * BLOCK_TOKENS;
+            int id0 = __shfl_sync(0xffffffffu, id, at);
+            int id1 = __shfl_sync(0xffffffffu, id, at + 1);
+            int row0 = (id0 * a.kv_heads + kv_head) * BLOCK_TOKENS;
+            int row1 = (id1 * a.kv_heads + kv_head) * BLOCK_TOKENS;
             int slot = slot_of(n);
             if (lane == 0) {
                 barrier_wait(&sh->k_left[slot], parity_of(n) ^ 1);
@@ -308,6 +349,54 @@ __device__ __forceinline__ void copy_tiles(shared<DIM> *sh, const CUtensorMap *m
     }
 }
 
+/* Where the 16 bytes number `piece` of a row lie, in parts of N rows. */
+template <int N>
+__device__ __forceinline__ unsigned place_of(int row, int piece)
+{
+    return piece / 8 * N * PART_BYTES + row * PART_BYTES + (piece % 8 ^ row % 8) * 16;
+}
+
+/* Rows of q from `first` on; those past the end become zeros. */
+template <int DIM>
+__device__ __forceinline__ void load_queries(unsigned to, const prefill &a, const task &t,
+                                             int first)
+{
+    enum { PER_ROW = DIM / 8 };
+    int lane = threadIdx.x % WARP, piece = lane % PER_ROW;
+    const __nv_bfloat16 *q = a.q + (size_t)a.first_row[t.seq] * a.q_stride + t.head * DIM +
+                             piece * 8;
+
+#pragma unroll 4
+    for (int row = lane / PER_ROW; row < GROUP_ROWS; row += WARP / PER_ROW)
+        copy_16(to + place_of<GROUP_ROWS>(row, piece),
+                q + (size_t)min(first + row, t.n_rows - 1) * a.q_stride,
+                first + row < t.n_rows);
+    copy_commit();
+    copy_wait<0>();
+    __syncwarp();
+}
+
+/* A warp for each group. */
+template <int DIM>
+__device__ __forceinline__ void copy_queries(shared<DIM> *sh, const prefill &a, int group)
+{
+    unsigned parity = 1;
+
+    for (int round = 0; round * (int)gridDim.x < a.tasks; round++) {
+        task t;
+        if (task_of(round) >= a.tasks || !find_task(&t, a, task_of(round)))
+            continue;
+        int first = t.row + group * GROUP_ROWS;
+        if (first >= t.n_rows)
+            continue;
+        barrier_wait(&sh->q_left[group], parity);
+        load_queries<DIM>(shared_address(sh->q[group]), a, t, first);
+        if (threadIdx.x % WARP == 0)
+            barrier_arrive(&sh->q_there[group]);
+        parity ^= 1;
+    }
+}
+
 /* ---- the groups that compute */
 
 /* A warp has done with what lies in a place. */
@@ -317,40 +406,32 @@ __device__ __forceinline__ void leave(uint64_t *left)
         barrier_arrive(left);
 }
 
-/* Rows of q from `first` on; those past the end become zeros. */
+/* A warp's 16 rows of q as a left operand. */
 template <int DIM>
-__device__ __forceinline__ void load_queries(unsigned to, const prefill &a, const task &t,
-                                             int first)
+__device__ __forceinline__ void read_queries(unsigned (&query)[DIM / 16][4], unsigned q)
 {
-    enum { PER_ROW = DIM / 8 };
-    const __nv_bfloat16 *q = a.q + (size_t)a.first_row[t.seq] * a.q_stride + t.head * DIM;
+    int lane = threadIdx.x % WARP, matrix = lane / 8;
+    int row = threadIdx.x % GROUP / WARP * 16 + matrix % 2 * 8 + lane % 8;
 
 #pragma unroll
-    for (int i = threadIdx.x % GROUP; i < GROUP_ROWS * PER_ROW; i += GROUP) {
-        int row = i / PER_ROW, piece = i % PER_ROW, part = piece / 8;
-        copy_16(to + part * GROUP_ROWS * PART_BYTES + row * PART_BYTES +
-                (piece % 8 ^ row % 8) * 16,
-                q + (size_t)min(first + row, t.n_rows - 1) * a.q_stride + piece * 8,
-                first + row < t.n_rows);
+    for (int step = 0; step < DIM / 16; step++) {
+        int piece = 2 * step + matrix / 2;
+        load_matrices(query[step], q + place_of<GROUP_ROWS>(row, piece));
     }
-    copy_commit();
-    copy_wait<0>();
-    show_writes();
 }
 
 /* Scores of a group's rows with a tile. */
 template <int DIM>
-__device__ __forceinline__ void start_scores(float (&score)[TILE / 8][4], unsigned q, unsigned k)
+__device__ __forceinline__ void start_scores(float (&score)[TILE / 8][4],
+                                             const unsigned (&query)[DIM / 16][4], unsigned k)
 {
-    uint64_t a = operand(q, 0), b = operand(k, 0);
+    uint64_t b = operand(k, 0);
 
     products_begin();
 #pragma unroll
-    for (int step = 0; step < DIM / 16; step++) {
-        int part = step / 4, within = step % 4 * 32;
-        start_product(score, a + ((part * GROUP_ROWS * PART_BYTES + within) >> 4),
-                      b + ((part * TILE_PARTS + within) >> 4), step > 0);
-    }
+    for (int step = 0; step < DIM / 16; step++)
+        start_product(score, query[step],
+                      b + ((step / 4 * TILE_PART + step % 4 * 32) >> 4), step > 0);
     products_commit();
 }
 
@@ -358,7 +439,7 @@ template <int DIM>
 __device__ __forceinline__ void start_values(softmax<DIM> *s,
                                              const unsigned (&weight)[TILE / 16][4], unsigned v)
 {
-    uint64_t b = operand(v, TILE_PARTS);
+    uint64_t b = operand(v, TILE_PART);
 
     products_begin();
 #pragma unroll
@@ -398,10 +479,13 @@ __device__ __forceinline__ void mask_later(float (&score)[TILE / 8][4], int firs
 /* Values that nobody has stored, from token `from` of a tile on, may be NaN, and zero times
  * NaN is NaN.  Both groups write the zeros, each before it uses them. */
 template <int DIM>
-__device__ __forceinline__ void clear_values(unsigned char (&v)[DIM / PART][TILE_PARTS], int from)
+__device__ __forceinline__ void clear_values(unsigned char (&v)[DIM / PART][TILE_PART],
+                                             int from)
 {
+    int start = from * PART_BYTES + threadIdx.x % GROUP * 16;
+
     for (int part = 0; part < DIM / PART; part++)
-        for (int i = from * PART_BYTES + threadIdx.x % GROUP * 16; i < TILE_PARTS; i += GROUP * 16)
+        for (int i = start; i < TILE_PART; i += GROUP * 16)
             *(uint4 *)&v[part][i] = make_uint4(0, 0, 0, 0);
     show_writes();
 }
@@ -428,63 +512,71 @@ __device__ __forceinline__ void store_rows(const prefill &a, const task &t, soft
     }
 }
 
-/* A task's rows of group `group`; n is the number of its first tile.  While the scores of
- * a tile become weights, the values of the tile before are summed, and with `both` the
- * other group's products run: the groups start theirs in turn. */
+/* The values that are being summed have been, and what comes next is ready. */
+template <int DIM>
+__device__ __forceinline__ void join_values(softmax<DIM> *s, unsigned (&weight)[TILE / 16][4],
+                                            const float (&score)[TILE / 8][4],
+                                            const float (&shrink)[2])
+{
+    products_wait<0>();
+    hold(s->acc);
+    softmax_shrink(s, shrink);
+    pack_weights(weight, score);
+}
+
+/* A task's rows of group `group`; n is the number of its first tile.  Products run while
+ * others are made ready: the scores of a tile are started before the values of the tile
+ * before it, which are summed while the scores become weights. */
 template <int DIM>
 __device__ __forceinline__ void attend_rows(shared<DIM> *sh, const prefill &a, const task &t,
-                                            int group, int n, bool both)
+                                            int group, int n, unsigned q_parity)
 {
-    int first = t.row + group * GROUP_ROWS, position = t.before + first;
-    unsigned q = shared_address(sh->q[group]), k = shared_address(sh->k),
-             v = shared_address(sh->v);
+    int first = t.row + group * GROUP_ROWS, position = t.before + first, slot = slot_of(n);
+    unsigned k = shared_address(sh->k), v = shared_address(sh->v);
     softmax<DIM> s = softmax_empty<DIM>();
     float score[TILE / 8][4], shrink[2];
-    unsigned weight[TILE / 16][4];
-    int slot = slot_of(n), last = n + t.n_tiles - 1;
+    unsigned query[DIM / 16][4], weight[TILE / 16][4];
 
-    load_queries<DIM>(q, a, t, first);
-    threads_meet(GROUP_BARRIER + group, GROUP);
+    barrier_wait(&sh->q_there[group], q_parity);
+    read_queries<DIM>(query, shared_address(sh->q[group]));
+    __syncwarp();
+    leave(&sh->q_left[group]);
     barrier_wait(&sh->k_there[slot], parity_of(n));
-    start_scores<DIM>(score, q, k + slot * DIM / PART * TILE_PARTS);
-    if (both && group == 1 && t.n_tiles > 1)
-        threads_arrive(TURN_BARRIER, 2 * GROUP);
+    start_scores<DIM>(score, query, k + slot * DIM / PART * TILE_PART);
     products_wait<0>();
     hold(score);
     leave(&sh->k_left[slot]);
     mask_later(score, position, 0);
     softmax_weights(&s, score, shrink, a.scale);
-    pack_weights(weight, score);
+    hold(score);
     for (int tile = 1; tile < t.n_tiles; tile++) {
         int before = slot;       /* of the tile before */
-        unsigned before_parity = parity_of(n);
         slot = slot_of(++n);
+        /* The wait stands between the weights and join_values() on purpose: the assembler
+         * moves a wait for products up to the last branch. */
         barrier_wait(&sh->k_there[slot], parity_of(n));
-        if (both)
-            threads_meet(TURN_BARRIER + group, 2 * GROUP);
-        start_scores<DIM>(score, q, k + slot * DIM / PART * TILE_PARTS);
-        barrier_wait(&sh->v_there[before], before_parity);
-        start_values<DIM>(&s, weight, v + before * DIM / PART * TILE_PARTS);
-        if (both && (group == 0 || tile < t.n_tiles - 1))
-            threads_arrive(TURN_BARRIER + 1 - group, 2 * GROUP);
+        join_values(&s, weight, score, shrink);
+        if (tile > 1)
+            leave(&sh->v_left[slot_of(n - 2)]);
+        start_scores<DIM>(score, query, k + slot * DIM / PART * TILE_PART);
+        barrier_wait(&sh->v_there[before], parity_of(n - 1));
+        start_values<DIM>(&s, weight, v + before * DIM / PART * TILE_PART);
         products_wait<1>();
         hold(score);
         leave(&sh->k_left[slot]);
         mask_later(score, position, tile * TILE);
         softmax_weights(&s, score, shrink, a.scale);
-        products_wait<0>();
-        hold(s.acc);
         hold(score);
-        leave(&sh->v_left[before]);
-        softmax_shrink(&s, shrink);
-        pack_weights(weight, score);
     }
-    barrier_wait(&sh->v_there[slot], parity_of(last));
+    barrier_wait(&sh->v_there[slot], parity_of(n));
+    join_values(&s, weight, score, shrink);
+    if (t.n_tiles > 1)
+        leave(&sh->v_left[slot_of(n - 1)]);
     if (t.n_tokens < t.n_tiles * TILE) {
         clear_values<DIM>(sh->v[slot], t.n_tokens - (t.n_tiles - 1) * TILE);
-        threads_meet(GROUP_BARRIER + group, GROUP);
+        group_meet(group);
     }
-    start_values<DIM>(&s, weight, v + slot * DIM / PART * TILE_PARTS);
+    start_values<DIM>(&s, weight, v + slot * DIM / PART * TILE_PART);
     products_wait<0>();
     hold(s.acc);
     leave(&sh->v_left[slot]);
@@ -506,17 +598,19 @@ __device__ __forceinline__ void pass_tiles(shared<DIM> *sh, const task &t, int n
 template <int DIM>
 __device__ __forceinline__ void attend_tasks(shared<DIM> *sh, const prefill &a, int group)
 {
+    unsigned q_parity = 0;
     int n = 0;
 
     for (int round = 0; round * (int)gridDim.x < a.tasks; round++) {
         task t;
         if (task_of(round) >= a.tasks || !find_task(&t, a, task_of(round)))
             continue;
-        bool both = t.row + GROUP_ROWS < t.n_rows;
-        if (group == 0 || both)
-            attend_rows<DIM>(sh, a, t, group, n, both);
-        else
+        if (t.row + group * GROUP_ROWS < t.n_rows) {
+            attend_rows<DIM>(sh, a, t, group, n, q_parity);
+            q_parity ^= 1;
+        } else {
             pass_tiles<DIM>(sh, t, n);
+        }
         n += t.n_tiles;
     }
 }
@@ -529,11 +623,18 @@ attend(const __grid_constant__ CUtensorMap map, const __grid_constant__ prefill 
     shared<DIM> *sh = (shared<DIM> *)memory;
     int role = __shfl_sync(0xffffffffu, threadIdx.x / GROUP, 0);
 
-    if (threadIdx.x < DEPTH) {
-        barrier_init(&sh->k_there[threadIdx.x], 1);
-        barrier_init(&sh->v_there[threadIdx.x], 1);
-        barrier_init(&sh->k_left[threadIdx.x], 2 * GROUP / WARP);
-        barrier_init(&sh->v_left[threadIdx.x], 2 * GROUP / WARP);
+    if (threadIdx.x == 0) {
+        asm volatile("prefetch.tensormap [%0];" : : "l"(&map) : "memory");
+        for (int i = 0; i < DEPTH; i++) {
+            barrier_init(&sh->k_there[i], 1);
+            barrier_init(&sh->v_there[i], 1);
+            barrier_init(&sh->k_left[i], 2 * GROUP / WARP);
+            barrier_init(&sh->v_left[i], 2 * GROUP / WARP);
+        }
+        for (int i = 0; i < 2; i++) {
+            barrier_init(&sh->q_there[i], 1);
+            barrier_init(&sh->q_left[i], GROUP / WARP);
+        }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     __syncthreads();
@@ -541,8 +642,11 @@ attend(const __grid_constant__ CUtensorMap map, const __grid_constant__ prefill 
     wait_for_inputs();
     if (role == 0) {
         give_registers<COPY_REGISTERS>();
-        if (threadIdx.x < WARP)
+        int warp = __shfl_sync(0xffffffffu, threadIdx.x / WARP, 0);
+        if (warp == 0)
             copy_tiles<DIM>(sh, &map, a);
+        else if (warp <= 2)
+            copy_queries<DIM>(sh, a, warp - 1);
     } else {
         take_registers<COMPUTE_REGISTERS>();
         attend_tasks<DIM>(sh, a, role - 1);
@@ -556,8 +660,8 @@ PFN_cuTensorMapEncodeTiled_v12000 find_encoder()
     void *fn = NULL;
     cudaDriverEntryPointQueryResult found;
 
-    if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &fn, 12000, cudaEnableDefault,
-                                         &found) != cudaSuccess ||
+    if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &fn, 12000,
+                                         cudaEnableDefault, &found) != cudaSuccess ||
         found != cudaDriverEntryPointSuccess)
         return NULL;
     return (PFN_cuTensorMapEncodeTiled_v12000)fn;
@@ -572,17 +676,27 @@ bool describe_pool(CUtensorMap *map, const bf16 *kv, int dim)
     const cuuint64_t stride[] = { (cuuint64_t)(4 * dim) };
     const cuuint32_t box[] = { PART, BLOCK_TOKENS }, step[] = { 1, 1 };
 
-    return encode && encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, (void *)kv, size, stride, box,
-                            step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                            CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                            CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+    return encode &&
+           encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, (void *)kv, size, stride, box, step,
+                  CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                  CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                  CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
+/* False where the code for this device is not that for 9.0a. */
 template <int DIM>
-void launch(struct stream *s, const CUtensorMap &map, const prefill &a)
+bool launch(struct stream *s, const CUtensorMap &map, const prefill &a)
 {
-    launch_early(s, "attend_dense", attend<DIM>, dim3(min(a.tasks, s->be->info.sm_count)), THREADS,
-                 sizeof(shared<DIM>), map, a);
+    cudaFuncAttributes found;
+
+    if (!stream_enter(s))
+        return true;
+    stream_check(s, cudaFuncGetAttributes(&found, attend<DIM>), "attend_dense");
+    if (s->failed == cudaSuccess && found.maxThreadsPerBlock < THREADS)
+        return false;
+    launch_early(s, "attend_dense", attend<DIM>, dim3(min(a.tasks, s->be->info.sm_count)),
+                 THREADS, sizeof(shared<DIM>), map, a);
+    return true;
 }
 
 }
@@ -607,9 +721,5 @@ bool attend_many_rows_hopper(struct stream *s, const struct attend_dense_args *a
     a.row_tiles = (args->max_n_rows + ROWS - 1) / ROWS;
     a.tasks = args->seqs * a.row_tiles * a.heads;
     a.scale = args->scale * LOG2_E;
-    if (args->shape.head_dim == 128)
-        launch<128>(s, map, a);
-    else
-        launch<64>(s, map, a);
-    return true;
+    return args->shape.head_dim == 128 ? launch<128>(s, map, a) : launch<64>(s, map, a);
 }
