@@ -9,8 +9,8 @@
 NVCC ?= $(firstword $(wildcard /usr/local/cuda/bin/nvcc) $(shell command -v nvcc))
 CUDA ?= $(if $(NVCC),$(if $(SAN),0,1),0)
 SAN  ?=
-B    := build$(if $(SAN),-$(subst $(comma),-,$(SAN)))$(if $(NVCC),$(if $(filter 0,$(CUDA)),-cpu))
 comma := ,
+B    := build$(if $(SAN),-$(subst $(comma),-,$(SAN)))$(if $(NVCC),$(if $(filter 0,$(CUDA)),-cpu))
 
 CUDA_ARCHS ?= 80 90a
 PY         ?= python3
