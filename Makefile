@@ -100,7 +100,7 @@ test:
 	@scripts/install-deps.sh test
 	@$(MAKE) --no-print-directory -j$(shell nproc) all $(TEST_KINDS:%=$B/test-%)
 	@$(MAKE) --no-print-directory lint unit-test test-http fuzz
-	@$(if $(CU),,echo "skip: GPU tests (no nvcc, so the CUDA back end is not built)")
+	@$(if $(CU),,echo "skip: GPU tests (built without the CUDA back end: no nvcc, or CUDA=0)")
 
 unit-test: $(TEST_KINDS:%=$B/test-%) $(TEST_MODELS)
 	$B/test-unit
