@@ -9,8 +9,8 @@
 NVCC ?= $(firstword $(wildcard /usr/local/cuda/bin/nvcc) $(shell command -v nvcc))
 CUDA ?= $(if $(NVCC),$(if $(SAN),0,1),0)
 SAN  ?=
-B    := build$(if $(SAN),-$(subst $(comma),-,$(SAN)))$(if $(NVCC),$(if $(filter 0,$(CUDA)),-cpu))
 comma := ,
+B    := build$(if $(SAN),-$(subst $(comma),-,$(SAN)))$(if $(NVCC),$(if $(filter 0,$(CUDA)),-cpu))
 
 CUDA_ARCHS ?= 80 90a
 PY         ?= python3
@@ -100,7 +100,7 @@ test:
 	@scripts/install-deps.sh test
 	@$(MAKE) --no-print-directory -j$(shell nproc) all $(TEST_KINDS:%=$B/test-%)
 	@$(MAKE) --no-print-directory lint unit-test test-http fuzz
-	@$(if $(CU),,echo "skip: GPU tests (no nvcc, so the CUDA back end is not built)")
+	@$(if $(CU),,echo "skip: GPU tests (built without the CUDA back end: no nvcc, or CUDA=0)")
 
 unit-test: $(TEST_KINDS:%=$B/test-%) $(TEST_MODELS)
 	$B/test-unit
