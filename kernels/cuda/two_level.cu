@@ -11,17 +11,23 @@
  *   3  each attends to its own tokens above the border and sends each block its share of
  *      the sums, which that block finishes
  *
- * so a layer costs two launches, the second of which starts while the first runs.  Choosing
+ * so a layer costs two launches, the second of which starts while the first ends.  Choosing
  * is done by all blocks alike: telling the outcome would take longer.
  *
  * Attention uses bf16 tensor cores with the group's heads as rows; a warp takes 16 tokens
  * at a time, whose rows of K and V it copies to shared memory.
  *
- * Time at batch 1 is latency: the operator takes as long at 16 sequences' worth of work a
- * multiprocessor less.  Lost: the filter in the same kernel (clusters of eight leave half of
- * the GPU idle at batch 1 and 36 of 132 multiprocessors at batch 4), cluster barriers
- * between the levels (0.7 us each, and one more at the end), a histogram of 1,024 bins
- * searched by the block instead of 512 by each warp. */
+ * At batch 1 all of this is latency: some 2,000 instructions one after the other, three
+ * trips to memory and two to the other blocks.  Measured on an H100 behind the filter of
+ * 98,304 tokens, us: choosing blocks 3, scoring 1.5, exchange 0.6, choosing tokens 2.5,
+ * attention 4 (rows in 512 pages at random places), sums 1.  At batch 8 attention reads
+ * memory at its rate.
+ *
+ * Lost (98,304 tokens, batch 1, 4 and 8, us; this one takes 25, 44, 72): all in one kernel
+ * 35, 64, 90, because clusters of eight leave half of the GPU idle at batch 1; cluster
+ * barriers instead of barriers at the receiver 29, 55, 88; 256 threads, so that a
+ * multiprocessor holds two blocks or one beside the filter's, 27, 47, 77; 512 threads 27,
+ * 53, 85; two tiles of rows on their way 27, 56, 89. */
 
 #include "kernels/cuda/attend.cuh"
 #include "kernels/cuda/two_level.cuh"
@@ -31,12 +37,11 @@ namespace {
 using namespace two;
 
 enum {
-    THREADS = 256,
+    THREADS = 384,
     WARPS = THREADS / WARP,
     MAX_CLUSTER = 8,             /* 16 would not find room in every GPC */
     HALF = BLOCK_TOKENS / 2,     /* tokens of a record that a warp scores at a time */
     DEPTH = 3,                   /* of those halves a warp has on their way or in use */
-    AHEAD = 2,                   /* tiles of rows a warp has on their way or in use */
     MOST_SHARED = 227 * 1024,
 };
 
@@ -48,8 +53,8 @@ struct __align__(16) shared {
     uint64_t keys_arrived, sums_arrived;        /* barriers of what others send */
     counts count;
     float max[WARPS][ROWS], sum[WARPS][ROWS];   /* of each warp's tokens */
-    float all_max[MAX_CLUSTER][ROWS], all_sum[MAX_CLUSTER][ROWS]; /* of each block's */
-    float acc[ROWS * DIM + MAX_CLUSTER * ROWS]; /* [size, share], of this block's share */
+    float2 all[MAX_CLUSTER][ROWS];              /* maximum and sum of each block's tokens */
+    float acc[ROWS * DIM + MAX_CLUSTER * 4];    /* [size, share], of this block's share */
 };
 
 /* The arrays behind it.  What the stages after one another need lies in the same place. */
@@ -58,9 +63,9 @@ struct arrays {
     int *list;                                  /* [token_part] rows of K and V to attend to */
     unsigned *token_keys;                       /* [keep_blocks, BLOCK_TOKENS] */
     unsigned *block_keys;                       /* [max_blocks]  stage 1 */
-    int *ids;                                   /* [max_blocks]  stage 1: index_table */
+    int *ids, *kv_ids;                          /* [max_blocks]  stage 1: the tables */
     unsigned char *ahead;                       /* [WARPS, DEPTH] halves of records  stage 2 */
-    unsigned char *rows;                        /* [WARPS, AHEAD, TILE] rows of K and V  stage 3 */
+    unsigned char *rows;                        /* [WARPS, TILE] rows of K and V  stage 3 */
 };
 
 template <int DIM>
@@ -94,8 +99,9 @@ __host__ __device__ inline size_t lay_out(arrays *r, unsigned char *base, const 
     r->rows = r->ahead = (unsigned char *)(r->token_keys + slots * BLOCK_TOKENS);
     r->block_keys = (unsigned *)r->rows;
     r->ids = (int *)(r->block_keys + blocks);
-    size_t stage1 = 8 * (size_t)blocks, stage2 = WARPS * DEPTH * half_bytes<DIM>;
-    size_t stage3 = WARPS * AHEAD * TILE * row_bytes<DIM>;
+    r->kv_ids = r->ids + blocks;
+    size_t stage1 = 12 * (size_t)blocks, stage2 = WARPS * DEPTH * half_bytes<DIM>;
+    size_t stage3 = WARPS * TILE * row_bytes<DIM>;
     size_t most = stage1 > stage2 ? stage1 : stage2;
     return (size_t)(r->rows - base) + (most > stage3 ? most : stage3);
 }
@@ -167,12 +173,24 @@ __device__ __forceinline__ void send_bytes(int rank, const void *p, unsigned byt
                      "r"(address_in(rank, barrier)) : "memory");
 }
 
-__device__ __forceinline__ void send_float(int rank, const float *place, float v,
-                                           uint64_t *barrier)
+/* To the place in block `rank` that this block has as `place`.  As large pieces as can be:
+ * the receiver's barrier takes them one by one. */
+__device__ __forceinline__ void send_4(int rank, const float *place, float4 v, uint64_t *barrier)
 {
-    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];"
-                 : : "r"(address_in(rank, place)), "r"(__float_as_uint(v)),
-                     "r"(address_in(rank, barrier)) : "memory");
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], "
+                 "{%1, %2, %3, %4}, [%5];"
+                 : : "r"(address_in(rank, place)), "r"(__float_as_uint(v.x)),
+                     "r"(__float_as_uint(v.y)), "r"(__float_as_uint(v.z)),
+                     "r"(__float_as_uint(v.w)), "r"(address_in(rank, barrier)) : "memory");
+}
+
+__device__ __forceinline__ void send_2(int rank, const float2 *place, float2 v,
+                                       uint64_t *barrier)
+{
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], "
+                 "{%1, %2}, [%3];"
+                 : : "r"(address_in(rank, place)), "r"(__float_as_uint(v.x)),
+                     "r"(__float_as_uint(v.y)), "r"(address_in(rank, barrier)) : "memory");
 }
 
 /* What ordinary stores have written may be read by copies that start after the next
@@ -353,7 +371,8 @@ __device__ void attend_tile(heads_softmax<DIM> *s, const unsigned (&q)[DIM / 16]
     __syncwarp();                /* the rows are replaced next */
 }
 
-/* Values of a group's result that thread block `rank` of `size` finishes: its share. */
+/* Values of a group's result that thread block `rank` of `size` finishes: its share, a
+ * multiple of four. */
 struct result_share { int first, n, most; };
 
 template <int DIM>
@@ -361,11 +380,14 @@ __device__ __forceinline__ result_share result_share_of(int group, int rank, int
 {
     result_share p;
 
-    p.most = (group * DIM + size - 1) / size;
+    p.most = round_up((group * DIM + size - 1) / size, 4);
     p.first = rank * p.most;
     p.n = max(min(p.most, group * DIM - p.first), 0);
     return p;
 }
+
+template <int DIM>
+constexpr int part_row = DIM + 8; /* floats of a head's sums and a gap */
 
 /* Each warp's sums as this thread block's, each share to the block that finishes it. */
 template <int DIM>
@@ -374,18 +396,15 @@ __device__ void send_sums(const two_level &a, shared<DIM> *sh, const float *part
 {
     int most = result_share_of<DIM>(a.group, rank, size).most;
 
-#pragma unroll 1
-    for (int i = threadIdx.x; i < DIM / 4 * WARP; i += THREADS) {
-        /* Number 2j + k of lane l is channel 8j + 2 (l % 4) + k of head l / 4. */
-        int number = i / WARP, lane = i % WARP, g = lane / 4;
-        float sum = 0;
-        if (g >= a.group)
-            continue;
+    for (int at = 4 * threadIdx.x; at < a.group * DIM; at += 4 * THREADS) {
+        const float *from = parts + at / DIM * part_row<DIM> + at % DIM;
+        float4 sum = make_float4(0, 0, 0, 0);
 #pragma unroll 4
-        for (int w = 0; w < used; w++)
-            sum += parts[w * (DIM / 4) * WARP + i];
-        int at = g * DIM + 8 * (number / 2) + 2 * (lane % 4) + number % 2;
-        send_float(at / most, &sh->acc[rank * most + at % most], sum, &sh->sums_arrived);
+        for (int w = 0; w < used; w++) {
+            float4 v = *(const float4 *)(from + w * ROWS * part_row<DIM>);
+            sum = make_float4(sum.x + v.x, sum.y + v.y, sum.z + v.z, sum.w + v.w);
+        }
+        send_4(at / most, &sh->acc[rank * most + at % most], sum, &sh->sums_arrived);
     }
     if ((int)threadIdx.x < size * ROWS && (int)threadIdx.x % ROWS < a.group) {
         int g = threadIdx.x % ROWS, to = threadIdx.x / ROWS;
@@ -396,8 +415,7 @@ __device__ void send_sums(const two_level &a, shared<DIM> *sh, const float *part
 #pragma unroll 1
         for (int w = 0; w < used; w++)
             sum += sh->sum[w][g] * exp2_fast(sh->max[w][g] - top);
-        send_float(to, &sh->all_max[rank][g], top, &sh->sums_arrived);
-        send_float(to, &sh->all_sum[rank][g], sum, &sh->sums_arrived);
+        send_2(to, &sh->all[rank][g], make_float2(top, sum), &sh->sums_arrived);
     }
 }
 
@@ -408,8 +426,8 @@ __device__ void attend_own(const two_level &a, shared<DIM> *sh, const arrays &r,
 {
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4;
     const __nv_bfloat16 *kv = a.kv + (size_t)kv_head * BLOCK_TOKENS * 2 * DIM;
-    unsigned rows = shared_address(r.rows) + warp * AHEAD * TILE * row_bytes<DIM>;
-    float *parts = (float *)r.rows; /* [WARPS][DIM / 4][WARP], over the rows */
+    unsigned rows = shared_address(r.rows) + warp * TILE * row_bytes<DIM>;
+    float *parts = (float *)r.rows; /* [WARPS][ROWS][part_row], over the rows */
     int used = min((n + TILE - 1) / TILE, (int)WARPS);
     heads_softmax<DIM> s = { -INFINITY, 0, {} };
 
@@ -422,14 +440,12 @@ __device__ void attend_own(const two_level &a, shared<DIM> *sh, const arrays &r,
         int from = warp * TILE;
         start_rows<DIM>(rows, kv, r.list + from, n - from);
 #pragma unroll 1
-        for (int slot = 0; from < n; from += WARPS * TILE, slot ^= 1) {
+        for (; from < n; from += WARPS * TILE) {
             int next = from + WARPS * TILE;
-            start_rows<DIM>(rows + (slot ^ 1) * TILE * row_bytes<DIM>, kv, r.list + next,
-                            n - next);
-            copy_wait<AHEAD - 1>();
+            copy_wait<0>();
             __syncwarp();
-            attend_tile<DIM>(&s, q, rows + slot * TILE * row_bytes<DIM>, n - from,
-                             a.softmax_scale);
+            attend_tile<DIM>(&s, q, rows, n - from, a.softmax_scale);
+            start_rows<DIM>(rows, kv, r.list + next, n - next);
         }
         if (lane % 4 == 0) {
             sh->max[warp][g] = s.max;
@@ -443,9 +459,9 @@ __device__ void attend_own(const two_level &a, shared<DIM> *sh, const arrays &r,
         for (int w = 0; w < used; w++)
             top = fmaxf(top, sh->max[w][g]);
         float shrink = exp2_fast(s.max - top);
+        float *to = parts + (warp * ROWS + g) * part_row<DIM> + 2 * (lane % 4);
         for (int j = 0; j < DIM / 8; j++)
-            for (int i = 0; i < 2; i++)
-                parts[(warp * (DIM / 4) + 2 * j + i) * WARP + lane] = s.acc[j][i] * shrink;
+            *(float2 *)(to + 8 * j) = make_float2(s.acc[j][0] * shrink, s.acc[j][1] * shrink);
     }
     __syncthreads();
     send_sums<DIM>(a, sh, parts, used, rank, size);
@@ -465,12 +481,12 @@ __device__ void finish(const two_level &a, shared<DIM> *sh, __nv_bfloat16 *out, 
         float top = -INFINITY, total = 0, value = 0;
 #pragma unroll 1
         for (int from = 0; from < size; from++)
-            top = fmaxf(top, sh->all_max[from][g]);
+            top = fmaxf(top, sh->all[from][g].x);
 #pragma unroll 1
         for (int from = 0; from < size; from++) {
             /* 0 for a block without tokens. */
-            float shrink = exp2_fast(sh->all_max[from][g] - top);
-            total += sh->all_sum[from][g] * shrink;
+            float shrink = exp2_fast(sh->all[from][g].x - top);
+            total += sh->all[from][g].y * shrink;
             value += sh->acc[from * p.most + i] * shrink;
         }
         out[p.first + i] = __float2bfloat16_rn(value / total);
@@ -483,11 +499,13 @@ __device__ void finish(const two_level &a, shared<DIM> *sh, __nv_bfloat16 *out, 
 template <int DIM, int TILES>
 __device__ __forceinline__ void prepare(const two_level &a, shared<DIM> *sh, const arrays &r,
                                         const __nv_bfloat16 *q, const int32_t *index_table,
-                                        int n_blocks)
+                                        const int32_t *kv_table, int n_blocks)
 {
 #pragma unroll 4
-    for (int i = threadIdx.x; i < n_blocks; i += THREADS)
+    for (int i = threadIdx.x; i < n_blocks; i += THREADS) {
         r.ids[i] = index_table[i];
+        r.kv_ids[i] = kv_table[i];
+    }
 #pragma unroll 1
     for (int i = threadIdx.x; i < ROWS * DIM / 2; i += THREADS) {
         int head = i / (DIM / 2), d = i % (DIM / 2) * 2;
@@ -519,8 +537,10 @@ __device__ __forceinline__ int choose_blocks(const two_level &a, shared<DIM> *sh
     int n_kept = list_chosen(r.kept, r.block_keys, 0, n_blocks, n_blocks, b, &sh->count);
     __syncthreads();
 #pragma unroll 1
-    for (int i = threadIdx.x; i < n_kept; i += THREADS)
+    for (int i = threadIdx.x; i < n_kept; i += THREADS) {
         r.records[i] = r.ids[r.kept[i]];
+        r.blocks[i] = r.kv_ids[r.kept[i]];
+    }
     clear_bins(&sh->count);
     __syncthreads();             /* the keys and ids are not needed any more */
     return n_kept;
@@ -557,7 +577,7 @@ __device__ __forceinline__ int choose_tokens(const two_level &a, shared<DIM> *sh
 /* Grid: clusters in a row.  May read what the filter's predecessors wrote before it waits
  * for the filter, which starts this kernel only after its own wait. */
 template <int DIM, int TILES>
-__global__ void __maxnreg__(96) attend_two_level(two_level a)
+__global__ void __launch_bounds__(THREADS, 1) attend_two_level(two_level a)
 {
     extern __shared__ __align__(16) unsigned char memory[];
     int size = cluster_size(), rank = cluster_rank();
@@ -572,9 +592,9 @@ __global__ void __maxnreg__(96) attend_two_level(two_level a)
         return;
     }
     lay_out<DIM>(&r, (unsigned char *)(sh + 1), a, size);
-    const int32_t *kv_table = a.kv_table + (size_t)seq * a.max_blocks;
     prepare<DIM, TILES>(a, sh, r, a.q + (size_t)seq * a.q_stride + kv_head * a.group * DIM,
-                        a.index_table + (size_t)seq * a.max_blocks, n_blocks);
+                        a.index_table + (size_t)seq * a.max_blocks,
+                        a.kv_table + (size_t)seq * a.max_blocks, n_blocks);
     /* Nothing may be sent to a block whose barriers are not there: arrive here, wait
      * before the first is. */
     asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
@@ -582,9 +602,6 @@ __global__ void __maxnreg__(96) attend_two_level(two_level a)
     int n_kept = choose_blocks<DIM>(a, sh, r, a.keys + (size_t)unit * a.max_blocks, n_blocks);
     int share = share_of(n_kept, size), first = min(rank * share, n_kept);
     int end = min(first + share, n_kept);
-#pragma unroll 1
-    for (int i = threadIdx.x; i < n_kept; i += THREADS)
-        copy_4(shared_address(r.blocks + i), kv_table + r.kept[i]);
     score_tokens<DIM, TILES>(a, sh, r, kv_head, n, first, end);
     publish_to_copies();
     asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");

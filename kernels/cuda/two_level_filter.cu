@@ -7,10 +7,12 @@
  * of the GPU share the blocks of all contexts evenly; each copies its next DEPTH records
  * to shared memory while it scores one.
  *
- * With more than a few sequences time is the number of instructions, about 180 to a
- * block: keep them out of the loop.  Lost: bulk copies (60 instructions to start two, half
- * of a score), a word a load instead of matrices, scales and heads that are asked about
- * token by token. */
+ * With more than a few sequences time is the memory's (2.7 TB/s of an H100's 3.1 at pieces
+ * of 1,152 bytes) and nearly that of instructions, about 180 to a block: keep them out of
+ * the loop.  Lost: bulk copies (60 instructions to start two), a word a load instead of
+ * matrices, scales and heads that are asked about token by token, and fewer than three
+ * thread blocks a multiprocessor (both kernels, 8 sequences of 98,304 tokens: 84 us with
+ * two instead of 72). */
 
 #include "kernels/cuda/two_level.cuh"
 
@@ -18,7 +20,11 @@ namespace {
 
 using namespace two;
 
-enum { WARPS = 8, THREADS = WARPS * WARP, DEPTH = 3, BLOCKS_AN_SM = 2 };
+enum { WARPS = 8, THREADS = WARPS * WARP, DEPTH = 4 };
+
+/* Thread blocks a multiprocessor runs, by the registers that a tile of heads needs. */
+template <int TILES>
+constexpr int blocks_an_sm = TILES == 1 ? 3 : 2;
 
 /* Scales and signs of a block, neighbours in its record. */
 template <int DIM>
@@ -118,7 +124,7 @@ __device__ __noinline__ void store_keys(const two_level &a, unsigned *keys, unsi
 
 /* Grid: parts of a context, KV heads, sequences. */
 template <int DIM, int TILES>
-__global__ void __launch_bounds__(THREADS, BLOCKS_AN_SM) score_blocks(two_level a)
+__global__ void __launch_bounds__(THREADS, blocks_an_sm<TILES>) score_blocks(two_level a)
 {
     __shared__ queries<DIM> sh;
     __shared__ __align__(128) unsigned char ring[WARPS][DEPTH][record_part<DIM>];
@@ -175,7 +181,8 @@ template <int DIM, int TILES>
 void launch(struct stream *s, const two_level &a, int max_n_tokens)
 {
     int units = a.kv_heads * a.seqs, n_blocks = (max_n_tokens + BLOCK_TOKENS - 1) / BLOCK_TOKENS;
-    int parts = BLOCKS_AN_SM * s->be->info.sm_count / units, most = (n_blocks + WARPS - 1) / WARPS;
+    int most = (n_blocks + WARPS - 1) / WARPS;
+    int parts = blocks_an_sm<TILES> * s->be->info.sm_count / units;
 
     parts = parts < most ? parts : most;
     /* As the next kernel has it, so that a multiprocessor can run both. */
