@@ -272,6 +272,11 @@ struct model_batch *model_batch(struct model *m)
     return &m->batch;
 }
 
+uint64_t model_waited_ns(const struct model *m)
+{
+    return m->waited_ns;
+}
+
 void model_observe(struct model *m, model_observer fn, void *arg)
 {
     m->observer = fn;

@@ -72,6 +72,9 @@ struct model_batch *model_batch(struct model *m);
 enum status model_step(struct model *m, struct stream *s, struct kv_pool *pool,
                        struct error *err) MUST_USE;
 
+/* Time since open that model_step() spent waiting for the device. */
+uint64_t model_waited_ns(const struct model *m);
+
 /* Called in each layer once q is rotated and K stored, for calibration and
  * measurement; NULL turns it off.  q is act [rows, heads * head_dim] with row stride
  * q_stride, device memory. */
