@@ -20,6 +20,7 @@
  * cancel flag, through engine_cancel(). */
 
 struct engine;
+struct progress;            /* engine/base/progress.h */
 struct request;             /* engine/run/request.h */
 struct tokenizer;           /* engine/model/tokenizer.h */
 
@@ -40,6 +41,7 @@ struct engine_config {
                                the CPU a quarter of its memory */
     uint32_t gpu_memory_thousandths; /* of the device's memory, for everything */
     bool prefix_cache;
+    struct progress *progress;  /* of the weights' way to the device, or NULL; outlives the call */
     bool check_invariants;  /* scheduler_check and kv_pool_check after every step */
     struct select_config select;
 };

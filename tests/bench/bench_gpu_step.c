@@ -71,7 +71,7 @@ static void open_model(struct bench *b, const char *dir)
     struct select_config select = select_default();
     struct error err;
 
-    check(model_open(&b->model, gpu_bench_backend(), dir, &err), &err);
+    check(model_open(&b->model, gpu_bench_backend(), dir, NULL, &err), &err);
     const struct model_config *g = model_config(b->model);
     b->shape = model_kv_shape(b->model, &select);
     check(select_plan_init(&b->plan, &select, &b->shape, g->layers, NULL, &err), &err);
