@@ -22,7 +22,8 @@ $(BENCH_GPU:%=$B/%): $B/tests/bench/memory_rate.cu.o $B/tests/support/gpu_bench.
 	$(call say,LD,$@)
 	$Q$(CC) $(LDFLAGS) -o $@ $^ $(LDLIBS)
 bench-gpu-programs: $(BENCH_GPU:%=$B/%)
+# With the Python that has PyTorch, or else without the baseline.
 bench-gpu: bench-gpu-programs $B/asynctlsd $(VENV)/ready
-	$(PYTEST) scripts/bench_gpu.py --bin $B $(ARGS)
+	$(shell $(PY) -c 'import numpy, torch' 2>/dev/null && echo $(PY) || echo $(PYTEST)) scripts/bench_gpu.py --bin $B $(ARGS)
 .PHONY: bench-gpu bench-gpu-programs
 endif

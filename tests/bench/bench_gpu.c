@@ -1,7 +1,7 @@
 /* The operations that a step on the GPU consists of, each in a graph, at the shapes of
  * Qwen3-8B: products of few and many rows, attention of a decode step and of a prompt.
  *
- *   bench-gpu [decode] [prefill] [products]      all without any
+ *   bench-gpu [memory] [decode] [prefill] [products]      all without any
  *
  * Weights and pools are used by turns, so that none is in the cache from the time before.
  * scripts/bench_torch.py measures PyTorch at the same shapes. */
