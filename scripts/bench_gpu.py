@@ -245,14 +245,15 @@ def plot(run):
         return
     import matplotlib
     matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "bench-gpu"
+    matplotlib.rcParams.update({"svg.hashsalt": "bench-gpu", "svg.fonttype": "none"})
     import matplotlib.pyplot as plt
     kinds = (("two_level", "two-level", "C0"), ("full", "full, ours", "C1"),
              ("torch", "full, PyTorch", "C2"))
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.6), sharey=True)
     for axis, batch in zip(axes, (1, 4, 8)):
         for key, label, colour in kinds:
-            points = sorted((t, v) for (t, b), v in run.figures.get(key, {}).items() if b == batch)
+            points = sorted((t, v) for (t, b), v in run.figures.get(key, {}).items()
+                            if b == batch and t >= 1024)
             if points:
                 axis.plot(*zip(*points), marker="o", markersize=3, color=colour, label=label)
         axis.set(title=f"batch {batch}", xlabel="tokens of context", xscale="log", yscale="log")
