@@ -156,7 +156,8 @@ async def measure_streams(server, n, seconds, bias):
     streams = [Stream(server, prompt_of(SHORT_PROMPT, 1000 + i), 20000, bias) for i in range(n)]
     tasks = [asyncio.create_task(s.run()) for s in streams]
     try:
-        await until(lambda: all(len(s.times) > 20 for s in streams), tasks, 120)
+        # Past 1,024 tokens, where the engine records the steps of longer contexts.
+        await until(lambda: all(len(s.times) > 100 for s in streams), tasks, 120)
         loop = asyncio.get_running_loop()
         before, start = await loop.run_in_executor(None, server.counters), time.monotonic()
         await until(lambda: time.monotonic() > start + seconds, tasks, 2 * seconds)

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 HEADS, KV_HEADS, DIM = 32, 8, 128
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768, 49152, 98304, 131072)
 CHUNKS = ((2048, 2048), (8192, 8192), (8192, 2048), (16384, 2048), (32768, 2048), (65536, 2048),
-          (98304, 2048))
+          (98304, 2048), (98304, 1024), (98304, 512))
 
 
 def microseconds(queue, calls):

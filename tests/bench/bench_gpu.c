@@ -146,7 +146,7 @@ static void measure_prefill(const struct kv_shape *shape, int heads)
 {
     static const struct { int tokens, rows; } chunks[] = {
         { 2048, 2048 }, { 8192, 8192 }, { 8192, 2048 }, { 16384, 2048 }, { 32768, 2048 },
-        { 65536, 2048 }, { 98304, 2048 },
+        { 65536, 2048 }, { 98304, 2048 }, { 98304, 1024 }, { 98304, 512 },
     };
 
     printf("full attention of a chunk of rows at the end of a context, one layer\n"

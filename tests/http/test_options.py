@@ -86,7 +86,7 @@ class Options(unittest.TestCase):
             self.assertGreater(d.gauge("decode_rows_sparse_total"), 0)
         self.assertEqual(sparse["text"], full["text"])
         for a, b in zip(sparse["logprobs"]["token_logprobs"], full["logprobs"]["token_logprobs"]):
-            self.assertAlmostEqual(a, b, delta=1e-3 if ON_CPU else 2e-2)
+            self.assertAlmostEqual(a, b, delta=1e-3 if ON_CPU else 5e-2)
 
     def test_calibrated_channels(self):
         with tempfile.TemporaryDirectory() as folder:
