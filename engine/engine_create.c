@@ -53,7 +53,7 @@ static enum status open_device(struct engine *e, const struct engine_config *cfg
     char path[MAX_PATH_BYTES];
 
     TRY(backend_open(&e->be, cfg->backend, &options, err));
-    TRY(model_open(&e->model, e->be, cfg->model_dir, err));
+    TRY(model_open(&e->model, e->be, cfg->model_dir, cfg->progress, err));
     TRY(path_join(path, cfg->model_dir, "tokenizer.json", err));
     TRY(tokenizer_open(&e->tok, path, err));
     if (tokenizer_n_ids(e->tok) > model_config(e->model)->vocab)

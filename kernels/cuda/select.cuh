@@ -1,7 +1,7 @@
 #ifndef KERNELS_CUDA_SELECT_CUH
 #define KERNELS_CUDA_SELECT_CUH
 
-#include "kernels/cuda/cuda.cuh"
+#include "kernels/cuda/keys.cuh"
 
 /* Exact choice of the largest by one thread block; shared by the kernels of the two levels.
  *
@@ -15,30 +15,6 @@
  * as can be, executed and in memory: what is not unrolled is not so on purpose. */
 
 namespace sel {
-
-enum { FORCED_KEY = -1 };        /* as unsigned: above every score */
-
-static __device__ __forceinline__ unsigned key_of(float score)
-{
-    unsigned u = __float_as_uint(score + 0.0f); /* -0 is 0 */
-
-    return u & 0x80000000u ? ~u : u | 0x80000000u;
-}
-
-enum { BINS = 256, LANE_BINS = BINS / WARP, BIN_KEYS = 256, MAX_WARPS = 16,
-       BINADE = 1 << 23, BINADES = 4 * BINADE };
-
-static const unsigned POSITIVE = 0x81000000u; /* keys of normal positive floats are above */
-
-/* Per-block memory of the functions below. */
-struct __align__(16) counts {
-    int bins[BINS];
-    int warp[2][MAX_WARPS][3];   /* two sets by turns save a barrier a round */
-    unsigned low[MAX_WARPS], high[MAX_WARPS], border, largest;
-    int chosen[MAX_WARPS];
-    int n_bin, equal;
-    unsigned bin_keys[BIN_KEYS];
-};
 
 /* To be called, and the block synchronised, before a border is found. */
 static __device__ __forceinline__ void clear_bins(counts *c)
@@ -112,59 +88,6 @@ static __device__ __forceinline__ bin find_bin(int wanted, const counts *c)
     b.n = __shfl_sync(0xffffffffu, b.n, from);
     b.above = __shfl_sync(0xffffffffu, b.above, from);
     return b;
-}
-
-/* How many of keys[0..n) are >= each border; for all threads. */
-static __device__ __forceinline__ void count_above(const unsigned *keys, int n,
-                                                   const unsigned border[3], int total[3],
-                                                   counts *c, int turn)
-{
-    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, n_warps = blockDim.x / WARP;
-    int own[3] = { 0, 0, 0 };
-
-    for (int i = threadIdx.x; i < n; i += blockDim.x) {
-        unsigned key = keys[i];
-        own[0] += key >= border[0];
-        own[1] += key >= border[1];
-        own[2] += key >= border[2];
-    }
-    for (int j = 0; j < 3; j++) {
-        own[j] = __reduce_add_sync(0xffffffffu, own[j]);
-        if (lane == 0)
-            c->warp[turn][warp][j] = own[j];
-    }
-    __syncthreads();
-    for (int j = 0; j < 3; j++) {
-        int part = lane < n_warps ? c->warp[turn][lane][j] : 0;
-        total[j] = __reduce_add_sync(0xffffffffu, part);
-    }
-}
-
-static __device__ __noinline__ unsigned narrow_border(const unsigned *keys, int n, int keep,
-                                                      int *equal, counts *c)
-{
-    unsigned low = 0, size = 1u << 30; /* the border is in [low, low + 4 size) */
-    int above = 0;                     /* keys >= low + 4 size */
-
-    for (int round = 0;; round++, size >>= 2) {
-        unsigned border[3] = { low + size, low + 2 * size, low + 3 * size };
-        int total[3];
-        count_above(keys, n, border, total, c, round & 1);
-        int j = total[2] >= keep ? 3 : total[1] >= keep ? 2 : total[0] >= keep ? 1 : 0;
-        if (j < 3)
-            above = total[j];
-        if (j > 0) {
-            low = border[j - 1];
-            if (total[j - 1] == keep) {
-                *equal = n;
-                return low;
-            }
-        }
-        if (size == 1) {
-            *equal = keep - above;
-            return low;
-        }
-    }
 }
 
 /* Numbers of bins: of a key's distance from bottom the upper bits.  What is above all bins,

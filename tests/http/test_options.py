@@ -6,7 +6,7 @@ import tempfile
 import unittest
 from pathlib import Path
 
-from daemon import BINARY, MODEL, PATIENCE, Daemon
+from daemon import BINARY, MODEL, ON_CPU, PATIENCE, Daemon
 
 PROMPT = [300 + i * 37 % 900 for i in range(700)]
 ASK = {"prompt": PROMPT, "max_tokens": 8, "temperature": 0, "ignore_eos": True}
@@ -39,6 +39,7 @@ class Options(unittest.TestCase):
             self.assertGreater(cached(cache_salt="a"), 0)
             self.assertGreater(cached(), 0)
 
+    @unittest.skipUnless(ON_CPU, "about the CPU back end")
     def test_cpu(self):
         texts = set()
         for isa in ("scalar", "auto"):
@@ -86,7 +87,7 @@ class Options(unittest.TestCase):
             self.assertGreater(d.gauge("decode_rows_sparse_total"), 0)
         self.assertEqual(sparse["text"], full["text"])
         for a, b in zip(sparse["logprobs"]["token_logprobs"], full["logprobs"]["token_logprobs"]):
-            self.assertAlmostEqual(a, b, delta=1e-3)
+            self.assertAlmostEqual(a, b, delta=1e-3 if ON_CPU else 5e-2)
 
     def test_lengths_around_the_edges(self):
         """Blocks, budget, crossover, and the greatest context that the model has."""
