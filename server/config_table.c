@@ -79,8 +79,9 @@ static const struct option table[] = {
       .initial = "64", .min = 1, .max = 1u << 20,
       .help = "Newest tokens that are always kept." },
     { .key = "crossover", .type = OPTION_INT, AT(engine.select.crossover_tokens),
-      .initial = "4096", .max = 1u << 30,
-      .help = "Contexts of up to that many tokens get full attention." },
+      .initial = "0", .max = 1u << 30,
+      .help = "Contexts of up to that many tokens get full attention. 0: as many as that is "
+              "no slower for on this device." },
     { .key = "layer-exceptions", .type = OPTION_TEXT, AT(engine.select.layers),
       .initial = "none",
       .help = "Layers that differ, as in 0-1:dense;6:blocks=128,tokens=2048." },
