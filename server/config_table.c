@@ -46,7 +46,7 @@ static const struct option table[] = {
     { .group = "Scheduling",
       .key = "max-running", .type = OPTION_U32, AT(engine.max_running), .initial = "64",
       .min = 1, .max = 4096, .help = "Sequences in a step." },
-    { .key = "step-tokens", .type = OPTION_U32, AT(engine.step_tokens), .initial = "2048",
+    { .key = "step-tokens", .type = OPTION_U32, AT(engine.step_tokens), .initial = "1024",
       .min = 1, .max = 1u << 17,
       .help = "Tokens computed in a step, decoded and prefilled together; at least "
               "max-running plus 64. Less lets long prompts disturb running streams less." },
