@@ -31,5 +31,7 @@ EXPOSE 8000
 STOPSIGNAL SIGTERM
 HEALTHCHECK --start-period=120s --interval=15s --timeout=3s \
     CMD curl -fsS http://127.0.0.1:8000/health || exit 1
+# In the environment, so that options given to `docker run` are added to these and win.
+ENV ASYNCTLSD_HOST=0.0.0.0 \
+    ASYNCTLSD_MODEL=/usr/share/asynctlsd/models/asynctlsd-books-9m
 ENTRYPOINT ["/usr/local/bin/asynctlsd", "--config", "/etc/asynctlsd/asynctlsd.conf"]
-CMD ["--host", "0.0.0.0", "--model", "/usr/share/asynctlsd/models/asynctlsd-books-9m"]

@@ -9,8 +9,8 @@
 NVCC ?= $(firstword $(wildcard /usr/local/cuda/bin/nvcc) $(shell command -v nvcc))
 CUDA ?= $(if $(NVCC),$(if $(SAN),0,1),0)
 SAN  ?=
-B    := build$(if $(SAN),-$(subst $(comma),-,$(SAN)))$(if $(NVCC),$(if $(filter 0,$(CUDA)),-cpu))
 comma := ,
+B    := build$(if $(SAN),-$(subst $(comma),-,$(SAN)))$(if $(NVCC),$(if $(filter 0,$(CUDA)),-cpu))
 
 CUDA_ARCHS ?= 80 90a
 PY         ?= python3
@@ -99,8 +99,8 @@ run:
 test:
 	@scripts/install-deps.sh test
 	@$(MAKE) --no-print-directory -j$(shell nproc) all $(TEST_KINDS:%=$B/test-%)
-	@$(MAKE) --no-print-directory lint unit-test test-http fuzz
-	@$(if $(CU),,echo "skip: GPU tests (no nvcc, so the CUDA back end is not built)")
+	@$(MAKE) --no-print-directory lint unit-test test-http $(if $(CU),test-gpu-http) fuzz
+	@$(if $(CU),,echo "skip: GPU tests (built without the CUDA back end: no nvcc, or CUDA=0)")
 
 unit-test: $(TEST_KINDS:%=$B/test-%) $(TEST_MODELS)
 	$B/test-unit
@@ -110,6 +110,16 @@ unit-test: $(TEST_KINDS:%=$B/test-%) $(TEST_MODELS)
 
 test-http: $B/asynctlsd $(VENV)/ready
 	ASYNCTLSD=$B/asynctlsd timeout 900 $(PYTEST) -m unittest discover -s tests/http -p 'test_*.py'
+
+# On a GPU: what is about it (a library that is preloaded breaks it at a moment of the test's
+# choice), and the tests above again.
+$B/failing_cuda.so: tests/gpu_http/failing_cuda.c
+	$(call say,LD,$@)
+	$Q$(CC) $(CPPFLAGS) $(CFLAGS) -shared -fPIC -o $@ $<
+test-gpu-http: $B/asynctlsd $B/failing_cuda.so $(VENV)/ready
+	ASYNCTLSD=$B/asynctlsd timeout 300 $(PYTEST) -m unittest discover -v -s tests/gpu_http -p 'test_*.py'
+	$(if $(wildcard /dev/nvidia[0-9]*),BACKEND=cuda:0 ASYNCTLSD=$B/asynctlsd timeout 900 \
+	    $(PYTEST) -m unittest discover -s tests/http -p 'test_*.py')
 
 # Each target runs for FUZZ_SECONDS from its seeds; crashes are left in build-fuzz.
 FUZZ_SECONDS ?= 10
@@ -142,6 +152,6 @@ install: all
 clean:
 	rm -rf build build-*
 
-.PHONY: all objects run test unit-test test-http fuzz lint format install clean
+.PHONY: all objects run test unit-test test-http test-gpu-http fuzz lint format install clean
 .SECONDARY:
 -include $(shell find $B -name '*.d' 2>/dev/null)

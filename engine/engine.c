@@ -259,7 +259,7 @@ static void step(struct engine *e)
         .tokens = e->step_tokens, .logit_rows = e->max_logit_rows,
         .blocks = available_blocks(e), .drop = drop_preempted, .arg = e,
     };
-    uint64_t began_ns = clock_now_ns();
+    uint64_t began_ns = clock_now_ns(), waited_ns = model_waited_ns(e->model);
     struct step_plan *plan = scheduler_plan(e->scheduler, &budget);
     struct error err;
 
@@ -273,6 +273,8 @@ static void step(struct engine *e)
     absorb(e, plan, now_ns);
     e->stats.steps++;
     e->stats.step_ns += now_ns - began_ns;
+    e->stats.step_host_ns += now_ns - e->host_from_ns - (model_waited_ns(e->model) - waited_ns);
+    e->host_from_ns = now_ns;
     e->stats.last_step_ns = now_ns;
     if (e->check_invariants) {
         scheduler_check(e->scheduler);
@@ -298,6 +300,7 @@ void *engine_thread(void *arg)
     struct engine *e = arg;
 
     pthread_setname_np(pthread_self(), "engine");
+    e->host_from_ns = clock_now_ns();
     while (!atomic_load(&e->stopping)) {
         accept_requests(e);
         drop_cancelled(e, false);
@@ -307,7 +310,7 @@ void *engine_thread(void *arg)
         if (!has_work(e)) {
             sleep_until_woken(e);
             /* The watchdog measures from here on, not from before the sleep. */
-            e->stats.last_step_ns = clock_now_ns();
+            e->stats.last_step_ns = e->host_from_ns = clock_now_ns();
             engine_publish(e);
         }
     }

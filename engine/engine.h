@@ -20,6 +20,7 @@
  * cancel flag, through engine_cancel(). */
 
 struct engine;
+struct progress;            /* engine/base/progress.h */
 struct request;             /* engine/run/request.h */
 struct tokenizer;           /* engine/model/tokenizer.h */
 
@@ -40,6 +41,7 @@ struct engine_config {
                                the CPU a quarter of its memory */
     uint32_t gpu_memory_thousandths; /* of the device's memory, for everything */
     bool prefix_cache;
+    struct progress *progress;  /* of the weights' way to the device, or NULL; outlives the call */
     bool check_invariants;  /* scheduler_check and kv_pool_check after every step */
     struct select_config select;
 };
@@ -77,6 +79,9 @@ struct engine_stats {
     uint64_t waiting_tokens;
     uint32_t kv_blocks, kv_blocks_pinned, kv_blocks_cached;
     uint64_t steps, step_ns;         /* count and time spent in steps */
+    /* Of the time from each step's results (or from waking up) to the next step's: what
+     * was not spent waiting for the device.  All of it on the CPU back end. */
+    uint64_t step_host_ns;
     uint64_t last_step_ns;           /* clock_now_ns() at the end of the last step */
     uint64_t prompt_tokens, prompt_tokens_cached, output_tokens;
     uint64_t sparse_rows, dense_rows; /* decode rows by kind */

@@ -95,7 +95,7 @@ enum status engine_calibrate(const struct engine_config *cfg, const char *text_p
     enum status st = backend_open(&be, cfg->backend, &options, err);
 
     if (st == ST_OK)
-        st = model_open(&m, be, cfg->model_dir, err);
+        st = model_open(&m, be, cfg->model_dir, cfg->progress, err);
     if (st == ST_OK && snprintf(path, sizeof path, "%s/tokenizer.json", cfg->model_dir) >=
                            (int)sizeof path)
         st = error_set(err, ST_INVALID, "%s: the path is too long", cfg->model_dir);

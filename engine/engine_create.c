@@ -53,7 +53,7 @@ static enum status open_device(struct engine *e, const struct engine_config *cfg
     char path[MAX_PATH_BYTES];
 
     TRY(backend_open(&e->be, cfg->backend, &options, err));
-    TRY(model_open(&e->model, e->be, cfg->model_dir, err));
+    TRY(model_open(&e->model, e->be, cfg->model_dir, cfg->progress, err));
     TRY(path_join(path, cfg->model_dir, "tokenizer.json", err));
     TRY(tokenizer_open(&e->tok, path, err));
     if (tokenizer_n_ids(e->tok) > model_config(e->model)->vocab)
@@ -67,9 +67,12 @@ static enum status plan_selection(struct engine *e, const struct engine_config *
                                   const struct kv_shape *shape, struct error *err)
 {
     int layers = model_config(e->model)->layers;
+    struct select_config select = cfg->select;
     char path[MAX_PATH_BYTES];
 
-    if (cfg->select.index == INDEX_CHANNELS) {
+    if (select.crossover_tokens == 0)
+        select.crossover_tokens = backend_info(e->be)->crossover_tokens;
+    if (select.index == INDEX_CHANNELS) {
         e->channels = mem_calloc((size_t)layers * (size_t)shape->kv_heads *
                                  INDEX_CHANNELS_KEPT, sizeof *e->channels);
         TRY(path_join(path, cfg->model_dir, "asynctlsd-channels.json", err));
@@ -78,7 +81,7 @@ static enum status plan_selection(struct engine *e, const struct engine_config *
                              "%s cannot be used; token-index channels needs it: run "
                              "asynctlsd --calibrate TEXTFILE once for this model", path);
     }
-    return select_plan_init(&e->select, &cfg->select, shape, layers, e->channels, err);
+    return select_plan_init(&e->select, &select, shape, layers, e->channels, err);
 }
 
 /* The longest context: what the model and the pool allow, or what was asked

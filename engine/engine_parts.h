@@ -53,6 +53,7 @@ struct engine {
     uint64_t next_order;
     uint32_t seen_cancels;
     uint32_t n_put_back;                 /* preempted and waiting */
+    uint64_t host_from_ns;               /* the last step's results, or waking up */
     struct engine_stats stats;
 };
 

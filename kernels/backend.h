@@ -59,6 +59,8 @@ struct device_info {
     int sm_count;      /* 0 on the CPU back end */
     bool host_visible; /* device memory can be read by the host: true on the CPU */
     bool graphs;       /* whether steps can be recorded, see below */
+    int crossover_tokens; /* from this context length on two-level attention is no slower than
+                             full attention, whatever the batch: measured, docs/PERFORMANCE.md */
     enum dtype act;    /* type of every activation, "act *" in ops.h: F32 on the CPU */
 };
 

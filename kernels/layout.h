@@ -28,11 +28,11 @@ extern "C" {
  *   token index (always: the token selection reads it; FILTER_COARSE too)
  *     INDEX_ROTATED, a 2-bit key in two bit planes.  With x = R k, R the
  *     rotation below, and scale = 0.996 * rms(k) rounded to bf16:
+ *       scale   bf16 [token]
  *       sign    u8 [token][head_dim / 8]  bit d%8 of byte d/8: x[d] >= 0
  *       large   u8 [token][head_dim / 8]  the same bit: |x[d]| >= scale
- *       scale   bf16 [token]
- *     The levels are +-0.5 and +-1.5 times scale.  The filter reads sign and
- *     scale; the selection both planes.
+ *     The levels are +-0.5 and +-1.5 times scale.  The filter reads scale and
+ *     sign, which are neighbours; the selection all three.
  *     INDEX_CHANNELS, INDEX_CHANNELS_KEPT channels c[] of the key, x[i] = k[c[i]],
  *     chosen by calibration for each layer and KV head:
  *       coarse  u8 [token][kept / 4]  2-bit codes, channel i in bits 2(i%4) of
@@ -78,7 +78,7 @@ struct kv_shape {
 /* Byte offsets inside an index record; -1 where the part is absent. */
 struct index_layout {
     int lo, hi;                          /* FILTER_BOUNDS */
-    int sign, large, scale;              /* INDEX_ROTATED */
+    int scale, sign, large;              /* INDEX_ROTATED */
     int coarse, fine, scale2, scale4;    /* INDEX_CHANNELS */
     int record_bytes;                    /* multiple of 16 */
 };
@@ -100,10 +100,10 @@ LAYOUT_FN struct index_layout index_layout(const struct kv_shape *s)
         at += 4 * s->head_dim;
     }
     if (s->index == INDEX_ROTATED) {
-        l.sign = at;
+        l.scale = at;
+        l.sign = l.scale + BLOCK_TOKENS * 2;
         l.large = l.sign + BLOCK_TOKENS * s->head_dim / 8;
-        l.scale = l.large + BLOCK_TOKENS * s->head_dim / 8;
-        at = l.scale + BLOCK_TOKENS * 2;
+        at = l.large + BLOCK_TOKENS * s->head_dim / 8;
     } else {
         l.coarse = at;
         l.fine = l.coarse + BLOCK_TOKENS * INDEX_CHANNELS_KEPT / 4;

@@ -1,6 +1,8 @@
 #!/usr/bin/env python3
 """PyTorch at the shapes of bench_gpu.c: what it is compared with.  Needs torch and a GPU.
 
+    bench_torch.py [decode] [prefill] [products]      all without any
+
 The better of the cuDNN and FlashAttention back ends of scaled_dot_product_attention, in a
 CUDA graph over several pools by turns; products with torch.nn.functional.linear.
 """
@@ -9,7 +11,10 @@ import sys
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-HEADS, KV_HEADS, DIM, ROWS = 32, 8, 128, 2048
+HEADS, KV_HEADS, DIM = 32, 8, 128
+LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768, 49152, 98304, 131072)
+CHUNKS = ((2048, 2048), (8192, 8192), (8192, 2048), (16384, 2048), (32768, 2048), (65536, 2048),
+          (98304, 2048), (98304, 1024), (98304, 512))
 
 
 def microseconds(queue, calls):
@@ -58,20 +63,25 @@ def attention(batch, tokens, rows, layers):
     return best
 
 
-def main():
-    print(torch.cuda.get_device_name(), "torch", torch.__version__)
+def measure_decode():
     print("full attention, one row a sequence\n  tokens  batch        us     GB/s")
     for batch in (1, 4, 8):
-        for tokens in (1024, 4096, 16384, 49152, 98304, 131072):
+        for tokens in LENGTHS:
             layers = 8 if tokens < 50000 or batch < 8 else 4
             us, name = attention(batch, tokens, 1, layers)
             size = batch * tokens * KV_HEADS * DIM * 4
             print(f"{tokens:8} {batch:6} {us:9.1f} {size / us * 1e-3:8.0f}  {name}", flush=True)
-    print(f"a chunk of {ROWS} rows\n  tokens        us  TFLOP/s")
-    for tokens in (2048, 8192, 32768, 98304):
-        us, name = attention(1, tokens, ROWS, 2)
-        flop = 4 * ROWS * (tokens - ROWS / 2) * HEADS * DIM
-        print(f"{tokens:8} {us:9.1f} {flop / us * 1e-6:8.1f}  {name}", flush=True)
+
+
+def measure_prefill():
+    print("full attention of a chunk of rows\n  tokens   rows        us  TFLOP/s")
+    for tokens, rows in CHUNKS:
+        us, name = attention(1, tokens, rows, 2)
+        flop = 4 * rows * (tokens - rows / 2) * HEADS * DIM
+        print(f"{tokens:8} {rows:6} {us:9.1f} {flop / us * 1e-6:8.1f}  {name}", flush=True)
+
+
+def measure_products():
     print("products  rows        us     GB/s  TFLOP/s")
     for name, inner, outer in (("qkv", 4096, 6144), ("o", 4096, 4096), ("gate/up", 4096, 24576),
                                ("down", 12288, 4096)):
@@ -84,6 +94,17 @@ def main():
             size = 2 * inner * outer
             print(f"{name:8} {rows:5} {us:9.1f} {size / us * 1e-3:8.0f} {size * rows / us * 1e-6:8.1f}",
                   flush=True)
+
+
+def main():
+    sections = sys.argv[1:] or ["decode", "prefill", "products"]
+    print(torch.cuda.get_device_name(), "torch", torch.__version__)
+    if "decode" in sections:
+        measure_decode()
+    if "prefill" in sections:
+        measure_prefill()
+    if "products" in sections:
+        measure_products()
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ of about 1.5: a wrong rotation, head mapping or bias shows in the first token.
 """
 import argparse
 import json
+import multiprocessing
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -23,7 +25,8 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 TOKENIZER = ROOT / "models" / "asynctlsd-books-9m"
 TOKENIZER_IDS = 6144
-CHUNK = 1 << 16
+CHUNK = 1 << 16      # elements computed at once
+PIECE = 1 << 23      # elements that a process writes at once
 
 SCORE_STD = 1.5      # of q.k / sqrt(head_dim)
 LOGIT_STD = 1.5
@@ -133,47 +136,61 @@ def to_bf16(x):
             >> np.uint32(16)).astype("<u2")
 
 
-def write_tensor(out, name, shape, mean, std, m):
-    stream, n = stream_of(name, m["seed"]), int(np.prod(shape))
-    for start in range(0, n, CHUNK):
-        x = normals(stream, start, min(CHUNK, n - start)) * np.float32(std)
-        if mean:
-            x += np.float32(mean)
-        out.write((to_bf16(x) if m["dtype"] == "bf16" else x.astype("<f4")).tobytes())
-
-
 # ---- files
 
-def write_shard(path, entries, m):
+def write_piece(piece):
+    """Some elements of a tensor, in chunks that fit the cache, to their place in the file."""
+    path, at, stream, start, end, mean, std, dtype = piece
+    fd = os.open(path, os.O_WRONLY)
+    for first in range(start, end, CHUNK):
+        x = normals(stream, first, min(CHUNK, end - first)) * np.float32(std)
+        if mean:
+            x += np.float32(mean)
+        data = to_bf16(x) if dtype == "bf16" else x.astype("<f4")
+        os.pwrite(fd, data, at + (first - start) * data.itemsize)
+    os.close(fd)
+
+
+def write_header(path, entries, m):
+    """The file with everything but the numbers: (bytes of them, pieces to write)."""
     size = 2 if m["dtype"] == "bf16" else 4
-    header, at = {"__metadata__": {"format": "pt"}}, 0
-    for name, shape, _, _ in entries:
-        end = at + size * int(np.prod(shape))
+    header, at, places = {"__metadata__": {"format": "pt"}}, 0, []
+    for name, shape, mean, std in entries:
+        n = int(np.prod(shape))
         header[name] = {"dtype": m["dtype"].upper(), "shape": list(shape),
-                        "data_offsets": [at, end]}
-        at = end
+                        "data_offsets": [at, at + size * n]}
+        places += [(at + size * start, stream_of(name, m["seed"]), start, min(start + PIECE, n),
+                    mean, std, m["dtype"]) for start in range(0, n, PIECE)]
+        at += size * n
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with open(path, "wb") as out:
         out.write(len(text).to_bytes(8, "little") + text)
-        for entry in entries:
-            write_tensor(out, *entry, m)
-    return at
+        out.truncate(8 + len(text) + at)
+    return at, [(path, 8 + len(text) + place, *rest) for place, *rest in places]
 
 
 def write_weights(folder, m):
     entries = list(tensors(m))
-    if m["shards"] == 1:
-        write_shard(folder / "model.safetensors", entries, m)
-        return
-    weight_map, total = {}, 0
+    weight_map, total, pieces = {}, 0, []
     for i in range(m["shards"]):
         part = entries[i * len(entries) // m["shards"]:(i + 1) * len(entries) // m["shards"]]
-        name = f"model-{i + 1:05d}-of-{m['shards']:05d}.safetensors"
-        total += write_shard(folder / name, part, m)
+        name = "model.safetensors" if m["shards"] == 1 \
+            else f"model-{i + 1:05d}-of-{m['shards']:05d}.safetensors"
+        size, places = write_header(folder / name, part, m)
+        total += size
+        pieces += places
         weight_map.update({entry[0]: name for entry in part})
-    write_json(folder / "model.safetensors.index.json",
-               {"metadata": {"total_size": total}, "weight_map": weight_map})
+    if m["shards"] > 1:
+        write_json(folder / "model.safetensors.index.json",
+                   {"metadata": {"total_size": total}, "weight_map": weight_map})
+    if total < PIECE:        # less than processes take to start
+        for piece in pieces:
+            write_piece(piece)
+        return
+    with multiprocessing.Pool() as pool:
+        for _ in pool.imap_unordered(write_piece, pieces):
+            pass
 
 
 def config(m):

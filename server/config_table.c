@@ -46,7 +46,7 @@ static const struct option table[] = {
     { .group = "Scheduling",
       .key = "max-running", .type = OPTION_U32, AT(engine.max_running), .initial = "64",
       .min = 1, .max = 4096, .help = "Sequences in a step." },
-    { .key = "step-tokens", .type = OPTION_U32, AT(engine.step_tokens), .initial = "2048",
+    { .key = "step-tokens", .type = OPTION_U32, AT(engine.step_tokens), .initial = "1024",
       .min = 1, .max = 1u << 17,
       .help = "Tokens computed in a step, decoded and prefilled together; at least "
               "max-running plus 64. Less lets long prompts disturb running streams less." },
@@ -79,8 +79,9 @@ static const struct option table[] = {
       .initial = "64", .min = 1, .max = 1u << 20,
       .help = "Newest tokens that are always kept." },
     { .key = "crossover", .type = OPTION_INT, AT(engine.select.crossover_tokens),
-      .initial = "4096", .max = 1u << 30,
-      .help = "Contexts of up to that many tokens get full attention." },
+      .initial = "0", .max = 1u << 30,
+      .help = "Contexts of up to that many tokens get full attention. 0: as many as that is "
+              "no slower for on this device." },
     { .key = "layer-exceptions", .type = OPTION_TEXT, AT(engine.select.layers),
       .initial = "none",
       .help = "Layers that differ, as in 0-1:dense;6:blocks=128,tokens=2048." },

@@ -225,6 +225,9 @@ static void print_engine(struct printer *p, const struct engine_stats *s)
           (double)s->dense_rows },
         { "steps_total", "counter", "Steps of the engine.", (double)s->steps },
         { "step_seconds_total", "counter", "Time spent in steps.", (double)s->step_ns / 1e9 },
+        { "step_host_seconds_total", "counter",
+          "Time from step to step not spent waiting for the device.",
+          (double)s->step_host_ns / 1e9 },
     };
 
     for (size_t i = 0; i < sizeof rows / sizeof rows[0]; i++)

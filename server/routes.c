@@ -8,6 +8,7 @@
 #include "server/service.h"
 #include "server/stream.h"
 
+#include <stdio.h>
 #include <string.h>
 #include <strings.h>
 
@@ -47,11 +48,26 @@ static void answer_health(struct service *sv, struct http_exchange *x)
     }
 }
 
+/* Says how far the weights are, once that is known; the CPU back end copies none. */
+static void reply_loading(struct service *sv, struct http_exchange *x)
+{
+    uint64_t total = atomic_load(&sv->load_progress.total_bytes);
+    uint64_t done = atomic_load(&sv->load_progress.done_bytes);
+    struct api_error err;
+    char message[128];
+
+    snprintf(message, sizeof message,
+             "The model is being loaded: %llu of %llu MB of weights are on the device.",
+             (unsigned long long)done >> 20, (unsigned long long)total >> 20);
+    refusal_error(&err, REFUSE_LOADING, total ? message : NULL);
+    reply_api_error(x, &err);
+}
+
 static void answer_ready(struct service *sv, struct http_exchange *x)
 {
     switch (sv->state) {
     case SERVICE_READY:   reply_json(x, "{\"status\":\"ready\"}"); break;
-    case SERVICE_LOADING: reply_refusal(x, REFUSE_LOADING); break;
+    case SERVICE_LOADING: reply_loading(sv, x); break;
     default:              reply_refusal(x, REFUSE_DRAINING); break;
     }
 }

@@ -190,8 +190,10 @@ static void wake_loop(void *arg)
 static void on_load(uv_work_t *work)
 {
     struct service *sv = work->data;
+    struct engine_config cfg = sv->cfg->engine;
 
-    if (engine_create(&sv->loaded, &sv->cfg->engine, sv->mailbox, &sv->load_error) != ST_OK)
+    cfg.progress = &sv->load_progress;
+    if (engine_create(&sv->loaded, &cfg, sv->mailbox, &sv->load_error) != ST_OK)
         sv->loaded = NULL;
 }
 

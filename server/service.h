@@ -1,6 +1,7 @@
 #ifndef SERVER_SERVICE_H
 #define SERVER_SERVICE_H
 
+#include "engine/base/progress.h"
 #include "engine/engine.h"
 #include "server/api.h"
 #include "server/config.h"
@@ -40,6 +41,7 @@ struct service {
     bool loading;
     struct engine *loaded;           /* the pool thread's while loading, like */
     struct error load_error;
+    struct progress load_progress;
     enum service_state state;
     uint64_t deadline_ns;            /* of DRAINING, FAILED and LEAVING */
     int exit_code;

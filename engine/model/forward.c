@@ -1,3 +1,4 @@
+#include "engine/base/clock.h"
 #include "engine/base/invariant.h"
 #include "engine/kv/kv_pool.h"
 #include "engine/model/model_parts.h"
@@ -380,5 +381,8 @@ enum status model_step(struct model *m, struct stream *s, struct kv_pool *pool,
         m->ops->sample(s, &(struct sample_args){
             .out = b->result, .logits = m->scratch.logits, .params = b->sample,
             .rows = b->logit_rows, .vocab = m->config.vocab });
-    return stream_sync(s, err);
+    uint64_t from_ns = clock_now_ns();
+    enum status st = stream_sync(s, err);
+    m->waited_ns += clock_now_ns() - from_ns;
+    return st;
 }

@@ -9,7 +9,7 @@
 enum { ALIGN_BYTES = 256 };
 
 enum status model_open(struct model **out, struct backend *be, const char *dir,
-                       struct error *err)
+                       struct progress *progress, struct error *err)
 {
     struct model *m = mem_calloc(1, sizeof *m);
 
@@ -18,7 +18,7 @@ enum status model_open(struct model **out, struct backend *be, const char *dir,
     m->ops = backend_ops(be);
     enum status st = model_config_read(&m->config, dir, err);
     if (st == ST_OK)
-        st = weights_open(&m->weights, be, &m->config, dir, err);
+        st = weights_open(&m->weights, be, &m->config, dir, progress, err);
     if (st != ST_OK) {
         model_close(m);
         return st;
@@ -270,6 +270,11 @@ struct model_batch *model_batch(struct model *m)
 {
     ASSERT(m->prepared);
     return &m->batch;
+}
+
+uint64_t model_waited_ns(const struct model *m)
+{
+    return m->waited_ns;
 }
 
 void model_observe(struct model *m, model_observer fn, void *arg)

@@ -12,6 +12,7 @@
 struct backend;
 struct stream;
 struct kv_pool;
+struct progress;
 
 /* A model on a device: weights, scratch memory and the forward pass.
  *
@@ -50,8 +51,9 @@ struct model_batch {
     struct sample_result *result;   /* [max_logit_rows], filled by model_step */
 };
 
+/* progress: of the weights on their way to the device; may be NULL. */
 enum status model_open(struct model **out, struct backend *be, const char *dir,
-                       struct error *err) MUST_USE;
+                       struct progress *progress, struct error *err) MUST_USE;
 void model_close(struct model *m);      /* NULL is fine */
 
 const struct model_config *model_config(const struct model *m);
@@ -71,6 +73,9 @@ struct model_batch *model_batch(struct model *m);
  * refilled. */
 enum status model_step(struct model *m, struct stream *s, struct kv_pool *pool,
                        struct error *err) MUST_USE;
+
+/* Time since open that model_step() spent waiting for the device. */
+uint64_t model_waited_ns(const struct model *m);
 
 /* Called in each layer once q is rotated and K stored, for calibration and
  * measurement; NULL turns it off.  q is act [rows, heads * head_dim] with row stride

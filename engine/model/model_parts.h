@@ -50,6 +50,7 @@ struct model {
     struct step_arrays host_arrays, arrays;
     struct step_scratch scratch;
     struct replay *replay;       /* NULL where the back end records no graphs */
+    uint64_t waited_ns;          /* in stream_sync, by model_step */
     model_observer observer;
     void *observer_arg;
 };

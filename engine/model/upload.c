@@ -3,6 +3,7 @@
 #include "engine/base/invariant.h"
 #include "engine/base/log.h"
 #include "engine/base/mem.h"
+#include "engine/base/progress.h"
 #include "kernels/backend.h"
 
 #include <pthread.h>
@@ -18,9 +19,8 @@ struct work {
     const struct upload *list;
     size_t *first_piece;         /* [n + 1] number of the first piece of each entry */
     size_t n;
-    uint64_t total;
+    struct progress *progress;
     _Atomic size_t next_piece;
-    _Atomic uint64_t done;
     _Atomic bool failed;
 };
 
@@ -55,12 +55,12 @@ static size_t entry_of(const struct work *w, size_t piece)
 
 static void report(struct work *w, size_t bytes)
 {
-    uint64_t before = atomic_fetch_add(&w->done, bytes), after = before + bytes;
+    uint64_t total = atomic_load(&w->progress->total_bytes);
+    uint64_t before = atomic_fetch_add(&w->progress->done_bytes, bytes), after = before + bytes;
 
-    if (w->total >= MIN_REPORTED_BYTES
-        && after * REPORTS / w->total != before * REPORTS / w->total)
+    if (total >= MIN_REPORTED_BYTES && after * REPORTS / total != before * REPORTS / total)
         log_info("model", "weights: %llu of %llu MB on the device",
-                 (unsigned long long)(after >> 20), (unsigned long long)(w->total >> 20));
+                 (unsigned long long)(after >> 20), (unsigned long long)(total >> 20));
 }
 
 static enum status copy_piece(struct reader *r, int slot, size_t piece)
@@ -145,9 +145,11 @@ static enum status run_readers(struct work *w, struct error *err)
 }
 
 enum status upload_all(struct backend *be, const struct upload *list, size_t n,
-                       struct error *err)
+                       struct progress *progress, struct error *err)
 {
-    struct work w = { .be = be, .list = list, .n = n };
+    struct progress own = { 0 };
+    struct work w = { .be = be, .list = list, .n = n, .progress = progress ? progress : &own };
+    uint64_t total = 0;
 
     if (n == 0)
         return ST_OK;
@@ -155,8 +157,9 @@ enum status upload_all(struct backend *be, const struct upload *list, size_t n,
     for (size_t i = 0; i < n; i++) {
         ASSERT(list[i].bytes > 0);
         w.first_piece[i + 1] = w.first_piece[i] + pieces_of(list[i].bytes);
-        w.total += list[i].bytes;
+        total += list[i].bytes;
     }
+    atomic_store(&w.progress->total_bytes, total);
     enum status st = run_readers(&w, err);
     mem_free(w.first_piece);
     return st;

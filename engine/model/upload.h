@@ -6,6 +6,7 @@
 #include <stddef.h>
 
 struct backend;
+struct progress;
 
 /* Copying a model's tensors to the device.
  *
@@ -19,8 +20,8 @@ struct upload {
     size_t bytes;
 };
 
-/* Returns when all is there.  Progress goes to the log. */
+/* Returns when all is there.  Progress goes to the log, and to *progress unless NULL. */
 enum status upload_all(struct backend *be, const struct upload *list, size_t n,
-                       struct error *err) MUST_USE;
+                       struct progress *progress, struct error *err) MUST_USE;
 
 #endif

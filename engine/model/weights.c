@@ -85,6 +85,7 @@ struct binder {
     struct weights *w;
     const struct model_config *config;
     const char *dir;
+    struct progress *progress;
     struct error *err;
     struct binding *bindings;
     size_t n;
@@ -281,7 +282,7 @@ static enum status copy_all(struct binder *b, const size_t *offset)
         x->weight->data = to;
     }
     qsort(list, n, sizeof *list, by_address);
-    enum status st = upload_all(b->w->be, list, n, b->err);
+    enum status st = upload_all(b->w->be, list, n, b->progress, b->err);
     mem_free(list);
     return st;
 }
@@ -324,9 +325,10 @@ static void find_joined(struct weights *w, const struct model_config *c)
 }
 
 static enum status bind_and_place(struct weights *w, const struct model_config *c,
-                                  const char *dir, struct error *err)
+                                  const char *dir, struct progress *progress,
+                                  struct error *err)
 {
-    struct binder b = { .w = w, .config = c, .dir = dir, .err = err };
+    struct binder b = { .w = w, .config = c, .dir = dir, .progress = progress, .err = err };
 
     b.bindings = mem_calloc((size_t)c->layers * PER_LAYER_MAX + 3, sizeof *b.bindings);
     b.used = mem_calloc(safetensors_count(w->files) + 1, sizeof *b.used);
@@ -343,7 +345,7 @@ static enum status bind_and_place(struct weights *w, const struct model_config *
 
 enum status weights_open(struct weights **out, struct backend *be,
                          const struct model_config *config, const char *dir,
-                         struct error *err)
+                         struct progress *progress, struct error *err)
 {
     struct weights *w = mem_calloc(1, sizeof *w);
 
@@ -353,7 +355,7 @@ enum status weights_open(struct weights **out, struct backend *be,
     w->layers = mem_calloc((size_t)config->layers, sizeof *w->layers);
     enum status st = safetensors_open(&w->files, dir, err);
     if (st == ST_OK)
-        st = bind_and_place(w, config, dir, err);
+        st = bind_and_place(w, config, dir, progress, err);
     if (st != ST_OK) {
         weights_close(w);
         return st;

@@ -38,10 +38,12 @@ struct layer_weights {
 };
 
 struct weights;
+struct progress;
 
+/* progress: of the copies to the device; may be NULL. */
 enum status weights_open(struct weights **out, struct backend *be,
                          const struct model_config *config, const char *dir,
-                         struct error *err) MUST_USE;
+                         struct progress *progress, struct error *err) MUST_USE;
 void weights_close(struct weights *w);      /* NULL is fine */
 
 struct weight weights_embed(const struct weights *w);  /* [vocab, hidden] */

@@ -13,8 +13,8 @@ enum { MAX_KEEP_BLOCKS = 1 << 16, MAX_FORCED_TOKENS = 1 << 16 };
 struct select_config select_default(void)
 {
     /* 64 blocks and 1,024 tokens lose no needle with the coarse filter
-     * (docs/ATTENTION.md).  Up to 64 * 64 tokens the filter would keep every
-     * block anyway, so there is nothing to gain below that length. */
+     * (docs/ATTENTION.md).  Where sparse attention begins is the device's
+     * business (engine_create.c). */
     return (struct select_config){
         .filter = FILTER_COARSE,
         .index = INDEX_ROTATED,
@@ -22,7 +22,7 @@ struct select_config select_default(void)
         .keep_tokens = 1024,
         .sink_tokens = 4,
         .recent_tokens = 64,
-        .crossover_tokens = 4096,
+        .crossover_tokens = 0,
     };
 }
 

@@ -45,7 +45,8 @@ struct select_plan {
     uint64_t fingerprint;            /* of all that changes what is selected; never 0 */
 };
 
-/* The defaults of configs/asynctlsd.conf. */
+/* The defaults of configs/asynctlsd.conf; crossover_tokens 0 stands there for the device's,
+ * which whoever knows the device puts in its place. */
 struct select_config select_default(void);
 
 /* Check cfg against the shape and spread it over the layers.  A sentence for

@@ -212,6 +212,7 @@ enum status cpu_backend_open(struct backend **out, const struct backend_options 
     be->info.mem_bytes = host_memory_limit();
     be->info.host_visible = true;
     be->info.act = DTYPE_F32;
+    be->info.crossover_tokens = 4096;  /* docs/PERFORMANCE.md */
     *out = be;
     return ST_OK;
 }

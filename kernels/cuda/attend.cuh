@@ -34,13 +34,12 @@ static __device__ __forceinline__ softmax<DIM> softmax_empty()
     return s;
 }
 
-/* Scores to weights, and what was summed so far to the new maximum. */
+/* Scores to weights.  What was summed so far is to be multiplied by `shrink`, which is done
+ * here but for acc. */
 template <int DIM, int TILES>
-static __device__ __forceinline__ void softmax_step(softmax<DIM> *s, float (&score)[TILES][4],
-                                                    float scale)
+static __device__ __forceinline__ void softmax_weights(softmax<DIM> *s, float (&score)[TILES][4],
+                                                       float (&shrink)[2], float scale)
 {
-    float shrink[2];
-
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         float top = s->max[half];
@@ -49,9 +48,11 @@ static __device__ __forceinline__ void softmax_step(softmax<DIM> *s, float (&sco
             top = fmaxf(top, fmaxf(score[i][2 * half], score[i][2 * half + 1]));
         top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
         top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
-        /* A row that sees nothing yet has no maximum. */
-        float base = top == -INFINITY ? 0 : top * scale;
-        shrink[half] = exp2_fast(s->max[half] * scale - base);
+        /* A row that sees nothing yet has no maximum.  Where the maximum stays, the factor
+         * must be 1 to the bit: whether a tile that is masked for a row is taken depends on
+         * the other rows.  So the difference comes before the product. */
+        float known = top == -INFINITY ? 0 : top, base = known * scale;
+        shrink[half] = exp2_fast((s->max[half] - known) * scale);
         s->max[half] = top;
         s->sum[half] *= shrink[half];
 #pragma unroll
@@ -62,11 +63,27 @@ static __device__ __forceinline__ void softmax_step(softmax<DIM> *s, float (&sco
                 s->sum[half] += score[i][j];
             }
     }
+}
+
+template <int DIM>
+static __device__ __forceinline__ void softmax_shrink(softmax<DIM> *s, const float (&shrink)[2])
+{
 #pragma unroll
     for (int i = 0; i < DIM / 8; i++)
 #pragma unroll
         for (int j = 0; j < 4; j++)
             s->acc[i][j] *= shrink[j / 2];
+}
+
+/* Scores to weights, and what was summed so far to the new maximum. */
+template <int DIM, int TILES>
+static __device__ __forceinline__ void softmax_step(softmax<DIM> *s, float (&score)[TILES][4],
+                                                    float scale)
+{
+    float shrink[2];
+
+    softmax_weights(s, score, shrink, scale);
+    softmax_shrink(s, shrink);
 }
 
 template <int DIM>

@@ -1,4 +1,5 @@
-/* Causal attention of many rows of a sequence: the chunks of a prompt.
+/* Causal attention of many rows of a sequence: the chunks of a prompt.  On Hopper
+ * attend_prefill_hopper.cu does it.
  *
  * A thread block takes ROWS rows and one head through the context, a block of keys and
  * values at a time: while one is computed with, the next is on its way.  Each warp has
@@ -253,6 +254,6 @@ void cuda_attend_dense(struct stream *s, const struct attend_dense_args *a)
         return;
     /* Which sequences have one row is known on the device alone. */
     cuda_attend_one_row(s, a);
-    if (a->max_n_rows > 1)
+    if (a->max_n_rows > 1 && !attend_many_rows_hopper(s, a))
         cuda_attend_many_rows(s, a);
 }

@@ -146,6 +146,8 @@ void cuda_sample(struct stream *s, const struct sample_args *a);
 /* The sequences of attend_dense with one row, and those with more. */
 void cuda_attend_one_row(struct stream *s, const struct attend_dense_args *a);
 void cuda_attend_many_rows(struct stream *s, const struct attend_dense_args *a);
+/* The latter with the instructions of Hopper, or false on other devices. */
+bool attend_many_rows_hopper(struct stream *s, const struct attend_dense_args *a);
 /* In one kernel, or false where there is none for these arguments. */
 bool attend_two_level_fused(struct stream *s, const struct attend_two_level_args *a);
 size_t cuda_block_filter_scratch(const struct kv_shape *shape, int max_seqs, int heads,

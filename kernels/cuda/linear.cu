@@ -285,9 +285,8 @@ cublasStatus_t choose_algorithm(struct linear_plans *plans, plan *out, const des
     cublasLtMatmulPreference_t wish = NULL;
     cublasLtMatmulHeuristicResult_t found = {};
     size_t workspace = WORKSPACE_BYTES;
-    /* Partial sums are not to be rounded to bf16. */
-    uint32_t reductions = CUBLASLT_REDUCTION_SCHEME_INPLACE |
-                          CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
+    /* Partial sums are not to be rounded to bf16, as those added in place are. */
+    uint32_t reductions = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
     uint32_t aligned = 16, element = key.to_float ? 4 : 2;
     int n = 0;
 

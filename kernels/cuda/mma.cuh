@@ -44,6 +44,11 @@ static __device__ __forceinline__ void copy_16(unsigned to, const void *from, bo
                  : : "r"(to), "l"(from), "r"(there ? 16 : 0) : "memory");
 }
 
+static __device__ __forceinline__ void copy_4(unsigned to, const void *from)
+{
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" : : "r"(to), "l"(from) : "memory");
+}
+
 static __device__ __forceinline__ void copy_commit()
 {
     asm volatile("cp.async.commit_group;" ::: "memory");

@@ -13,14 +13,17 @@ bench-cpu: $B/bench-cpu $B/bench-attention
 
 # Speed of the CUDA back end; where there is no GPU these say so.
 ifneq ($(CU),)
+BENCH_GPU := bench-gpu bench-gpu-two-level bench-gpu-step
 $B/bench-gpu: $B/tests/bench/bench_gpu.o
 $B/bench-gpu-two-level: $B/tests/bench/bench_gpu_two_level.o
-$B/bench-gpu $B/bench-gpu-two-level: $B/tests/support/gpu_bench.o $B/tests/support/random_data.o $(LIB)
+$B/bench-gpu-step: $B/tests/bench/bench_gpu_step.o
+$(BENCH_GPU:%=$B/%): $B/tests/bench/memory_rate.cu.o $B/tests/support/gpu_bench.o \
+                     $B/tests/support/random_data.o $(LIB)
 	$(call say,LD,$@)
 	$Q$(CC) $(LDFLAGS) -o $@ $^ $(LDLIBS)
-bench-gpu-programs: $B/bench-gpu $B/bench-gpu-two-level
-bench-gpu: bench-gpu-programs
-	$B/bench-gpu
-	$B/bench-gpu-two-level
+bench-gpu-programs: $(BENCH_GPU:%=$B/%)
+# With the Python that has PyTorch, or else without the baseline.
+bench-gpu: bench-gpu-programs $B/asynctlsd $(VENV)/ready
+	$(shell $(PY) -c 'import numpy, torch' 2>/dev/null && echo $(PY) || echo $(PYTEST)) scripts/bench_gpu.py --bin $B $(ARGS)
 .PHONY: bench-gpu bench-gpu-programs
 endif

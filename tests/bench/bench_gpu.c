@@ -1,20 +1,21 @@
 /* The operations that a step on the GPU consists of, each in a graph, at the shapes of
  * Qwen3-8B: products of few and many rows, attention of a decode step and of a prompt.
  *
- *   bench-gpu [decode] [prefill] [products]      all without any
+ *   bench-gpu [memory] [decode] [prefill] [products]      all without any
  *
  * Weights and pools are used by turns, so that none is in the cache from the time before.
  * scripts/bench_torch.py measures PyTorch at the same shapes. */
 
 #include "engine/base/mem.h"
 #include "kernels/ops.h"
+#include "tests/bench/memory_rate.h"
 #include "tests/support/gpu_bench.h"
 
 #include <math.h>
 #include <stdio.h>
 #include <string.h>
 
-enum { LAYERS = 8, CHUNK_ROWS = 2048 };
+enum { LAYERS = 8 };
 
 /* ---- products */
 
@@ -128,7 +129,8 @@ static double measure_attention(const struct kv_shape *shape, int heads, int seq
 static void measure_decode(const struct kv_shape *shape, int heads)
 {
     static const int batches[] = { 1, 4, 8 };
-    static const int lengths[] = { 256, 1024, 4096, 16384, 49152, 98304, 131072 };
+    static const int lengths[] = { 256, 1024, 2048, 4096, 8192, 16384, 32768, 49152, 98304,
+                                   131072 };
 
     printf("full attention, one row a sequence, one layer\n  tokens  batch        us     GB/s\n");
     for (size_t i = 0; i < sizeof batches / sizeof batches[0]; i++)
@@ -142,14 +144,18 @@ static void measure_decode(const struct kv_shape *shape, int heads)
 
 static void measure_prefill(const struct kv_shape *shape, int heads)
 {
-    static const int lengths[] = { 2048, 8192, 32768, 98304 };
+    static const struct { int tokens, rows; } chunks[] = {
+        { 2048, 2048 }, { 8192, 8192 }, { 8192, 2048 }, { 16384, 2048 }, { 32768, 2048 },
+        { 65536, 2048 }, { 98304, 2048 }, { 98304, 1024 }, { 98304, 512 },
+    };
 
-    printf("full attention of a chunk of %d rows at the end of a context, one layer\n"
-           "  tokens        us  TFLOP/s\n", CHUNK_ROWS);
-    for (size_t j = 0; j < sizeof lengths / sizeof lengths[0]; j++) {
-        double pairs = (double)CHUNK_ROWS * (lengths[j] - CHUNK_ROWS / 2.0);
-        double us = measure_attention(shape, heads, 1, lengths[j], CHUNK_ROWS, 2);
-        printf("%8d %9.1f %8.1f\n", lengths[j], us,
+    printf("full attention of a chunk of rows at the end of a context, one layer\n"
+           "  tokens   rows        us  TFLOP/s\n");
+    for (size_t j = 0; j < sizeof chunks / sizeof chunks[0]; j++) {
+        int tokens = chunks[j].tokens, rows = chunks[j].rows;
+        double pairs = (double)rows * (tokens - rows / 2.0);
+        double us = measure_attention(shape, heads, 1, tokens, rows, 2);
+        printf("%8d %6d %9.1f %8.1f\n", tokens, rows, us,
                4 * pairs * heads * shape->head_dim / us * 1e-6);
         fflush(stdout);
     }
@@ -172,6 +178,7 @@ int main(int argc, char **argv)
 
     if (!gpu_bench_open())
         return 1;
+    printf("memory is read at %.0f GB/s\n", memory_rate());
     if (wanted(argc, argv, "decode"))
         measure_decode(&shape, heads);
     if (wanted(argc, argv, "prefill"))

@@ -7,6 +7,7 @@
 
 #include "engine/base/mem.h"
 #include "kernels/ops.h"
+#include "tests/bench/memory_rate.h"
 #include "tests/support/gpu_bench.h"
 
 #include <math.h>
@@ -20,6 +21,7 @@ struct bench {
     int heads, seqs, n_tokens;
     struct attend_two_level_args args;
     size_t layer_kv, layer_index;
+    double gb_per_s;             /* of the memory */
 };
 
 /* One call a layer, each with a pool of its own. */
@@ -65,7 +67,7 @@ static void measure(struct bench *b)
     b->args.scratch = gpu_bench_zero(gpu_bench_ops()->attend_two_level_scratch(
         &b->shape, b->seqs, b->heads, blocks, KEEP_BLOCKS, KEEP_TOKENS));
     double us = gpu_bench_graph(queue_layers, b) / LAYERS;
-    double floor_us = (double)b->layer_kv / 4620e3;
+    double floor_us = (double)b->layer_kv / b->gb_per_s * 1e-3;
     printf("%8d %6d %10.1f %12.1f %8.1f\n", b->n_tokens, b->seqs, us, floor_us, floor_us / us);
     fflush(stdout);
     gpu_bench_forget();
@@ -75,7 +77,8 @@ static void measure(struct bench *b)
 
 int main(int argc, char **argv)
 {
-    static const int batches[] = { 1, 4, 8 }, lengths[] = { 4096, 16384, 49152, 98304, 131072 };
+    static const int batches[] = { 1, 4, 8 };
+    static const int lengths[] = { 1024, 2048, 4096, 8192, 16384, 32768, 49152, 98304, 131072 };
     struct bench b = { .heads = argc > 1 ? (int)strtol(argv[1], NULL, 10) : 32 };
 
     b.shape = (struct kv_shape){
@@ -86,9 +89,10 @@ int main(int argc, char **argv)
     };
     if (!gpu_bench_open())
         return 1;
+    b.gb_per_s = memory_rate();
     printf("two-level attention, one layer, %d heads on %d of %d, us; \"all\" is reading all "
-           "of K and V at 4,620 GB/s\n  tokens  batch  two-level          all   faster\n",
-           b.heads, b.shape.kv_heads, b.shape.head_dim);
+           "of K and V at %.0f GB/s\n  tokens  batch  two-level          all   faster\n",
+           b.heads, b.shape.kv_heads, b.shape.head_dim, b.gb_per_s);
     for (size_t i = 0; i < sizeof batches / sizeof batches[0]; i++)
         for (size_t j = 0; j < sizeof lengths / sizeof lengths[0]; j++) {
             b.seqs = batches[i];

@@ -20,10 +20,14 @@ MODEL = os.environ.get("MODEL", str(ROOT / "models" / "asynctlsd-books-9m"))
 NAME = Path(MODEL).name
 # Sanitizers and busy machines are slow; every wait is a multiple of this.
 PATIENCE = float(os.environ.get("PATIENCE", "1"))
+# The back end, whatever this machine has.  A GPU rounds to bf16, and its sums depend on how
+# many rows are computed together, so what is equal to the bit on the CPU is close there.
+BACKEND = os.environ.get("BACKEND", "cpu")
+ON_CPU = BACKEND == "cpu"
 
 DEFAULTS = {
     "model": MODEL, "port": "0", "cpu-threads": "2", "kv-cache-bytes": "512mb",
-    "check-invariants": "yes", "log-level": "debug",
+    "check-invariants": "yes", "log-level": "debug", "backend": BACKEND,
 }
 SAMPLE = re.compile(r'^([a-zA-Z_:][a-zA-Z0-9_:]*)(?:\{((?:[a-z_]+="(?:\\.|[^"\\])*",?)*)\})? (\S+)$')
 
@@ -32,7 +36,7 @@ class Daemon:
     """A running server.  `with Daemon(port=0) as d:` ends it with SIGTERM and
     insists on exit code 0."""
 
-    def __init__(self, wait=True, **options):
+    def __init__(self, wait=True, env=None, **options):
         merged = dict(DEFAULTS, **{k.replace("_", "-"): str(v) for k, v in options.items()})
         argv = [BINARY] + [w for k, v in merged.items() for w in ("--" + k, v)]
         self.log = tempfile.NamedTemporaryFile(prefix="asynctlsd-", suffix=".log")
@@ -40,7 +44,8 @@ class Daemon:
         self.out = []
         self.sockets = []
         self.ready = threading.Event()
-        self.process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=self.log, text=True)
+        self.process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=self.log, text=True,
+                                        env=dict(os.environ, **(env or {})))
         threading.Thread(target=self._read_stdout, daemon=True).start()
         self.port = None
         if wait:

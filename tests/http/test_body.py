@@ -15,6 +15,7 @@ NOT_JSON = [
     b'{"prompt":"\\x41"}', b'{"prompt":"\\u12g4"}', b'{"prompt":"unfinished',
     b'{"temperature":NaN}', b'{"temperature":Infinity}', b'{"temperature":-Infinity}',
     b'{"n":01}', b'{"n":+1}', b'{"n":1.}', b'{"n":.5}', b'{"n":1e}', b'{"n":0x10}',
+    b'{"temperature":012}',
     b'{"n":1' + b"0" * 5000 + b"}", b"[" * 100000, b'{"a":' * 5000, b"[" * 500 + b"]" * 500,
     b'{"prompt":[' + b"1," * 1100000 + b"1]}", b"prompt=x&max_tokens=2",
     b"<xml/>", b"{" + b",".join(b'"k%d":1' % i for i in range(1000)) + b"}",
@@ -110,6 +111,15 @@ class Body(Case):
                                           kind="invalid_request_error")
                 self.assertEqual(error["param"], param)
                 self.assertRegex(error["message"], param.split(".")[0] + "|the limit is 128")
+
+    def test_numbers_beyond_every_type(self):
+        for param, value in (("temperature", b"1e400"), ("temperature", b"-1e400"),
+                             ("seed", b"1e400"), ("max_tokens", b"1e400"),
+                             ("logit_bias", b'{"1":1e400}'), ("stop_token_ids", b"[1e400]")):
+            with self.subTest(param):
+                body = b'{"prompt":"x","%s":%s}' % (param.encode(), value)
+                error = self.assert_error(*self.post(body)[::2], 400)
+                self.assertEqual(error["param"], param)
 
     def test_harmless_fields(self):
         want = self.d.complete(**GOOD)["choices"][0]["text"]

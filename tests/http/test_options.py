@@ -1,11 +1,12 @@
 """Options that other tests do not need: each does what its help says."""
+import json
 import shutil
 import subprocess
 import tempfile
 import unittest
 from pathlib import Path
 
-from daemon import BINARY, MODEL, PATIENCE, Daemon
+from daemon import BINARY, MODEL, ON_CPU, PATIENCE, Daemon
 
 PROMPT = [300 + i * 37 % 900 for i in range(700)]
 ASK = {"prompt": PROMPT, "max_tokens": 8, "temperature": 0, "ignore_eos": True}
@@ -38,6 +39,7 @@ class Options(unittest.TestCase):
             self.assertGreater(cached(cache_salt="a"), 0)
             self.assertGreater(cached(), 0)
 
+    @unittest.skipUnless(ON_CPU, "about the CPU back end")
     def test_cpu(self):
         texts = set()
         for isa in ("scalar", "auto"):
@@ -85,7 +87,49 @@ class Options(unittest.TestCase):
             self.assertGreater(d.gauge("decode_rows_sparse_total"), 0)
         self.assertEqual(sparse["text"], full["text"])
         for a, b in zip(sparse["logprobs"]["token_logprobs"], full["logprobs"]["token_logprobs"]):
-            self.assertAlmostEqual(a, b, delta=1e-3)
+            self.assertAlmostEqual(a, b, delta=1e-3 if ON_CPU else 5e-2)
+
+    def test_lengths_around_the_edges(self):
+        """Blocks, budget, crossover, and the greatest context that the model has."""
+        limit, crossover, budget, n_out = 700, 256, 128, 8
+        options = {"crossover": crossover, "keep_blocks": "4", "keep_tokens": budget,
+                   "recent_tokens": "32"}
+        with tempfile.TemporaryDirectory() as folder:
+            model = Path(folder) / "model"
+            shutil.copytree(MODEL, model)
+            config = json.loads((model / "config.json").read_text())
+            config["max_position_embeddings"] = limit
+            (model / "config.json").write_text(json.dumps(config))
+            with Daemon(model=model, **options) as d:
+                for n in (1, 63, 64, 65, budget - 1, budget, budget + 1, crossover - n_out,
+                          crossover - 1, crossover, crossover + 1, limit - n_out - 1,
+                          limit - n_out):
+                    with self.subTest(n):
+                        self.check_length(d, PROMPT[:n], n_out, crossover)
+                usage = d.complete(**dict(ASK, prompt=PROMPT[:-1], max_tokens=1))["usage"]
+                self.assertEqual(usage["total_tokens"], limit)
+                for n, m in ((limit, 1), (limit - n_out + 1, n_out)):
+                    status, _, answer = d.request("POST", "/v1/completions",
+                                                  dict(ASK, prompt=PROMPT[:n], max_tokens=m))
+                    error = json.loads(answer)["error"]
+                    self.assertEqual((status, error["code"]), (400, "context_length_exceeded"))
+                    self.assertIn(f"length is {limit} tokens. However, you requested {limit + 1} "
+                                  f"tokens ({n} in the prompt, {m} in the completion)",
+                                  error["message"])
+
+    def check_length(self, d, prompt, n_out, crossover):
+        """Which decode rows are sparse, and that without one both kinds agree to the bit."""
+        before = d.gauge("decode_rows_sparse_total")
+        sparse, full = (d.complete(**dict(ASK, prompt=prompt, max_tokens=n_out, logprobs=5,
+                                          attention=a)) for a in ("sparse", "full"))
+        self.assertEqual(sparse["usage"]["completion_tokens"], n_out)
+        self.assertEqual(full["usage"]["completion_tokens"], n_out)
+        # The prompt's last row gives the first token; each other comes from a row of its own.
+        rows = sum(position >= crossover for position in range(len(prompt),
+                                                               len(prompt) + n_out - 1))
+        self.assertEqual(d.gauge("decode_rows_sparse_total") - before, rows)
+        if rows == 0:
+            self.assertEqual(sparse["choices"], full["choices"])
 
     def test_calibrated_channels(self):
         with tempfile.TemporaryDirectory() as folder:

@@ -72,6 +72,7 @@ class Wire(Case):
             (400, "an encoded NUL", GET % (b"/v1/%00models", b"")),
             (414, "a long path", GET % (b"/" + b"x" * 5000, b"")),
             (431, "a long header", GET % (b"/health", b"X-Long: " + b"y" * 17000 + b"\r\n")),
+            (431, "a very long header", GET % (b"/health", b"X-Long: " + b"y" * 60000 + b"\r\n")),
             (431, "many headers", GET % (b"/health", many)),
             (415, "a compressed body", post_with % (body + b"Content-Encoding: gzip\r\n")),
         ]
@@ -94,7 +95,10 @@ class Wire(Case):
             ({400}, start + b"Transfer-Encoding: chunked\r\n\r\nxyz\r\n{}\r\n0\r\n\r\n"),
             ({400, 413}, start + b"Transfer-Encoding: chunked\r\n\r\nffffffffffffffffff\r\n{}"),
             ({431}, GET % (b"/health", b"X-Long: " + b"y" * 200000 + b"\r\n")),
+            ({431}, GET % (b"/health", b"".join(b"X-%d: y\r\n" % i for i in range(3000)))),
+            ({414, 431}, GET % (b"/" + b"x" * 60000, b"")),
             ({414, 431}, GET % (b"/" + b"x" * 200000, b"")),
+            ({400}, GET % (b"/health", b"X-\0Thing: 1\r\n")),
             ({505, 400}, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"),
             ({400}, b"GET /health\r\n\r\n"),
             ({400}, b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n"),
@@ -122,6 +126,27 @@ class Wire(Case):
         for data in cases:
             with self.subTest(data[:50]):
                 self.assertEqual(self.ask(data)[0], 200)
+
+    def test_what_the_library_misreads(self):
+        """Text ends for it at a NUL, and it loses folded headers: neither may turn a body
+        into a request of its own, or open a door."""
+        body = json.dumps(ANSWER).encode()
+        for fold in (b"Content-Length: %d\r\n 0" % len(body),
+                     b"Content-Length:\r\n %d" % len(body),
+                     b"Transfer-Encoding:\r\n chunked",
+                     b"Transfer-Encoding: chun\r\n\tked"):
+            with self.subTest(fold), self.send(post(GET % (b"/version", b""), fold, length=False)) \
+                    as s:
+                status, headers, answer = read_response(s)
+                self.assert_error(status, answer, 400)
+                self.assertEqual(headers["connection"], "close")
+                self.assertTrue(is_closed(s), "the body is no request")
+        for data in (GET % (b"/health", b"X-Thing: a\0b\r\n"),
+                     GET % (b"/health", b"X-Thing: a\r\n b\r\n")):
+            with self.subTest(data):
+                self.assertEqual(self.ask(data)[0], 200)
+        self.assert_error(*self.ask(GET % (b"/v1/\0models", b""))[::2], 404)
+        self.assert_alive()
 
     # ---- routes and methods
 

@@ -177,6 +177,7 @@ enum { N_REQUESTS = 10 };
 
 struct answer {
     int32_t ids[80];
+    float logprobs[80];
     uint32_t n;
 };
 
@@ -217,6 +218,8 @@ static void answers_under(const struct engine_config *c, uint64_t seed, struct a
         out[i].n = atomic_load(&r[i]->n_output);
         ck_assert_uint_eq(out[i].n, r[i]->max_tokens);
         memcpy(out[i].ids, r[i]->output, out[i].n * sizeof *r[i]->output);
+        for (uint32_t k = 0; k < out[i].n; k++)
+            out[i].logprobs[k] = r[i]->chosen[k].logprob;
         free_request(r[i]);
     }
     assert_gauges_are_zero();
@@ -225,9 +228,13 @@ static void answers_under(const struct engine_config *c, uint64_t seed, struct a
 static void assert_same(const struct answer *a, const struct answer *b, const char *what)
 {
     for (int i = 0; i < N_REQUESTS; i++)
-        for (uint32_t k = 0; k < a[i].n; k++)
+        for (uint32_t k = 0; k < a[i].n; k++) {
             ck_assert_msg(a[i].ids[k] == b[i].ids[k], "%s: request %d differs at token %u", what,
                           i, k);
+            ck_assert_msg(a[i].logprobs[k] == b[i].logprobs[k],
+                          "%s: request %d, token %u: logprobs %.9g and %.9g", what, i, k,
+                          (double)a[i].logprobs[k], (double)b[i].logprobs[k]);
+        }
 }
 
 START_TEST(batch_chunks_cache_and_preemption_change_nothing)

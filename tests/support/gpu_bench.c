@@ -75,17 +75,6 @@ void *gpu_bench_zero(size_t bytes)
     return gpu.buffers[gpu.n++].base;
 }
 
-/* Fill device memory with repetitions of the n bytes in staging. */
-static void *repeat_staging(size_t n, size_t bytes)
-{
-    char *device = gpu_bench_zero(bytes);
-
-    for (size_t at = 0; at < bytes; at += n)
-        stream_copy(gpu.stream, device + at, gpu.staging.base, bytes - at < n ? bytes - at : n);
-    sync();
-    return device;
-}
-
 void *gpu_bench_copy(const void *host, size_t bytes)
 {
     char *device = gpu_bench_zero(bytes);
@@ -99,10 +88,12 @@ void *gpu_bench_copy(const void *host, size_t bytes)
     return device;
 }
 
-void *gpu_bench_random_bf16(size_t n)
+/* Repetitions of one chunk. */
+void gpu_bench_fill_bf16(void *device, size_t n)
 {
     static bool filled;
     static bf16 *source;
+    size_t bytes = n * sizeof *source, most = CHUNK_BYTES;
     struct test_random r = test_random(1);
 
     if (!filled) {
@@ -111,17 +102,28 @@ void *gpu_bench_random_bf16(size_t n)
         filled = true;
     }
     memcpy(gpu.staging.base, source, CHUNK_BYTES);
-    return repeat_staging(CHUNK_BYTES, n * sizeof(bf16));
+    for (size_t at = 0; at < bytes; at += most)
+        stream_copy(gpu.stream, (char *)device + at, gpu.staging.base,
+                    bytes - at < most ? bytes - at : most);
+    sync();
+}
+
+void *gpu_bench_random_bf16(size_t n)
+{
+    void *device = gpu_bench_zero(n * sizeof(bf16));
+
+    gpu_bench_fill_bf16(device, n);
+    return device;
 }
 
 /* Fresh for all of the memory: where records repeat, scores are equal, which is slow to
  * choose from and does not happen to keys. */
-void *gpu_bench_random_index(size_t bytes, const struct kv_shape *shape)
+void gpu_bench_fill_index(void *device, size_t bytes, const struct kv_shape *shape)
 {
     struct index_layout l = index_layout(shape);
     struct test_random r = test_random(2);
     size_t most = CHUNK_BYTES / (size_t)l.record_bytes * (size_t)l.record_bytes;
-    uint8_t *device = gpu_bench_zero(bytes), *out = gpu.staging.base;
+    uint8_t *out = gpu.staging.base;
 
     for (size_t from = 0; from < bytes; from += most) {
         size_t n = bytes - from < most ? bytes - from : most;
@@ -134,9 +136,16 @@ void *gpu_bench_random_index(size_t bytes, const struct kv_shape *shape)
                 bf16 scale = (bf16)(0x3f80 | (random_u64(&r) & 0x7f));
                 memcpy(out + at + (size_t)(l.scale + 2 * t), &scale, sizeof scale);
             }
-        stream_copy(gpu.stream, device + from, out, n);
+        stream_copy(gpu.stream, (uint8_t *)device + from, out, n);
         sync();
     }
+}
+
+void *gpu_bench_random_index(size_t bytes, const struct kv_shape *shape)
+{
+    void *device = gpu_bench_zero(bytes);
+
+    gpu_bench_fill_index(device, bytes, shape);
     return device;
 }
 

@@ -23,6 +23,10 @@ void *gpu_bench_random_bf16(size_t n);  /* normal, variance 1 */
 void *gpu_bench_random_index(size_t bytes, const struct kv_shape *shape);
 void gpu_bench_forget(void);
 
+/* The same into memory that is there. */
+void gpu_bench_fill_bf16(void *device, size_t n);
+void gpu_bench_fill_index(void *device, size_t bytes, const struct kv_shape *shape);
+
 /* Record what fn queues as a graph; the median time of a replay in microseconds. */
 double gpu_bench_graph(void (*fn)(void *arg), void *arg);
 

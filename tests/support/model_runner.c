@@ -21,7 +21,7 @@ void runner_open(struct runner *r, const struct runner_options *o)
 
     ck_assert_ptr_nonnull(be);
     memset(r, 0, sizeof *r);
-    ck_assert_msg(model_open(&r->model, be, o->dir, &err) == ST_OK, "%s", err.text);
+    ck_assert_msg(model_open(&r->model, be, o->dir, NULL, &err) == ST_OK, "%s", err.text);
     int layers = model_config(r->model)->layers;
     struct kv_shape shape = model_kv_shape(r->model, &o->select);
     ck_assert_msg(select_plan_init(&r->plan, &o->select, &shape, layers, o->channels, &err)

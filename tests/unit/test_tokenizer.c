@@ -2,6 +2,7 @@
 #include "engine/base/strbuf.h"
 #include "engine/model/tokenizer.h"
 #include "engine/model/tokenizer_parts.h"
+#include "tests/support/random_data.h"
 
 #include <check.h>
 #include <cjson/cJSON.h>
@@ -9,6 +10,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 #define DATA "tests/unit/data/tokenizer/"
 
@@ -253,6 +255,36 @@ START_TEST(blocks_do_not_show)
 }
 END_TEST
 
+/* A megabyte of English takes less than a second of processor time. */
+START_TEST(a_megabyte_of_english_is_quick)
+{
+    static const char *const words[] = {
+        "the", "captain", "looked", "at", "harbour,", "where", "seventeen", "ships", "lay;",
+        "nobody", "had", "thought", "of", "\"Well,\"", "she", "said,", "it's", "an",
+        "extraordinary", "misunderstanding.", "In", "1843", "Mr.", "Pemberton-Smythe", "didn't",
+        "unquestionably", "weather-beaten", "and", "a", "to", "ladder", "I'll", "go!\n\n",
+    };
+    enum { N_WORDS = sizeof words / sizeof words[0], N_BYTES = 1000000 };
+    struct tokenizer *t = open_or_fail("models/asynctlsd-books-9m/tokenizer.json");
+    struct test_random rng = test_random(3);
+    struct token_list ids = { 0 };
+    struct strbuf text = { 0 };
+
+    while (text.n < N_BYTES) {
+        strbuf_puts(&text, words[random_below(&rng, N_WORDS)]);
+        strbuf_puts(&text, " ");
+    }
+    clock_t began = clock();
+    ck_assert_int_eq(tokenizer_encode(t, &ids, text.data, text.n, 0, 0), ST_OK);
+    double seconds = (double)(clock() - began) / CLOCKS_PER_SEC;
+    ck_assert_uint_gt(ids.n, N_BYTES / 10);
+    ck_assert_msg(seconds < 1, "%zu bytes took %.2f s", text.n, seconds);
+    token_list_fini(&ids);
+    strbuf_fini(&text);
+    tokenizer_close(t);
+}
+END_TEST
+
 struct encoding {
     pthread_t thread;
     const struct tokenizer *t;
@@ -493,6 +525,7 @@ TCase *tokenizer_case(void)
     tcase_add_test(tc, max_ids_is_a_limit_on_the_list);
     tcase_add_test(tc, max_ids_ends_the_work_early);
     tcase_add_loop_test(tc, blocks_do_not_show, 0, 2);
+    tcase_add_test(tc, a_megabyte_of_english_is_quick);
     tcase_add_test(tc, threads_share_a_tokenizer);
     tcase_add_loop_test(tc, what_is_refused, 0, sizeof refusals / sizeof refusals[0]);
     tcase_add_loop_test(tc, what_is_accepted, 0, sizeof acceptables / sizeof acceptables[0]);

@@ -139,8 +139,8 @@ static struct weights *open_folder(const struct model_config *c)
     struct weights *w = NULL;
     struct error err = { 0 };
 
-    ck_assert_msg(weights_open(&w, test_backend("auto"), c, temp_folder(), &err) == ST_OK, "%s",
-                  err.text);
+    ck_assert_msg(weights_open(&w, test_backend("auto"), c, temp_folder(), NULL, &err) == ST_OK,
+                  "%s", err.text);
     return w;
 }
 
@@ -152,7 +152,7 @@ static void refuse(const struct model_config *c, enum status code, const char *w
     struct error err = { 0 };
 
     write_file("model.safetensors", 0, folder.n, 0);
-    enum status got = weights_open(&w, test_backend("auto"), c, temp_folder(), &err);
+    enum status got = weights_open(&w, test_backend("auto"), c, temp_folder(), NULL, &err);
     ck_assert_msg(got == code && err.code == code, "%s: %s", status_name(got), err.text);
     ck_assert_ptr_null(w);
     ck_assert_msg(strncmp(err.text, temp_folder(), strlen(temp_folder())) == 0, "%s", err.text);
@@ -352,18 +352,18 @@ START_TEST(shards_bind_like_one_file)
     ck_assert_uint_eq(weights_elements(w), weights_expected_elements(&c));
     weights_close(w);
     write_index(5, "lm_head.weight", "");
-    ck_assert_int_eq(weights_open(&w, test_backend("auto"), &c, temp_folder(), &err),
+    ck_assert_int_eq(weights_open(&w, test_backend("auto"), &c, temp_folder(), NULL, &err),
                      ST_INVALID);
     ck_assert_msg(strstr(err.text, "lm_head.weight") && strstr(err.text, "index.json"), "%s",
                   err.text);
     write_index(5, NULL, ",\"extra\":\"y.safetensors\"");
-    ck_assert_int_eq(weights_open(&w, test_backend("auto"), &c, temp_folder(), &err),
+    ck_assert_int_eq(weights_open(&w, test_backend("auto"), &c, temp_folder(), NULL, &err),
                      ST_INVALID);
     ck_assert_msg(strstr(err.text, "tensor extra") && strstr(err.text, "index.json"), "%s",
                   err.text);
     ck_assert_int_eq(remove(temp_path("y.safetensors")), 0);
     write_index(5, NULL, "");
-    ck_assert_int_eq(weights_open(&w, test_backend("auto"), &c, temp_folder(), &err), ST_IO);
+    ck_assert_int_eq(weights_open(&w, test_backend("auto"), &c, temp_folder(), NULL, &err), ST_IO);
     ck_assert_msg(strstr(err.text, "/y.safetensors"), "%s", err.text);
 }
 END_TEST
@@ -498,7 +498,7 @@ START_TEST(no_folder)
     struct weights *w;
     struct error err = { 0 };
 
-    ck_assert_int_eq(weights_open(&w, test_backend("auto"), &c, "/nonexistent", &err), ST_IO);
+    ck_assert_int_eq(weights_open(&w, test_backend("auto"), &c, "/nonexistent", NULL, &err), ST_IO);
     ck_assert_msg(strstr(err.text, "/nonexistent/model.safetensors"), "%s", err.text);
     weights_close(NULL);
 }
