@@ -22,7 +22,7 @@
  *   16,384 on; only at 1,024 tokens and batch 4 and 8 0.5 less
  *   66 chunks: 187 for 180 at batch 1, 1,409 for 1,397 at batch 8; 17: 190 and 1,396; 33,
  *   which fill 132 multiprocessors twice: 2 to 3 % more at 16,384 tokens and batch 1 and 4
- *   chunks of neighbouring blocks: the same within 1 %, as is a table without gaps
+ *   chunks of neighbouring blocks: the same within 1 %, as with a table in ascending order
  *   chunks of 128 tokens at least: 10 % more at 4,096 tokens, batch 4 and 8
  *   eight warps or rings of 4 and 6 tiles, so one thread block a multiprocessor: mostly
  *   more, up to 24 % at 4,096 tokens; rings of 2 tiles: 204 for 180 at batch 1
@@ -36,7 +36,7 @@ enum {
     WARPS = 4,
     THREADS = WARPS * WARP,
     TILE = 16,                   /* tokens */
-    DEPTH = 3,             /* tiles of a warp on their way or in use */
+    DEPTH = 3,                   /* tiles of a warp on their way or in use */
     HEADS = 16,                  /* rows of a product: the heads of a group, at most */
     LEAST_BLOCKS = 4,            /* of a chunk: shorter ones take longer to start than to run */
 };
@@ -136,7 +136,8 @@ __device__ __forceinline__ void start_tile(const decode &a, const int32_t *table
             const __nv_bfloat16 *row =
                 SELECTED ? row_at<DIM>(a, table, kv_head, chosen[min(from + t, n - 1)])
                          : tile + t * (2 * DIM);
-            copy_16(to + t * row_bytes<DIM> + piece_at(t, piece), row + piece * 8, from + t < n);
+            copy_16(to + t * row_bytes<DIM> + piece_at(t, piece), row + piece * 8,
+                    from + t < n);
         }
     }
     copy_commit();               /* one group a tile, empty or not, for copy_wait() */

@@ -69,6 +69,15 @@ static double largest(const float *row, size_t dim)
     return most;
 }
 
+float *widened(const bf16 *x, size_t n)
+{
+    float *out = mem_alloc(n * sizeof *out);
+
+    for (size_t i = 0; i < n; i++)
+        out[i] = bf16_to_float(x[i]);
+    return out;
+}
+
 void assert_rows_near(const char *shape, const struct row_pair *p)
 {
     size_t got_stride = p->got_stride ? p->got_stride : p->dim;

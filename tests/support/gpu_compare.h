@@ -27,6 +27,9 @@ void *random_weights(struct test_random *r, size_t n, enum dtype type, float sca
  * the start of a buffer. */
 const void *gpu_put_weights(const void *host, size_t n, enum dtype type, int skip);
 
+/* As floats; free with mem_free(). */
+float *widened(const bf16 *x, size_t n);
+
 struct row_pair {
     const float *got, *want;     /* [rows, dim] */
     size_t rows, dim;
