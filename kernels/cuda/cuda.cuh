@@ -17,7 +17,8 @@
 enum {
     WARP = 32,
     MOST_ROW = 32768,            /* elements, of any activation that is normalised */
-    MOST_ARRIVED = 65536,        /* sequences times KV heads of attention by one row */
+    MOST_KV_HEADS = 64,
+    MOST_ARRIVED = 4096 * MOST_KV_HEADS, /* of as many sequences as an engine can have */
 };
 
 struct linear_plans;            /* linear.cu: cuBLASLt and its plans by shape */
@@ -148,7 +149,7 @@ void cuda_attend_one_row(struct stream *s, const struct attend_dense_args *a);
 void cuda_attend_many_rows(struct stream *s, const struct attend_dense_args *a);
 /* The latter with the instructions of Hopper, or false on other devices. */
 bool attend_many_rows_hopper(struct stream *s, const struct attend_dense_args *a);
-/* In one kernel, or false where there is none for these arguments. */
+/* With the kernels made for it, or false where there are none for these arguments. */
 bool attend_two_level_fused(struct stream *s, const struct attend_two_level_args *a);
 size_t cuda_block_filter_scratch(const struct kv_shape *shape, int max_seqs, int heads,
                                  int max_blocks);

