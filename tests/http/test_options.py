@@ -131,6 +131,12 @@ class Options(unittest.TestCase):
         if rows == 0:
             self.assertEqual(sparse["choices"], full["choices"])
 
+    def test_default_crossover(self):
+        """The device's own, see kernels/backend.h."""
+        crossover, n_out = 4096 if ON_CPU else 8192, 8
+        with Daemon() as d:
+            self.check_length(d, (PROMPT * 12)[:crossover - 4], n_out, crossover)
+
     def test_calibrated_channels(self):
         with tempfile.TemporaryDirectory() as folder:
             model = Path(folder) / "model"
