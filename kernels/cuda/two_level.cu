@@ -17,17 +17,20 @@
  * Attention uses bf16 tensor cores with the group's heads as rows; a warp takes 16 tokens
  * at a time, whose rows of K and V it copies to shared memory.
  *
- * At batch 1 all of this is latency: some 2,000 instructions one after the other, three
- * trips to memory and two to the other blocks.  Measured on an H100 behind the filter of
- * 98,304 tokens, us: choosing blocks 3, scoring 1.5, exchange 0.6, choosing tokens 2.5,
- * attention 4 (rows in 512 pages at random places), sums 1.  At batch 8 attention reads
- * memory at its rate.
+ * At batch 1 all of this is latency: some 2,400 instructions a warp one after the other,
+ * three trips to memory and two to the other blocks.  Measured on an H100 behind the filter
+ * of 98,304 tokens with 512 threads, us: choosing blocks 3.6, scoring 1.5, exchange 0.8,
+ * choosing tokens 3.2, attention 4.5 (4 MB of rows at random places), sums 1.3.  At batch 8
+ * attention reads memory at its rate.
  *
- * Lost (98,304 tokens, batch 1, 4 and 8, us; this one takes 25, 44, 72): all in one kernel
- * 35, 64, 90, because clusters of eight leave half of the GPU idle at batch 1; cluster
- * barriers instead of barriers at the receiver 29, 55, 88; 256 threads, so that a
- * multiprocessor holds two blocks or one beside the filter's, 27, 47, 77; 512 threads 27,
- * 53, 85; two tiles of rows on their way 27, 56, 89. */
+ * Tried on an H100, us at 98,304 tokens and batch 1, 4 and 8; this one takes 25, 44, 72:
+ *   all in one kernel with cluster barriers   35, 64, 90   clusters of eight leave half of
+ *                                                          the GPU idle at batch 1
+ *   two launches, everything unrolled         31, 60, 98
+ *   512 threads, two filter blocks an SM      27, 53, 85   this one with two: 26, 51, 84
+ *   256 threads, two blocks an SM             27, 47, 77
+ *   256 threads beside the filter's, two      27, 56, 89
+ *   tiles of rows on their way */
 
 #include "kernels/cuda/attend.cuh"
 #include "kernels/cuda/two_level.cuh"
