@@ -149,6 +149,19 @@ void launch_few(struct stream *s, const product &p)
                      THREADS, 0, p);
 }
 
+/* Any number of rows, FEW_ROWS at a time. */
+template <typename T>
+void launch_slices(struct stream *s, const product &p)
+{
+    for (int first = 0; first < p.rows; first += FEW_ROWS) {
+        product part = p;
+        part.rows = p.rows - first < FEW_ROWS ? p.rows - first : FEW_ROWS;
+        part.x += (size_t)first * p.in_dim;
+        part.out = (T *)p.out + (size_t)first * p.out_stride;
+        launch_few<T>(s, part);
+    }
+}
+
 /* ---- float32 weights */
 
 enum { FLOAT_ROWS = 8 };         /* of x, to a warp */
@@ -361,16 +374,23 @@ void multiply_many(struct stream *s, const product &p, bool to_float)
                                                             : cudaErrorNotSupported, "linear");
 }
 
+/* cuBLASLt adds a bias to the sum before it rounds, but not, measured, to rows of outputs
+ * do not begin at multiples of 16 bytes.  No model has such. */
+bool rounds_once(const product &p)
+{
+    return !p.bias || (p.out_dim % 8 == 0 && p.out_stride % 8 == 0 && (uintptr_t)p.out % 16 == 0);
+}
+
 void multiply(struct stream *s, const product &p, enum dtype weight_type, bool to_float)
 {
     if (!stream_enter(s) || p.rows == 0)
         return;
     if (weight_type == DTYPE_F32)
         to_float ? launch_float<float>(s, p) : launch_float<__nv_bfloat16>(s, p);
-    else if (p.rows > FEW_ROWS)
+    else if (p.rows > FEW_ROWS && rounds_once(p))
         multiply_many(s, p, to_float);
     else
-        to_float ? launch_few<float>(s, p) : launch_few<__nv_bfloat16>(s, p);
+        to_float ? launch_slices<float>(s, p) : launch_slices<__nv_bfloat16>(s, p);
 }
 
 }
