@@ -374,8 +374,8 @@ void multiply_many(struct stream *s, const product &p, bool to_float)
                                                             : cudaErrorNotSupported, "linear");
 }
 
-/* cuBLASLt adds a bias to the sum before it rounds, but not, measured, to rows of outputs
- * do not begin at multiples of 16 bytes.  No model has such. */
+/* cuBLASLt adds a bias before it rounds, but for outputs whose rows do not begin at
+ * multiples of 16 bytes seems to round first: tests found it.  No model has such. */
 bool rounds_once(const product &p)
 {
     return !p.bias || (p.out_dim % 8 == 0 && p.out_stride % 8 == 0 && (uintptr_t)p.out % 16 == 0);
