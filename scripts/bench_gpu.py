@@ -35,6 +35,7 @@ STEPS = {"qwen3-8b": ("1:1024", "1:98304", "8:98304"), "qwen3-0.6b": ("1:1024", 
 # Qwen3-8B, one layer.
 KV_HEADS, HEADS, DIM, LAYERS = 8, 32, 128, 36
 KEEP_BLOCKS, KEEP_TOKENS = 64, 1024
+CROSSOVER = 8192                                 # tokens; up to there contexts are served dense
 KV_BYTES = KV_HEADS * DIM * 4                    # a token
 FILTER_BYTES = KV_HEADS * (DIM // 8 + 2)         # a token: sign plane and scale
 KEPT_BYTES = KV_HEADS * (KEEP_BLOCKS * 64 * DIM // 8 + KEEP_TOKENS * DIM * 4)
@@ -184,8 +185,7 @@ def section_step(run, torch):
             batch, tokens, sparse, floor, host, full, full_floor, full_host, *note = r
             run.figures.setdefault("step", []).append([model, *r[:8]])
             most = STEP_MOST.get((model, batch, tokens))
-            # Contexts as short as that are served dense.
-            short = tokens <= 4096
+            short = tokens <= CROSSOVER
             mine, bytes_ms, host = (full, full_floor, full_host) if short else (sparse, floor, host)
             run.row(f"{model} step, batch {batch:.0f}, {tokens:,.0f} tokens", f"{mine:.2f} ms",
                     f"{bytes_ms:.2f} ms", "", f"{most} ms" if most else "",

@@ -59,6 +59,7 @@ static __device__ __forceinline__ bin find_bin(int wanted, const counts *c)
     int lane = threadIdx.x % WARP, count[LANE_BINS], own = 0;
     bin b = { -1, 0, 0 };
 
+    static_assert(LANE_BINS == 8, "two loads of four");
     *(int4 *)&count[0] = *(const int4 *)&c->bins[lane * LANE_BINS];
     *(int4 *)&count[4] = *(const int4 *)&c->bins[lane * LANE_BINS + 4];
 #pragma unroll
@@ -105,6 +106,7 @@ static __device__ __forceinline__ scale scale_below(unsigned largest, unsigned s
     scale s;
 
     s.bottom = max(smallest, largest > BINADES ? largest - BINADES + 1 : 0);
+    static_assert(BINS == 1 << 8, "8 bits of the distance are a bin");
     s.shift = max(32 - __clz(largest - s.bottom) - 8, 0);
     return s;
 }

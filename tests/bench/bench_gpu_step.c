@@ -22,7 +22,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 
-enum { MAX_CASES = 16, MAX_SEQS = 64, MAX_ROWS = 2048, MAX_LOGIT_ROWS = 2 * MAX_SEQS,
+enum { MAX_CASES = 16, MAX_SEQS = 64, MAX_ROWS = 1024, MAX_LOGIT_ROWS = 2 * MAX_SEQS,
        WARM_UP = 5, STEPS = 61, SPARE_BYTES = 512 << 20 };
 
 struct decodes {

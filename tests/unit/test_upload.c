@@ -50,6 +50,15 @@ static uint64_t fill(struct upload list[N])
     return total;
 }
 
+static void check_and_free(struct upload list[N])
+{
+    for (size_t i = 0; i < N; i++) {
+        ck_assert_mem_eq(list[i].to, list[i].from, sizes[i]);
+        mem_free((void *)list[i].from);
+        mem_free(list[i].to);
+    }
+}
+
 START_TEST(arrives_and_is_counted)
 {
     struct watch w = { 0 };
@@ -65,11 +74,7 @@ START_TEST(arrives_and_is_counted)
     ck_assert(!w.went_back && !w.overran);
     ck_assert_uint_eq(atomic_load(&w.progress.done_bytes), total);
     ck_assert_uint_eq(atomic_load(&w.progress.total_bytes), total);
-    for (size_t i = 0; i < N; i++) {
-        ck_assert_mem_eq(list[i].to, list[i].from, sizes[i]);
-        mem_free((void *)list[i].from);
-        mem_free(list[i].to);
-    }
+    check_and_free(list);
 }
 END_TEST
 
@@ -82,11 +87,7 @@ START_TEST(needs_nobody_who_watches)
     ck_assert_int_eq(upload_all(test_backend("auto"), list, N, NULL, NULL), ST_OK);
     ck_assert_int_eq(upload_all(test_backend("auto"), list, 0, &progress, NULL), ST_OK);
     ck_assert_uint_eq(atomic_load(&progress.total_bytes), 0);
-    for (size_t i = 0; i < N; i++) {
-        ck_assert_mem_eq(list[i].to, list[i].from, sizes[i]);
-        mem_free((void *)list[i].from);
-        mem_free(list[i].to);
-    }
+    check_and_free(list);
 }
 END_TEST
 
