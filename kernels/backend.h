@@ -89,6 +89,12 @@ enum status buffer_alloc(struct backend *be, struct buffer *out,
                          enum memory_kind kind, size_t bytes) MUST_USE;
 void buffer_free(struct backend *be, struct buffer *buf);   /* an empty one is fine */
 
+/* Pin host memory of the caller's, whole pages: from then on the device reads and writes it at the
+ * same address, and copies do not wait for the host.  ST_NOMEM when the system refuses, ST_UNSUPPORTED
+ * when the device cannot use the address.  The CPU back end has nothing to do. */
+enum status host_register(struct backend *be, void *base, size_t bytes, struct error *err) MUST_USE;
+void host_unregister(struct backend *be, void *base);
+
 struct stream *stream_create(struct backend *be);
 void stream_destroy(struct stream *s);
 
@@ -104,6 +110,11 @@ bool event_done(const struct event *ev);
 
 /* Queue a copy between any two addresses the back end knows. */
 void stream_copy(struct stream *s, void *dst, const void *src, size_t bytes);
+/* The same of n pieces of equal size, dst_stride and src_stride bytes from piece to piece. */
+void stream_copy_pieces(struct stream *s, void *dst, size_t dst_stride, const void *src,
+                        size_t src_stride, size_t bytes, size_t n);
+/* Queue the setting of bytes to a value. */
+void stream_fill(struct stream *s, void *dst, uint8_t value, size_t bytes);
 
 /* Recording.  Between graph_begin() and graph_end() operations and copies are not
  * executed but remembered, with their arguments as they are: addresses, counts and what

@@ -2,6 +2,7 @@
 #define KERNELS_OPS_H
 
 #include "kernels/backend.h"
+#include "kernels/hot_rows.h"
 #include "kernels/layout.h"
 #include "kernels/sampling.h"
 
@@ -229,15 +230,17 @@ struct attend_selected_args {
     float scale;
 };
 
-/* block_filter, token_select and attend_selected in one, for a cache that is all on the
- * device: what lies between them goes nowhere.         tolerance: as the three */
+/* block_filter, token_select and attend_selected in one: what lies between them goes
+ * nowhere.  With `hot`, a chosen row whose block has no slot in kv_table comes out of hot_rows.h's
+ * sets; the result is the same to the last bit as though it were in kv.
+ *                                                        tolerance: as the three */
 struct attend_two_level_args {
     void *out;                  /* act [S, H*D] */
     const void *q;              /* act [S, H*D] after rope */
     int q_stride;
     const bf16 *kv;
     const uint8_t *index;
-    const int32_t *kv_table;    /* [S, max_blocks] block ids in kv */
+    const int32_t *kv_table;    /* [S, max_blocks] block ids in kv; -1 only with hot */
     const int32_t *index_table; /* [S, max_blocks] block ids in index */
     const int32_t *n_tokens;    /* [S] */
     const int16_t *channels;
@@ -247,6 +250,7 @@ struct attend_two_level_args {
     int keep_blocks, keep_tokens, sink_tokens, recent_tokens;
     int max_n_tokens;
     float scale;
+    const struct hot_rows *hot; /* host; NULL: every block has a slot in kv */
 };
 
 /* out = silu(gate) * up, silu(x) = x / (1 + exp(-x)).     tolerance: 1e-5 */

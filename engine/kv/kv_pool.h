@@ -9,23 +9,35 @@
 
 struct backend;
 
-/* Device memory for keys, values and their index, cut once into equal blocks.
+/* Keys, values and their index, in equal blocks, on the device and in host memory.
  *
- * A block holds BLOCK_TOKENS consecutive tokens of one sequence, in every
- * layer: block b of layer l lies at kv_pool_kv(pool, l) + b * block bytes, its
- * index likewise.  A sequence grows in all layers at once, so one id and one
- * table serve them all.  Nothing is allocated after kv_pool_create().
+ * A block holds BLOCK_TOKENS consecutive tokens of one sequence, in every layer.  It is
+ * a name and a count of users; what it contains lies in up to three places, each cut once
+ * into equal slots:
  *
- * A block is in exactly one state:
+ *   kv      device: K and V     slot s of layer l at kv_pool_kv(pool, l) + s * block bytes
+ *   index   device: the index   likewise at kv_pool_index(pool, l)
+ *   host    host tier: K, V and index of all layers, slot s at byte s * kv_pool_host_bytes()
+ *           of the tier: [layer] K and V, then [layer] index
  *
- *   FREE     on the free list, contents meaningless
- *   PINNED   in use by one or more sequences or copies
- *   CACHED   unpinned but sealed and findable; least recently used reclaimed first
+ * The pool keeps the books; it moves nothing itself.  Without a host tier (host_blocks 0) a
+ * block always has a kv and an index slot.
  *
- *        take               seal + last unpin
- *   FREE ----> PINNED ----------------------> CACHED
- *     ^          | last unpin, not sealed        | find (pins again)
- *     +----------+<------------------------------+ reclaimed by take
+ *   pins    users: sequences that have it in their table.  A pinned block keeps its index
+ *           slot, if it has one, and never ceases to exist.
+ *   holds   users that need K and V on the device: they keep the kv slot.  A block without holds
+ *           and with a copy on the host may lose its kv slot to kv_pool_take() at any time.
+ *   copies  transfers under way, at most one for each block; meanwhile it keeps everything.
+ *
+ * Where a block can be:
+ *
+ *   RESIDENT   kv and index slot, perhaps a host slot
+ *   OFFLOADED  index and host slot, no kv slot: readable through the host tier
+ *   STORED     host slot alone: to be loaded before it is of use
+ *
+ * Without pins a sealed block stays findable, RESIDENT or STORED (an index slot without K and V is
+ * given up with the last pin), until its slots are wanted: the least recently used first.
+ * A block that is unpinned and not sealed is gone.
  *
  * Names.  A sealed block is found by what it contains: its parent (the block
  * before it, itself named so), its tokens, and its provenance.  A find compares
@@ -38,15 +50,16 @@ struct backend;
  *
  * Rules:
  *
- *  1. Pin before touching.  An unpinned block may be given away by the next
- *     kv_pool_take().
+ *  1. Pin before touching; hold before reading K and V on the device over more than one
+ *     call of kv_pool_take().
  *  2. Only an unsealed block may be written, and only by the sequence that
  *     took it.  Sealing is one-way: a full block gets its name and becomes
- *     immutable, which is what makes sharing safe without copying.
+ *     immutable, which is what makes sharing and copying safe.
  *  3. Finding a block implies that its parents were found: a chain is searched
- *     from its start, and a block whose parent was reclaimed is never found again
- *     (reclaiming takes the leaves of a chain before their parents).
- *  4. free + cached + pinned == blocks.  kv_pool_check() verifies it.
+ *     from its start, and a block whose parent is gone is never found again
+ *     (what loses its last place takes the leaves of a chain before their parents).
+ *  4. A slot that a transfer reads or writes is given to nobody else until it has ended.
+ *  5. In each place free + used == slots.  kv_pool_check() verifies these.
  *
  * Engine thread only. */
 
@@ -54,15 +67,22 @@ typedef uint32_t kv_block;
 #define KV_BLOCK_NONE UINT32_MAX
 
 struct kv_pool_config {
-    uint32_t blocks;
+    uint32_t blocks;         /* kv slots */
+    uint32_t index_blocks;   /* index slots, >= blocks; 0: as many */
+    uint32_t host_blocks;    /* the most host slots there will be; 0: no host tier */
     int layers;
     struct kv_shape shape;
-    bool prefix_cache;       /* false: nothing is ever found, sealed blocks go FREE */
+    bool prefix_cache;       /* false: nothing is ever found, and an unpinned block is gone */
 };
 
+/* Of kv slots: free; cached, that kv_pool_take() may have; held.  free + cached + pinned ==
+ * blocks.  Of host slots: likewise, where cached are those of unpinned blocks. */
 struct kv_pool_counts {
     uint32_t blocks, free, cached, pinned;
+    uint32_t index_blocks, index_free;
+    uint32_t host_blocks, host_free, host_cached;
     uint64_t n_taken, n_reclaimed, n_sealed, n_duplicates; /* since create */
+    uint64_t n_stored, n_loaded;
 };
 
 /* What names a block; see above.  parent is KV_BLOCK_NONE for the first. */
@@ -73,37 +93,77 @@ struct block_name {
     uint64_t salt;           /* only counts in first blocks: children inherit it */
 };
 
+/* Slots with readable contents, -1 where there are none. */
+struct block_place {
+    int32_t kv, index, host;
+};
+
 struct kv_pool;
 
 /* Bytes of device memory that one block costs, all layers, index included. */
 size_t kv_pool_bytes_per_block(const struct kv_shape *shape, int layers);
+/* Bytes of a slot of the host tier. */
+size_t kv_pool_host_bytes(const struct kv_shape *shape, int layers);
 
 enum status kv_pool_create(struct kv_pool **out, struct backend *be,
                            const struct kv_pool_config *cfg, struct error *err) MUST_USE;
-void kv_pool_destroy(struct kv_pool *pool); /* ASSERTs that nothing is pinned; NULL is fine */
+void kv_pool_destroy(struct kv_pool *pool); /* ASSERTs that nothing is pinned or copied; NULL
+                                               is fine */
 
-/* Take n blocks, pinned once each, or none at all and ST_BUSY.  Reclaims
- * CACHED blocks when the free list is short. */
+/* Host slots [0, n) exist now; n only grows, up to host_blocks. */
+void kv_pool_host_ready(struct kv_pool *pool, uint32_t n);
+
+/* Take n blocks with a kv and an index slot each, pinned and held once, or none at all and
+ * ST_BUSY.  Takes kv slots from unpinned blocks, least recently used first, and only then from
+ * pinned ones without holds. */
 enum status kv_pool_take(struct kv_pool *pool, uint32_t n, kv_block *out) MUST_USE;
+/* How many kv_pool_take() would give now. */
+uint32_t kv_pool_available(const struct kv_pool *pool);
 
 void kv_pool_pin(struct kv_pool *pool, kv_block b);
 void kv_pool_unpin(struct kv_pool *pool, kv_block b);
+/* Holding wants a pin and a readable kv slot. */
+void kv_pool_hold(struct kv_pool *pool, kv_block b);
+void kv_pool_release(struct kv_pool *pool, kv_block b);
 
 /* Declare the block full and immutable.  Returns the block that carries the
- * name from now on: b itself, or an equal one that was there before, pinned
- * in b's stead (b is unpinned): the caller replaces b in its table. */
+ * name from now on: b itself, or an equal one that was there before and is RESIDENT,
+ * pinned and held in b's stead (b is released and unpinned): the caller replaces b in its table.
+ * An equal one that is not RESIDENT and not being copied takes over b's kv and index slots. */
 kv_block kv_pool_seal(struct kv_pool *pool, kv_block b, const struct block_name *name);
 
 /* Look up a sealed block and pin it.  KV_BLOCK_NONE when there is none. */
 kv_block kv_pool_find(struct kv_pool *pool, const struct block_name *name);
+
+struct block_place kv_pool_place(const struct kv_pool *pool, kv_block b);
+/* Grows whenever a place of a block changes: tables made before are stale. */
+uint64_t kv_pool_version(const struct kv_pool *pool);
+
+/* ---- transfers
+ *
+ * begin reserves the slots and marks the block; the caller moves the bytes and then calls end,
+ * with whether they arrived.  Begin returns false, and nothing happens, where the block is being
+ * copied already or no slot can be had. */
+
+/* Device to host, of a sealed RESIDENT block without a host slot.  *place: where from and to.
+ * Takes the host slot of an unpinned block, least recently used first, when none is free. */
+bool kv_pool_store_begin(struct kv_pool *pool, kv_block b, struct block_place *place);
+void kv_pool_store_end(struct kv_pool *pool, kv_block b, bool arrived);
+
+/* Host to device, of a pinned block with a host slot.  What is there already is not moved
+ * (-1 in *place); with_kv false loads the index alone.  The caller may hold it once K and V have
+ * arrived: until the next kv_pool_take() they stay. */
+bool kv_pool_load_begin(struct kv_pool *pool, kv_block b, bool with_kv, struct block_place *place);
+void kv_pool_load_end(struct kv_pool *pool, kv_block b, bool arrived);
 
 bf16 *kv_pool_kv(const struct kv_pool *pool, int layer);
 uint8_t *kv_pool_index(const struct kv_pool *pool, int layer);
 struct kv_pool_counts kv_pool_counts(const struct kv_pool *pool);
 void kv_pool_check(const struct kv_pool *pool);   /* O(blocks) */
 
-/* Tests: overwrite every FREE block with NaN patterns whenever it becomes
- * free, so that a read of stale memory shows.  Host-visible back ends only. */
-void kv_pool_poison(struct kv_pool *pool, bool on);
+/* Tests: overwrite every free slot, and the destination of every transfer when it begins, with NaN
+ * patterns, so that a read of stale memory shows.  host is the tier's memory, or NULL.
+ * Host-visible back ends only. */
+void kv_pool_poison(struct kv_pool *pool, bool on, void *host);
 
 #endif

@@ -1,0 +1,55 @@
+#ifndef KERNELS_HOT_ROWS_H
+#define KERNELS_HOT_ROWS_H
+
+#include "kernels/layout.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* Rows of K and V that are not on the device, and the cache of those that lately were.
+ *
+ * A sequence whose blocks have (partly) left the device has a set: for each layer and KV head
+ * `rows_per_head` rows of device memory.  Where kv_table has no slot for a block, its rows come out of
+ * the set, and what the set lacks is read out of the host tier and put into it, in place of
+ * the row that was used longest ago.  A row is an exact copy, so the cache changes the time of
+ * an answer and never the answer.
+ *
+ * What a set holds is checked at use: row_of[p] may be anything, and means "position p is
+ * in that row" only where position[that row] == p.  So a set is made empty by setting all its
+ * positions to -1, and no more.
+ *
+ * Of this layer; C sets, P = max_blocks * BLOCK_TOKENS positions, N = rows_per_head, D head_dim: */
+struct hot_rows {
+    const bf16 *host;           /* K and V of host slot 0, this layer; readable by the device */
+    size_t host_stride;         /* bytes from host slot to host slot */
+    const int32_t *host_table;  /* [S, max_blocks] host slots; read where kv_table has -1 */
+    const int32_t *set;         /* [S] in [0, C), or -1: all of the sequence is in kv */
+    bf16 *rows;                 /* [C, G, N, 2 D] */
+    uint16_t *row_of;           /* [C, G, P] */
+    int32_t *position;          /* [C, G, N] -1: the row is empty */
+    uint32_t *used;             /* [C, G, N] step that last used the row */
+    const uint32_t *step;       /* [1] of this step; ascends from 1 */
+    uint64_t *counts;           /* [HOT_COUNTS] are added to */
+    int rows_per_head;          /* >= keep_tokens, at most HOT_MOST_ROWS */
+};
+
+enum { HOT_HITS, HOT_MISSES, HOT_RESIDENT, HOT_COUNTS }; /* rows: in the set, fetched, in kv */
+enum { HOT_MOST_ROWS = 65535 };
+
+/* Bytes of device memory of one set in one layer, by part. */
+LAYOUT_FN size_t hot_rows_bytes(const struct kv_shape *s, int rows_per_head)
+{
+    return (size_t)s->kv_heads * (size_t)rows_per_head * 4 * (size_t)s->head_dim;
+}
+
+LAYOUT_FN size_t hot_books_bytes(const struct kv_shape *s, int rows_per_head, int max_blocks)
+{
+    return (size_t)s->kv_heads * ((size_t)rows_per_head * (sizeof(int32_t) + sizeof(uint32_t)) +
+                                  (size_t)max_blocks * BLOCK_TOKENS * sizeof(uint16_t));
+}
+
+#ifdef __cplusplus
+}
+#endif
+#endif
