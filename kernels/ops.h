@@ -144,6 +144,8 @@ struct attend_dense_args {
     struct kv_shape shape;
     int seqs, heads, max_blocks;
     int max_n_rows, max_n_tokens; /* host's knowledge of the largest entries */
+    bool only_last_is_new;      /* host's knowledge: of a sequence with one row all K and V but the
+                                   last token's lie there since before this pass; may be false */
     float scale;
 };
 

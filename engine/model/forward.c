@@ -161,6 +161,7 @@ static void attend_dense(struct pass *p, int layer, const struct dense_rows *d)
         .shape = p->shape, .seqs = d->seqs, .heads = p->g->heads,
         .max_blocks = p->m->limits.max_blocks,
         .max_n_rows = d->most_rows, .max_n_tokens = d->most_tokens,
+        .only_last_is_new = p->decodes,
         .scale = 1.0f / sqrtf((float)p->g->head_dim) });
 }
 
@@ -354,6 +355,7 @@ static void queue_batch(struct model *m, struct stream *s, struct kv_pool *pool)
     p.rows = b->rows;
     p.logit_rows = b->logit_rows;
     p.gathers = !forward_wants_all_rows(b);
+    p.decodes = b->rows == b->seqs;
     p.sparse_seqs = b->sparse_seqs;
     p.sparse_n_tokens = m->arrays.n_tokens;
     for (int i = 0; i < b->sparse_seqs; i++)

@@ -75,6 +75,7 @@ struct pass {
     struct kv_shape shape;
     int rows, logit_rows;
     bool gathers;                    /* the wanted rows are not all rows in order */
+    bool decodes;                    /* a row of every sequence, none of a longer slice */
     int sparse_seqs, most_sparse_tokens;
     const int32_t *sparse_n_tokens;  /* device */
     struct dense_rows dense[2][2];   /* [in the last layer][where the layer selects] */

@@ -210,6 +210,7 @@ static void queue_class(struct model *m, struct stream *s, struct kv_pool *pool,
     struct pass p = forward_pass(m, s, pool, &r->arrays);
 
     p.rows = p.logit_rows = c->rows;
+    p.decodes = true;
     p.sparse_seqs = c->sparse ? c->rows : 0;
     p.most_sparse_tokens = longest;
     p.sparse_n_tokens = r->device_lists + SPARSE_N_TOKENS * seqs;

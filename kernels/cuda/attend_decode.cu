@@ -39,6 +39,8 @@ enum {
     DEPTH = 3,                   /* tiles of a warp on their way or in use */
     HEADS = 16,                  /* rows of a product: the heads of a group, at most */
     LEAST_BLOCKS = 4,            /* of a chunk: shorter ones take longer to start than to run */
+    SHORT_BLOCKS = 32,           /* up to which a context is cut in chunks of */
+    SHORT_CHUNK = 2,             /* as many, which are all on their way at once */
 };
 
 /* Thread blocks to a sequence and KV head: of a long one as many as give every
@@ -50,6 +52,23 @@ int most_chunks(int kv_heads)
     return chunks < 16 ? 16 : chunks;
 }
 
+/* Chunks of so many blocks, but for a limit. */
+__host__ __device__ inline int chunks_of(int blocks)
+{
+    int size = blocks <= SHORT_BLOCKS ? SHORT_CHUNK : LEAST_BLOCKS;
+
+    return (blocks + size - 1) / size;
+}
+
+/* Of any context of at most so many blocks. */
+int chunks_at_most(int blocks)
+{
+    int of_short = chunks_of(blocks < SHORT_BLOCKS ? blocks : SHORT_BLOCKS);
+    int of_all = chunks_of(blocks);
+
+    return of_all > of_short ? of_all : of_short;
+}
+
 struct decode {
     __nv_bfloat16 *out;
     const __nv_bfloat16 *q, *kv;
@@ -59,6 +78,7 @@ struct decode {
     float *parts;                /* [seqs, heads, chunks, PART] */
     unsigned *arrived;           /* [seqs, kv_heads] of struct stream */
     int q_stride, heads, kv_heads, max_blocks, keep_tokens, chunks;
+    bool only_last_is_new;       /* of attend_dense */
     float scale;                 /* times log2(e) */
 };
 
@@ -101,7 +121,7 @@ __device__ __forceinline__ chunk chunk_of(const decode &a, int seq, int kv_head,
         c.n = rows == 1 ? n : 0;
     }
     c.blocks = (c.n + BLOCK_TOKENS - 1) / BLOCK_TOKENS;
-    c.chunks = min((c.blocks + LEAST_BLOCKS - 1) / LEAST_BLOCKS, a.chunks);
+    c.chunks = min(chunks_of(c.blocks), a.chunks);
     return c;
 }
 
@@ -317,10 +337,18 @@ __global__ void __launch_bounds__(THREADS, 2) attend(decode a)
     int group = a.heads / a.kv_heads;
 
     let_next_start();
-    wait_for_inputs();
+    /* Lengths and tables come from the host: they can be read, and the tiles of rows that lie there
+     * since earlier steps started, while the kernels before this one end. */
+    bool waited = SELECTED || !a.only_last_is_new;
+    if (waited)
+        wait_for_inputs();
     chunk k = chunk_of<SELECTED>(a, seq, kv_head, blockIdx.x);
-    if (k.number >= k.chunks)
+    if (k.number >= k.chunks) {
+        /* Not before: the kernels behind this one count on all before it to have ended. */
+        if (!waited)
+            wait_for_inputs();
         return;
+    }
     const int32_t *table = a.table + (size_t)seq * a.max_blocks;
     const int32_t *chosen =
         SELECTED ? a.chosen + ((size_t)seq * a.kv_heads + kv_head) * a.keep_tokens : NULL;
@@ -328,10 +356,17 @@ __global__ void __launch_bounds__(THREADS, 2) attend(decode a)
     int from = k.number * BLOCK_TOKENS + warp * TILE, step = k.chunks * BLOCK_TOKENS;
     int ahead = k.number;        /* block of the next tile to start */
 #pragma unroll
-    for (int i = 0; i < DEPTH - 1; i++, ahead += k.chunks)
+    for (int i = 0; i < DEPTH - 1; i++, ahead += k.chunks) {
+        if (!waited && ahead >= k.blocks - 1) {
+            wait_for_inputs();
+            waited = true;
+        }
         start_tile<DIM, SELECTED>(a, table, chosen, kv_head, ring + i * SLOT,
                                   !SELECTED && ahead < k.blocks ? table[ahead] : 0,
                                   ahead * BLOCK_TOKENS + warp * TILE, k.n);
+    }
+    if (!waited)
+        wait_for_inputs();
     /* Its id is there before it is wanted. */
     int block = SELECTED ? 0 : table[min(ahead, k.blocks - 1)];
     unsigned q[DIM / 16][4];
@@ -368,15 +403,13 @@ void launch_dim(struct stream *s, const decode &a, const char *op, int chunks, i
 template <bool SELECTED>
 void launch(struct stream *s, decode &a, const char *op, int head_dim, int most, int seqs)
 {
-    const int least = LEAST_BLOCKS * BLOCK_TOKENS;
-
     if (seqs > MOST_ARRIVED / a.kv_heads) {
         stream_check(s, cudaErrorInvalidValue, op);
         return;
     }
     a.arrived = s->arrived;
     a.chunks = most_chunks(a.kv_heads);
-    int chunks = (most + least - 1) / least;
+    int chunks = chunks_at_most((most + BLOCK_TOKENS - 1) / BLOCK_TOKENS);
     chunks = chunks < a.chunks ? chunks : a.chunks;
     if (head_dim == 128)
         launch_dim<128, SELECTED>(s, a, op, chunks, seqs);
@@ -402,6 +435,7 @@ void cuda_attend_one_row(struct stream *s, const struct attend_dense_args *args)
     a.heads = args->heads;
     a.kv_heads = args->shape.kv_heads;
     a.max_blocks = args->max_blocks;
+    a.only_last_is_new = args->only_last_is_new;
     a.scale = args->scale * LOG2_E;
     launch<false>(s, a, "attend_dense", args->shape.head_dim, args->max_n_tokens, args->seqs);
 }

@@ -3,7 +3,13 @@
  * A step of decodes has few rows and is bound by reading the weights; multiply_few() does
  * nothing but stream them through the tensor cores.  Products of many rows go to cuBLASLt.
  * Weights in float32, which the tensor cores cannot multiply with bf16, have a plain
- * kernel. */
+ * kernel.
+ *
+ * Tried for few rows and lost: a ring of bulk copies in 100 KB of shared memory, filled
+ * before the kernel waits for its inputs.  On an H100 it reads as fast (copies of 2 KB;
+ * those of 512 bytes reach 1,850 GB/s), but a step of Qwen3-8B at batch 1 takes 6.1 to 6.3
+ * ms instead of 5.9: the small operations between the products then wait for a memory that
+ * is busy, a norm 3.3 us instead of 1.3, and that costs as much as the early start gains. */
 
 #include "kernels/cuda/mma.cuh"
 
@@ -17,7 +23,7 @@ enum {
     FEW_ROWS = 16,
     THREADS = 256,
     WARPS = THREADS / WARP,
-    TILE = 16,                   /* outputs a warp makes at a time: rows of the left operand */
+    HALF = 8,                    /* outputs in half of the left operand's rows */
     STEP = 64,                   /* inputs a warp takes at a time */
     STEP_LOADS = STEP / 32,      /* 16-byte loads of each thread in it, from one row */
     COLUMNS = 8,                 /* rows of x to a product: columns of the right operand */
@@ -50,25 +56,26 @@ __device__ __forceinline__ void store(__nv_bfloat16 *to, float v)
 
 /* out = x W^T + bias for up to COLUMN_TILES * COLUMNS rows of x.
  *
- * A thread block makes TILES * TILE outputs of every row; its warps take every WARPS-th
- * step of the inputs, and their sums are added in the order of the warps, so a result does
- * not depend on the number of rows.  The order of inputs inside a product is free, and so
+ * A thread block makes TILES * HALVES * HALF outputs of every row; its warps take every
+ * WARPS-th step of the inputs, and their sums are added in the order of the warps, so a result
+ * does not depend on the number of rows.  The order of inputs inside a product is free, and so
  * each thread loads 16 bytes in a row of both operands, which are two products' worth. */
-template <int COLUMN_TILES, int TILES, typename T>
+template <int COLUMN_TILES, int TILES, int HALVES, typename T>
 __global__ void __launch_bounds__(THREADS, 2) multiply_few(product p)
 {
+    enum { TILE = HALVES * HALF };
     __shared__ float part[WARPS][COLUMN_TILES * COLUMNS][TILE];
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, c = lane % 4;
     int first = blockIdx.x * TILES * TILE;
     float acc[TILES][COLUMN_TILES][4] = {};
-    uint4 w[TILES][2][STEP_LOADS];
+    uint4 w[TILES][HALVES][STEP_LOADS];
 
     auto load = [&](int from) {
 #pragma unroll
         for (int t = 0; t < TILES; t++)
 #pragma unroll
-            for (int half = 0; half < 2; half++) {
-                int row = min(first + t * TILE + half * 8 + g, p.out_dim - 1);
+            for (int half = 0; half < HALVES; half++) {
+                int row = min(first + t * TILE + half * HALF + g, p.out_dim - 1);
                 const __nv_bfloat16 *base = p.weight + (size_t)row * p.in_dim;
 #pragma unroll
                 for (int i = 0; i < STEP_LOADS; i++) {
@@ -92,14 +99,15 @@ __global__ void __launch_bounds__(THREADS, 2) multiply_few(product p)
                 x[n][i] = there ? *(const uint4 *)(p.x + (size_t)row * p.in_dim + at)
                                 : make_uint4(0, 0, 0, 0);
             }
-        uint4 now[TILES][2][STEP_LOADS];
+        uint4 now[TILES][HALVES][STEP_LOADS];
         memcpy(now, w, sizeof now);
         load(from + WARPS * STEP);
 #pragma unroll
         for (int t = 0; t < TILES; t++)
 #pragma unroll
             for (int i = 0; i < STEP_LOADS; i++) {
-                const uint4 &low = now[t][0][i], &high = now[t][1][i];
+                const uint4 low = now[t][0][i];
+                const uint4 high = HALVES > 1 ? now[t][HALVES - 1][i] : make_uint4(0, 0, 0, 0);
                 unsigned a[4] = { low.x, high.x, low.y, high.y };
                 unsigned b[4] = { low.z, high.z, low.w, high.w };
 #pragma unroll
@@ -116,8 +124,8 @@ __global__ void __launch_bounds__(THREADS, 2) multiply_few(product p)
 #pragma unroll
         for (int n = 0; n < COLUMN_TILES; n++)
 #pragma unroll
-            for (int i = 0; i < 4; i++)
-                part[warp][n * COLUMNS + 2 * c + i % 2][g + i / 2 * 8] = acc[t][n][i];
+            for (int i = 0; i < 2 * HALVES; i++)
+                part[warp][n * COLUMNS + 2 * c + i % 2][g + i / 2 * HALF] = acc[t][n][i];
         __syncthreads();
         for (int i = threadIdx.x; i < COLUMN_TILES * COLUMNS * TILE; i += THREADS) {
             int row = i / TILE, at = first + t * TILE + i % TILE;
@@ -133,20 +141,31 @@ __global__ void __launch_bounds__(THREADS, 2) multiply_few(product p)
     }
 }
 
+template <int TILES, int HALVES, typename T>
+void launch_tiles(struct stream *s, const product &p)
+{
+    const int per_block = TILES * HALVES * HALF;
+    dim3 grid((p.out_dim + per_block - 1) / per_block);
+
+    launch_early(s, "linear",
+                 p.rows <= COLUMNS ? multiply_few<1, TILES, HALVES, T>
+                                   : multiply_few<2, TILES, HALVES, T>,
+                 grid, THREADS, 0, p);
+}
+
+/* Where there are many outputs x is read half as often; where there are few, twice as many
+ * multiprocessors take part. */
 template <typename T>
 void launch_few(struct stream *s, const product &p)
 {
-    /* Where there are many outputs, x is read half as often. */
-    bool wide = p.out_dim >= 8 * TILE * s->be->info.sm_count;
-    int per_block = wide ? 2 * TILE : TILE;
-    dim3 grid((p.out_dim + per_block - 1) / per_block);
+    int sms = s->be->info.sm_count;
 
-    if (p.rows <= 8)
-        launch_early(s, "linear", wide ? multiply_few<1, 2, T> : multiply_few<1, 1, T>, grid,
-                     THREADS, 0, p);
+    if (p.out_dim >= 8 * 2 * HALF * sms)
+        launch_tiles<2, 2, T>(s, p);
+    else if (p.out_dim > HALF * sms)
+        launch_tiles<1, 2, T>(s, p);
     else
-        launch_early(s, "linear", wide ? multiply_few<2, 2, T> : multiply_few<2, 1, T>, grid,
-                     THREADS, 0, p);
+        launch_tiles<1, 1, T>(s, p);
 }
 
 /* Any number of rows, FEW_ROWS at a time. */

@@ -176,9 +176,12 @@ __global__ void __launch_bounds__(WARPS * WARP) rope_store(struct rope_store_arg
     if (row < a.rows && weight)
         for (int i = 0; i < PARTS; i++)
             norm[i] = weight_at(weight, lane + WARP * i, a.norm_type);
+    /* From the host: no kernel writes them. */
+    int position = row < a.rows ? a.positions[row] : 0;
+    bool leaves = row >= a.rows || (kv_head >= 0 && a.kv_block[row] < 0);
     let_next_start();
     wait_for_inputs();
-    if (row >= a.rows || (kv_head >= 0 && a.kv_block[row] < 0))
+    if (leaves)
         return;
     __nv_bfloat16 *q = (__nv_bfloat16 *)a.q + (size_t)row * a.qkv_stride_q + head * DIM;
     const __nv_bfloat16 *k = (const __nv_bfloat16 *)a.k + (size_t)row * a.qkv_stride_k +
@@ -194,7 +197,7 @@ __global__ void __launch_bounds__(WARPS * WARP) rope_store(struct rope_store_arg
             q[lane + WARP * i] = __float2bfloat16_rn(x[i]);
         return;
     }
-    int token = a.positions[row] % BLOCK_TOKENS;
+    int token = position % BLOCK_TOKENS;
     __nv_bfloat16 *key = key_at(a, row, kv_head, token);
     for (int i = 0; i < PARTS; i++) {
         __nv_bfloat16 stored = __float2bfloat16_rn(x[i]);

@@ -588,7 +588,8 @@ __global__ void __launch_bounds__(THREADS, 1) attend_two_level(two_level a)
     shared<DIM> *sh = (shared<DIM> *)memory;
     arrays r;
 
-    let_next_start();
+    /* The next kernel does not start before this one ends: the output projection beside it made
+     * a step of Qwen3-8B 0.8 ms longer at batch 1 and 1.2 ms at batch 8, 98,304 tokens. */
     int n = a.n_tokens[seq], n_blocks = (n + BLOCK_TOKENS - 1) / BLOCK_TOKENS;
     if (n == 0) {                /* padding: the whole cluster leaves */
         wait_for_inputs();

@@ -117,7 +117,8 @@ static double measure_attention(const struct kv_shape *shape, int heads, int seq
         .scratch = gpu_bench_zero(gpu_bench_ops()->attend_dense_scratch(shape, seqs, heads,
                                                                         blocks)),
         .shape = *shape, .seqs = seqs, .heads = heads, .max_blocks = blocks,
-        .max_n_rows = rows, .max_n_tokens = n_tokens, .scale = 1 / sqrtf((float)dim),
+        .max_n_rows = rows, .max_n_tokens = n_tokens, .only_last_is_new = rows == 1,
+        .scale = 1 / sqrtf((float)dim),
     };
     double us = gpu_bench_graph(queue_attention, &b) / layers;
     gpu_bench_forget();

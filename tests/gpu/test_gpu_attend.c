@@ -159,13 +159,11 @@ static void free_problem(struct problem *p)
 /* ---- dense */
 
 /* What the host knows of a call. */
-struct maxima {
-    int n_rows, n_tokens;
-};
+struct maxima { int n_rows, n_tokens; bool only_last_is_new; };
 
 static struct maxima exact_maxima(const struct problem *p)
 {
-    struct maxima m = { 1, 1 };
+    struct maxima m = { 1, 1, false };
 
     for (int i = 0; i < p->s.seqs; i++) {
         m.n_rows = p->s.n_rows[i] > m.n_rows ? p->s.n_rows[i] : m.n_rows;
@@ -179,7 +177,7 @@ static struct attend_dense_args dense_arguments(const struct problem *p, struct 
     return (struct attend_dense_args){
         .q_stride = p->q_stride, .shape = p->shape, .seqs = p->s.seqs, .heads = p->heads,
         .max_blocks = p->max_blocks, .max_n_rows = m.n_rows, .max_n_tokens = m.n_tokens,
-        .scale = p->scale };
+        .only_last_is_new = m.only_last_is_new, .scale = p->scale };
 }
 
 static size_t scratch_of(const struct backend_ops *ops, const struct problem *p, int seqs)
@@ -328,9 +326,9 @@ static void compare_dense(const char *name, const struct setup *s, uint64_t seed
 
     dense_on_cpu(p);
     check_dense(p, name, m);
-    check_dense(p, name, (struct maxima){ m.n_rows, p->max_blocks * BLOCK_TOKENS });
+    check_dense(p, name, (struct maxima){ m.n_rows, p->max_blocks * BLOCK_TOKENS, true });
     if (m.n_rows > 1)
-        check_dense(p, name, (struct maxima){ m.n_rows * 2 + 60, m.n_tokens + 1 });
+        check_dense(p, name, (struct maxima){ m.n_rows * 2 + 60, m.n_tokens + 1, false });
     free_problem(p);
 }
 
@@ -548,12 +546,12 @@ START_TEST(decode_is_independent)
     struct maxima m = exact_maxima(p);
     bf16 *all = dense_on_gpu(p, m, NULL, 0);
     for (int larger = 0; larger < 3; larger++) {
-        struct maxima most = { 1, m.n_tokens + larger * 70 };
+        struct maxima most = { 1, m.n_tokens + larger * 70, false };
         bf16 *again = dense_on_gpu(p, most, NULL, 0);
         bf16 *back = dense_on_gpu(p, most, reversed, 10);
         bf16 *part = dense_on_gpu(p, most, some, 3);
         for (int seq = 0; seq < s.seqs; seq++) {
-            struct maxima own = { 1, s.n_tokens[seq] + larger * 70 };
+            struct maxima own = { 1, s.n_tokens[seq] + larger * 70, true };
             if (s.n_tokens[seq] == 0)
                 continue;
             bf16 *alone = dense_on_gpu(p, own, &seq, 1);
@@ -590,11 +588,11 @@ START_TEST(mixed_is_independent)
     add(&s, 0, 1);
     struct problem *p = make_problem(&s, 450 + (uint64_t)_i);
     bf16 *all = dense_on_gpu(p, exact_maxima(p), NULL, 0);
-    bf16 *three = dense_on_gpu(p, (struct maxima){ 1, 4097 }, decode, 3);
+    bf16 *three = dense_on_gpu(p, (struct maxima){ 1, 4097, true }, decode, 3);
     for (int i = 0; i < 3; i++)
         same_rows(p, "decode without prefill", decode[i], three, all);
     for (int seq = 0; seq < 5; seq++) {
-        struct maxima own = { s.n_rows[seq], s.n_tokens[seq] };
+        struct maxima own = { s.n_rows[seq], s.n_tokens[seq], false };
         bf16 *alone = dense_on_gpu(p, own, &seq, 1);
         same_rows(p, "alone", seq, alone, all);
         mem_free(alone);
