@@ -53,14 +53,15 @@ struct backend;
  *
  * Rules:
  *
- *  1. Pin before touching; hold before reading K and V on the device over more than one
- *     call of kv_pool_take().
+ *  1. Pin before touching; hold before reading K and V on the device beyond the next
+ *     kv_pool_take() or kv_pool_load_begin().
  *  2. Only an unsealed block may be written, and only by the sequence that
  *     took it.  Sealing is one-way: a full block gets its name and becomes
  *     immutable, which is what makes sharing and copying safe.
  *  3. Finding a block implies that its parents were found: a chain is searched
  *     from its start, and a block whose parent is gone is never found again.  So the leaves of a
- *     chain go before their parents, as long as there is a leaf to be had.
+ *     chain go before their parents.  Where only a parent has what is wanted, its children being
+ *     elsewhere or copied, it goes all the same; they stay until their own turn comes.
  *  4. A slot that a transfer reads or writes is given to nobody else until it has ended.
  *  5. In each place free + used == slots.  kv_pool_check() verifies these.
  *
@@ -71,7 +72,8 @@ typedef uint32_t kv_block;
 
 struct kv_pool_config {
     uint32_t blocks;         /* kv slots */
-    uint32_t index_blocks;   /* index slots, >= blocks; 0: as many */
+    uint32_t index_blocks;   /* index slots, >= blocks; 0: as many.  What exceeds blocks is what
+                                can be OFFLOADED while all of the kv slots are in use. */
     uint32_t host_blocks;    /* the most host slots there will be; 0: no host tier */
     int layers;
     struct kv_shape shape;
