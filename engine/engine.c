@@ -168,13 +168,6 @@ static void drop_cancelled(struct engine *e, bool all)
     }
 }
 
-static uint32_t available_blocks(const struct engine *e)
-{
-    struct kv_pool_counts kv = kv_pool_counts(e->pool);
-
-    return kv.blocks - kv.pinned;
-}
-
 static uint32_t drop_preempted(void *arg, struct sequence *q)
 {
     struct engine *e = arg;
@@ -184,7 +177,7 @@ static uint32_t drop_preempted(void *arg, struct sequence *q)
     e->stats.recomputed_tokens += q->n_computed;
     q->req->n_preempted++;
     sequence_drop_blocks(q, e->pool);
-    return available_blocks(e);
+    return kv_pool_available(e->pool);
 }
 
 static void note_admission(struct engine *e, struct sequence *q, uint64_t now_ns)
@@ -210,7 +203,7 @@ static void admit(struct engine *e, struct step_plan *plan)
 
     while ((q = scheduler_next(e->scheduler, plan)) != NULL) {
         sequence_attach(q, e->pool, &e->select);
-        plan->left.blocks = available_blocks(e);
+        plan->left.blocks = kv_pool_available(e->pool);
         if (!scheduler_admit(e->scheduler, plan, q)) {
             sequence_drop_blocks(q, e->pool);
             return;
@@ -257,7 +250,7 @@ static void step(struct engine *e)
 {
     struct step_budget budget = {
         .tokens = e->step_tokens, .logit_rows = e->max_logit_rows,
-        .blocks = available_blocks(e), .drop = drop_preempted, .arg = e,
+        .blocks = kv_pool_available(e->pool), .drop = drop_preempted, .arg = e,
     };
     uint64_t began_ns = clock_now_ns(), waited_ns = model_waited_ns(e->model);
     struct step_plan *plan = scheduler_plan(e->scheduler, &budget);

@@ -1,271 +1,438 @@
-#include "engine/kv/kv_pool.h"
+#include "engine/kv/kv_pool_parts.h"
 
 #include "engine/base/invariant.h"
 #include "engine/base/mem.h"
-#include "kernels/backend.h"
 
-#define XXH_INLINE_ALL
 #include <string.h>
-#include <xxhash.h>
 
-/* Every block has one entry.  Entries are on at most one list:
- *
- *   free     FREE blocks
- *   leaves   CACHED blocks without a sealed child, least recently used first
- *
- * A CACHED block with sealed children is on neither: it is reached again when
- * its last child is reclaimed.  So reclaiming always takes a leaf, a chain
- * dies from its end, and a sealed block's parent is always sealed: parents
- * can be compared by id. */
+/* ---- slots */
 
-#define NONE KV_BLOCK_NONE
-
-struct entry {
-    uint32_t pins;
-    bool sealed;
-    kv_block parent;               /* sealed: the block before, or NONE */
-    uint32_t n_children;           /* sealed blocks whose parent this is */
-    kv_block prev, next;           /* in a list */
-    kv_block chain;                /* next in the hash bucket */
-    uint64_t provenance, salt, hash;
-    int32_t tokens[BLOCK_TOKENS];
-};
-
-struct list {
-    kv_block first, last;
-    uint32_t n;
-};
-
-struct kv_pool {
-    struct backend *be;
-    struct kv_pool_config cfg;
-    struct buffer kv, index;
-    size_t kv_layer_bytes, index_layer_bytes;
-    struct entry *entries;
-    kv_block *buckets;
-    uint32_t bucket_mask;
-    struct list free, leaves;
-    uint32_t n_pinned;
-    bool poison;
-    struct kv_pool_counts totals;  /* the counters since create */
-};
-
-static void list_append(struct kv_pool *p, struct list *l, kv_block b)
+/* Slots up to n exist; of those that are free the lowest is given out first. */
+static void slots_grow(struct slots *s, uint32_t n)
 {
-    struct entry *e = &p->entries[b];
+    for (uint32_t slot = n; slot > s->n; slot--)
+        s->free[s->n_free++] = slot - 1;
+    s->n = n;
+}
 
-    e->prev = l->last;
-    e->next = NONE;
-    if (l->last != NONE)
-        p->entries[l->last].next = b;
+static void slots_init(struct slots *s, uint32_t most, uint32_t n)
+{
+    s->free = mem_calloc(most, sizeof *s->free);
+    slots_grow(s, n);
+}
+
+static void take_slot(struct kv_pool *p, kv_block b, enum place at)
+{
+    struct slots *s = &p->slots[at];
+
+    ASSERT(s->n_free > 0 && p->entries[b].slot[at] == NONE);
+    p->entries[b].slot[at] = s->free[--s->n_free];
+}
+
+/* Poison here is enough: whatever is taken or written to by a transfer was free before. */
+static void give_slot(struct kv_pool *p, kv_block b, enum place at)
+{
+    struct slots *s = &p->slots[at];
+    uint32_t slot = p->entries[b].slot[at];
+
+    ASSERT(slot != NONE);
+    if (p->poison)
+        kv_pool_fill_nan(p, at, slot);
+    s->free[s->n_free++] = slot;
+    p->entries[b].slot[at] = NONE;
+}
+
+static void move_slot(struct entry *to, struct entry *from, enum place at)
+{
+    ASSERT(to->slot[at] == NONE && from->slot[at] != NONE);
+    to->slot[at] = from->slot[at];
+    from->slot[at] = NONE;
+}
+
+/* ---- lists */
+
+static void list_insert(struct kv_pool *p, enum list_id id, enum side side, kv_block b, bool front)
+{
+    struct list *l = &p->lists[id];
+    kv_block prev = front ? NONE : l->last, next = front ? l->first : NONE;
+
+    p->entries[b].link[side] = (struct link){ prev, next };
+    if (prev != NONE)
+        p->entries[prev].link[side].next = b;
     else
         l->first = b;
-    l->last = b;
-    l->n++;
-}
-
-static void list_prepend(struct kv_pool *p, struct list *l, kv_block b)
-{
-    struct entry *e = &p->entries[b];
-
-    e->prev = NONE;
-    e->next = l->first;
-    if (l->first != NONE)
-        p->entries[l->first].prev = b;
+    if (next != NONE)
+        p->entries[next].link[side].prev = b;
     else
         l->last = b;
-    l->first = b;
     l->n++;
 }
 
-static void list_remove(struct kv_pool *p, struct list *l, kv_block b)
+static void list_remove(struct kv_pool *p, enum list_id id, enum side side, kv_block b)
 {
-    struct entry *e = &p->entries[b];
+    struct list *l = &p->lists[id];
+    struct link at = p->entries[b].link[side];
 
-    if (e->prev != NONE)
-        p->entries[e->prev].next = e->next;
+    if (at.prev != NONE)
+        p->entries[at.prev].link[side].next = at.next;
     else
-        l->first = e->next;
-    if (e->next != NONE)
-        p->entries[e->next].prev = e->prev;
+        l->first = at.next;
+    if (at.next != NONE)
+        p->entries[at.next].link[side].prev = at.prev;
     else
-        l->last = e->prev;
-    e->prev = e->next = NONE;
+        l->last = at.prev;
     l->n--;
 }
 
-/* ---- names */
-
-static uint64_t hash_name(const struct block_name *name)
-{
-    struct {
-        uint64_t parent, provenance, salt;
-    } head = { name->parent, name->provenance, name->parent == NONE ? name->salt : 0 };
-    uint64_t seed = XXH3_64bits(&head, sizeof head);
-
-    return XXH3_64bits_withSeed(name->tokens, BLOCK_TOKENS * sizeof *name->tokens, seed);
-}
-
-static bool has_name(const struct entry *e, const struct block_name *name, uint64_t hash)
-{
-    return e->hash == hash && e->parent == name->parent && e->provenance == name->provenance &&
-           (name->parent != NONE || e->salt == name->salt) &&
-           memcmp(e->tokens, name->tokens, sizeof e->tokens) == 0;
-}
-
-static kv_block lookup(const struct kv_pool *p, const struct block_name *name, uint64_t hash)
-{
-    kv_block b = p->buckets[hash & p->bucket_mask];
-
-    while (b != NONE && !has_name(&p->entries[b], name, hash))
-        b = p->entries[b].chain;
-    return b;
-}
-
-static void unlist(struct kv_pool *p, kv_block b)
-{
-    kv_block *at = &p->buckets[p->entries[b].hash & p->bucket_mask];
-
-    while (*at != b)
-        at = &p->entries[*at].chain;
-    *at = p->entries[b].chain;
-    p->entries[b].chain = NONE;
-}
-
-/* ---- states */
-
-static void fill_nan(struct kv_pool *p, kv_block b)
-{
-    size_t kv = kv_block_bytes(&p->cfg.shape), index = index_block_bytes(&p->cfg.shape);
-
-    for (int layer = 0; layer < p->cfg.layers; layer++) {
-        memset((char *)kv_pool_kv(p, layer) + b * kv, 0xff, kv);
-        memset(kv_pool_index(p, layer) + b * index, 0xff, index);
-    }
-}
-
-static void make_free(struct kv_pool *p, kv_block b)
-{
-    if (p->poison)
-        fill_nan(p, b);
-    list_append(p, &p->free, b);
-}
-
-/* An unpinned sealed block; a leaf if nothing hangs on it. */
-static void make_cached(struct kv_pool *p, kv_block b)
-{
-    if (p->entries[b].n_children == 0)
-        list_append(p, &p->leaves, b);
-}
-
-static void forget(struct kv_pool *p, kv_block b)
+static void relist_side(struct kv_pool *p, kv_block b, enum side side, enum list_id to, bool front)
 {
     struct entry *e = &p->entries[b];
 
-    unlist(p, b);
-    e->sealed = false;
-    if (e->parent != NONE) {
-        struct entry *parent = &p->entries[e->parent];
-        ASSERT(parent->sealed && parent->n_children > 0);
-        /* In front: it was last used when its child was, so the oldest chain
-         * is eaten up from its end before the next is touched. */
-        if (--parent->n_children == 0 && parent->pins == 0)
-            list_prepend(p, &p->leaves, e->parent);
-    }
-    e->parent = NONE;
-}
-
-void kv_pool_pin(struct kv_pool *p, kv_block b)
-{
-    ASSERT(b < p->cfg.blocks);
-    struct entry *e = &p->entries[b];
-
-    if (e->pins++ == 0) {
-        ASSERT(e->sealed);
-        if (e->n_children == 0)
-            list_remove(p, &p->leaves, b);
-        p->n_pinned++;
-    }
-}
-
-void kv_pool_unpin(struct kv_pool *p, kv_block b)
-{
-    ASSERT(b < p->cfg.blocks);
-    struct entry *e = &p->entries[b];
-
-    ASSERT(e->pins > 0);
-    if (--e->pins > 0)
+    if (e->list[side] == to)
         return;
-    p->n_pinned--;
-    if (e->sealed)
-        make_cached(p, b);
-    else
-        make_free(p, b);
+    if (e->list[side] != LIST_NONE)
+        list_remove(p, (enum list_id)e->list[side], side, b);
+    if (to != LIST_NONE)
+        list_insert(p, to, side, b, front);
+    e->list[side] = (uint8_t)to;
+}
+
+/* Put a block where it belongs, at the end unless told otherwise; it keeps its turn where
+ * it is already. */
+static void relist(struct kv_pool *p, kv_block b, bool front)
+{
+    const struct entry *e = &p->entries[b];
+
+    relist_side(p, b, ON_DEVICE, device_list(e), front);
+    relist_side(p, b, ON_HOST, host_list(e), front);
+}
+
+/* ---- blocks come and go */
+
+static void give_name(struct kv_pool *p, kv_block b, const struct block_name *name)
+{
+    block_names_give(&p->names, b, name);
+    if (name->parent != NONE) {
+        p->entries[name->parent].n_children++;
+        relist(p, name->parent, false);
+    }
+}
+
+static void remove_name(struct kv_pool *p, kv_block b)
+{
+    kv_block parent = block_names_parent(&p->names, b);
+
+    block_names_remove(&p->names, b);
+    p->entries[b].n_children = 0;   /* none of them knows it any more */
+    if (parent == NONE)
+        return;
+    ASSERT(p->entries[parent].n_children > 0);
+    /* In front: it was last used when its child was, so the oldest chain is eaten up
+     * from its end before the next is touched. */
+    if (--p->entries[parent].n_children == 0)
+        relist(p, parent, true);
+}
+
+static void discard(struct kv_pool *p, kv_block b)
+{
+    struct entry *e = &p->entries[b];
+
+    ASSERT(e->pins == 0 && e->holds == 0 && !e->coming);
+    if (block_names_has(&p->names, b))
+        remove_name(p, b);
+    for (int at = 0; at < PLACES; at++)
+        if (e->slot[at] != NONE)
+            give_slot(p, b, (enum place)at);
+    relist(p, b, false);
+    e->sealed = false;
+    p->ids.free[p->ids.n_free++] = b;
+}
+
+/* A user, a transfer or a slot has left this block: what reason is there for the rest of it? */
+static void settle(struct kv_pool *p, kv_block b)
+{
+    const struct entry *e = &p->entries[b];
+
+    if (e->pins == 0 && !e->coming) {
+        if (!block_names_has(&p->names, b)) {
+            discard(p, b);
+            return;
+        }
+        if (e->slot[AT_KV] == NONE && e->slot[AT_INDEX] != NONE)
+            give_slot(p, b, AT_INDEX);
+    }
+    relist(p, b, false);
+}
+
+/* ---- room */
+
+static uint32_t n_unpinned(const struct kv_pool *p)
+{
+    return p->lists[LIST_CACHED].n + p->lists[LIST_CACHED_INNER].n;
+}
+
+/* An unpinned block with K and V has an index as well and gives both. */
+static uint32_t kv_obtainable(const struct kv_pool *p)
+{
+    return p->slots[AT_KV].n_free + n_unpinned(p) + p->lists[LIST_OFFLOADABLE].n;
+}
+
+static uint32_t index_obtainable(const struct kv_pool *p)
+{
+    return p->slots[AT_INDEX].n_free + n_unpinned(p);
+}
+
+static void reclaim_kv(struct kv_pool *p)
+{
+    kv_block b = p->lists[LIST_CACHED].first;
+
+    if (b == NONE)
+        b = p->lists[LIST_CACHED_INNER].first;
+    if (b == NONE)
+        b = p->lists[LIST_OFFLOADABLE].first;
+    ASSERT(b != NONE);
+    p->totals.n_reclaimed++;
+    if (p->entries[b].slot[AT_HOST] == NONE) {
+        discard(p, b);
+        return;
+    }
+    give_slot(p, b, AT_KV);
+    p->version += p->entries[b].pins > 0;
+    settle(p, b);
+}
+
+/* Make so many slots free, or change nothing. */
+static bool make_room(struct kv_pool *p, uint32_t n_kv, uint32_t n_index)
+{
+    if (n_kv > kv_obtainable(p) || n_index > index_obtainable(p))
+        return false;
+    while (p->slots[AT_KV].n_free < n_kv || p->slots[AT_INDEX].n_free < n_index)
+        reclaim_kv(p);
+    return true;
+}
+
+static bool make_host_room(struct kv_pool *p)
+{
+    kv_block b = p->lists[LIST_HOST].first;
+
+    if (p->slots[AT_HOST].n_free > 0)
+        return true;
+    if (b == NONE)
+        b = p->lists[LIST_HOST_INNER].first;
+    if (b == NONE)
+        return false;
+    if (p->entries[b].slot[AT_KV] == NONE)
+        discard(p, b);
+    else {
+        give_slot(p, b, AT_HOST);
+        relist(p, b, false);
+    }
+    return true;
+}
+
+uint32_t kv_pool_available(const struct kv_pool *p)
+{
+    uint32_t kv = kv_obtainable(p), index = index_obtainable(p);
+
+    return kv < index ? kv : index;
 }
 
 enum status kv_pool_take(struct kv_pool *p, uint32_t n, kv_block *out)
 {
-    if (n > p->cfg.blocks - p->n_pinned)
+    if (!make_room(p, n, n))
         return ST_BUSY;
     for (uint32_t i = 0; i < n; i++) {
-        kv_block b = p->free.first;
-        if (b != NONE)
-            list_remove(p, &p->free, b);
-        else {
-            b = p->leaves.first;
-            ASSERT(b != NONE);
-            list_remove(p, &p->leaves, b);
-            forget(p, b);
-            p->totals.n_reclaimed++;
-            if (p->poison)
-                fill_nan(p, b);
-        }
-        p->entries[b].pins = 1;
-        p->n_pinned++;
-        out[i] = b;
+        kv_block b = out[i] = p->ids.free[--p->ids.n_free];
+        p->entries[b].pins = p->entries[b].holds = 1;
+        take_slot(p, b, AT_KV);
+        take_slot(p, b, AT_INDEX);
     }
     p->totals.n_taken += n;
     return ST_OK;
 }
 
+/* ---- users */
+
+void kv_pool_pin(struct kv_pool *p, kv_block b)
+{
+    ASSERT(b < p->ids.n);
+    ASSERT(p->entries[b].pins > 0 || block_names_has(&p->names, b));
+    p->entries[b].pins++;
+    relist(p, b, false);
+}
+
+void kv_pool_unpin(struct kv_pool *p, kv_block b)
+{
+    ASSERT(b < p->ids.n && p->entries[b].pins > p->entries[b].holds);
+    p->entries[b].pins--;
+    settle(p, b);
+}
+
+void kv_pool_hold(struct kv_pool *p, kv_block b)
+{
+    ASSERT(b < p->ids.n && p->entries[b].holds < p->entries[b].pins);
+    ASSERT(is_at(&p->entries[b], AT_KV));
+    p->entries[b].holds++;
+    relist(p, b, false);
+}
+
+void kv_pool_release(struct kv_pool *p, kv_block b)
+{
+    ASSERT(b < p->ids.n && p->entries[b].holds > 0);
+    p->entries[b].holds--;
+    relist(p, b, false);
+}
+
+/* ---- names */
+
 kv_block kv_pool_find(struct kv_pool *p, const struct block_name *name)
 {
-    kv_block b = lookup(p, name, hash_name(name));
+    ASSERT(name->parent == NONE ||
+           (name->parent < p->ids.n && p->entries[name->parent].pins > 0));
+    kv_block b = block_names_find(&p->names, name);
 
     if (b != NONE)
         kv_pool_pin(p, b);
     return b;
 }
 
+/* The users of b go on with its equal, which takes what K, V and index it lacks. */
+static kv_block replace(struct kv_pool *p, kv_block b, kv_block twin)
+{
+    struct entry *e = &p->entries[b], *t = &p->entries[twin];
+
+    if (t->slot[AT_KV] == NONE) {
+        move_slot(t, e, AT_KV);
+        if (t->slot[AT_INDEX] == NONE)
+            move_slot(t, e, AT_INDEX);
+        p->version++;
+    }
+    t->pins += e->pins;
+    t->holds += e->holds;
+    relist(p, twin, false);
+    e->pins = e->holds = 0;
+    settle(p, b);
+    return twin;
+}
+
 kv_block kv_pool_seal(struct kv_pool *p, kv_block b, const struct block_name *name)
 {
-    ASSERT(b < p->cfg.blocks);
+    ASSERT(b < p->ids.n);
     struct entry *e = &p->entries[b];
+    kv_block twin = NONE;
 
     ASSERT(e->pins == 1 && !e->sealed && name->parent != b);
-    if (!p->cfg.prefix_cache)
-        return b;
-    ASSERT(name->parent == NONE || p->entries[name->parent].sealed);
-    uint64_t hash = hash_name(name);
-    kv_block twin = lookup(p, name, hash);
+    ASSERT(name->parent == NONE ||
+           (name->parent < p->ids.n && p->entries[name->parent].sealed));
+    bool nameable = p->cfg.prefix_cache &&
+                    (name->parent == NONE || block_names_has(&p->names, name->parent));
+    if (nameable)
+        twin = block_names_find(&p->names, name);
     if (twin != NONE) {
-        kv_pool_pin(p, twin);
-        kv_pool_unpin(p, b);
+        const struct entry *t = &p->entries[twin];
         p->totals.n_duplicates++;
-        return twin;
+        if (is_at(t, AT_KV) || !t->coming)
+            return replace(p, b, twin);
     }
     e->sealed = true;
-    e->parent = name->parent;
-    e->provenance = name->provenance;
-    e->salt = name->salt;
-    e->hash = hash;
-    memcpy(e->tokens, name->tokens, sizeof e->tokens);
-    e->chain = p->buckets[hash & p->bucket_mask];
-    p->buckets[hash & p->bucket_mask] = b;
-    if (e->parent != NONE)
-        p->entries[e->parent].n_children++;
     p->totals.n_sealed++;
+    if (nameable && twin == NONE)
+        give_name(p, b, name);
+    relist(p, b, false);
     return b;
+}
+
+/* ---- places */
+
+static int32_t slot_if(const struct entry *e, enum place at, bool wanted)
+{
+    return wanted && e->slot[at] != NONE ? (int32_t)e->slot[at] : -1;
+}
+
+struct block_place kv_pool_place(const struct kv_pool *p, kv_block b)
+{
+    ASSERT(b < p->ids.n);
+    const struct entry *e = &p->entries[b];
+
+    return (struct block_place){
+        .kv = slot_if(e, AT_KV, is_at(e, AT_KV)),
+        .index = slot_if(e, AT_INDEX, is_at(e, AT_INDEX)),
+        .host = slot_if(e, AT_HOST, is_at(e, AT_HOST)),
+    };
+}
+
+uint64_t kv_pool_version(const struct kv_pool *p)
+{
+    return p->version;
+}
+
+/* ---- transfers */
+
+bool kv_pool_store_begin(struct kv_pool *p, kv_block b, struct block_place *place)
+{
+    ASSERT(b < p->ids.n && p->entries[b].sealed);
+    struct entry *e = &p->entries[b];
+
+    if (e->coming)
+        return false;
+    ASSERT(e->slot[AT_KV] != NONE && e->slot[AT_HOST] == NONE);
+    if (!make_host_room(p))
+        return false;
+    take_slot(p, b, AT_HOST);
+    e->coming = 1u << AT_HOST;
+    relist(p, b, false);
+    *place = (struct block_place){ (int32_t)e->slot[AT_KV], (int32_t)e->slot[AT_INDEX],
+                                   (int32_t)e->slot[AT_HOST] };
+    return true;
+}
+
+bool kv_pool_load_begin(struct kv_pool *p, kv_block b, bool with_kv, struct block_place *place)
+{
+    ASSERT(b < p->ids.n && p->entries[b].pins > 0);
+    struct entry *e = &p->entries[b];
+
+    if (e->coming)
+        return false;
+    ASSERT(e->slot[AT_HOST] != NONE);
+    bool kv = with_kv && e->slot[AT_KV] == NONE, index = e->slot[AT_INDEX] == NONE;
+    if ((!kv && !index) || !make_room(p, kv, index))
+        return false;
+    if (kv)
+        take_slot(p, b, AT_KV);
+    if (index)
+        take_slot(p, b, AT_INDEX);
+    e->coming = (uint8_t)(kv << AT_KV | index << AT_INDEX);
+    relist(p, b, false);
+    *place = (struct block_place){ slot_if(e, AT_KV, kv), slot_if(e, AT_INDEX, index),
+                                   (int32_t)e->slot[AT_HOST] };
+    return true;
+}
+
+static void end_copy(struct kv_pool *p, kv_block b, bool arrived)
+{
+    struct entry *e = &p->entries[b];
+
+    for (int at = 0; at < PLACES && !arrived; at++)
+        if (e->coming >> at & 1)
+            give_slot(p, b, (enum place)at);
+    e->coming = 0;
+    p->version += arrived && e->pins > 0;
+    settle(p, b);
+}
+
+void kv_pool_store_end(struct kv_pool *p, kv_block b, bool arrived)
+{
+    ASSERT(b < p->ids.n && p->entries[b].coming == 1u << AT_HOST);
+    p->totals.n_stored += arrived;
+    end_copy(p, b, arrived);
+}
+
+void kv_pool_load_end(struct kv_pool *p, kv_block b, bool arrived)
+{
+    ASSERT(b < p->ids.n && p->entries[b].coming);
+    ASSERT(p->entries[b].coming != 1u << AT_HOST);
+    p->totals.n_loaded += arrived;
+    end_copy(p, b, arrived);
 }
 
 /* ---- life */
@@ -275,40 +442,56 @@ size_t kv_pool_bytes_per_block(const struct kv_shape *shape, int layers)
     return (size_t)layers * (kv_block_bytes(shape) + index_block_bytes(shape));
 }
 
+size_t kv_pool_host_bytes(const struct kv_shape *shape, int layers)
+{
+    return kv_pool_bytes_per_block(shape, layers);
+}
+
+static void init_books(struct kv_pool *p)
+{
+    const struct kv_pool_config *cfg = &p->cfg;
+    uint32_t n = cfg->blocks + cfg->host_blocks;
+
+    slots_init(&p->ids, n, n);
+    slots_init(&p->slots[AT_KV], cfg->blocks, cfg->blocks);
+    slots_init(&p->slots[AT_INDEX], cfg->index_blocks, cfg->index_blocks);
+    slots_init(&p->slots[AT_HOST], cfg->host_blocks, 0);
+    block_names_init(&p->names, n);
+    for (int id = 0; id < LISTS; id++)
+        p->lists[id] = (struct list){ NONE, NONE, 0 };
+    p->entries = mem_calloc(n, sizeof *p->entries);
+    for (kv_block b = 0; b < n; b++)
+        for (int at = 0; at < PLACES; at++)
+            p->entries[b].slot[at] = NONE;
+}
+
 enum status kv_pool_create(struct kv_pool **out, struct backend *be,
                            const struct kv_pool_config *cfg, struct error *err)
 {
     struct kv_pool *p = mem_calloc(1, sizeof *p);
-    uint32_t n_buckets = 16;
+    size_t layers = (size_t)cfg->layers;
 
     *out = NULL;
-    ASSERT(cfg->blocks > 0 && cfg->blocks < NONE / 2 && cfg->layers > 0);
+    ASSERT(cfg->blocks > 0 && cfg->blocks < NONE / 4 && cfg->layers > 0);
+    ASSERT(cfg->host_blocks < NONE / 4 && cfg->index_blocks < NONE / 4);
+    ASSERT(cfg->index_blocks == 0 || cfg->index_blocks >= cfg->blocks);
     p->be = be;
     p->cfg = *cfg;
+    if (p->cfg.index_blocks == 0)
+        p->cfg.index_blocks = cfg->blocks;
     p->kv_layer_bytes = cfg->blocks * kv_block_bytes(&cfg->shape);
-    p->index_layer_bytes = cfg->blocks * index_block_bytes(&cfg->shape);
-    size_t kv_bytes = p->kv_layer_bytes * (size_t)cfg->layers;
-    size_t index_bytes = p->index_layer_bytes * (size_t)cfg->layers;
-    enum status st = buffer_alloc(be, &p->kv, MEM_DEVICE, kv_bytes);
+    p->index_layer_bytes = p->cfg.index_blocks * index_block_bytes(&cfg->shape);
+    enum status st = buffer_alloc(be, &p->kv, MEM_DEVICE, p->kv_layer_bytes * layers);
     if (st == ST_OK)
-        st = buffer_alloc(be, &p->index, MEM_DEVICE, index_bytes);
+        st = buffer_alloc(be, &p->index, MEM_DEVICE, p->index_layer_bytes * layers);
     if (st != ST_OK) {
+        size_t kv_mb = p->kv_layer_bytes * layers >> 20;
+        size_t index_mb = p->index_layer_bytes * layers >> 20;
         kv_pool_destroy(p);
         return error_set(err, st, "the KV pool of %u blocks needs %zu MB and its index %zu MB, "
-                         "more than the device has", cfg->blocks, kv_bytes >> 20,
-                         index_bytes >> 20);
+                         "more than the device has", cfg->blocks, kv_mb, index_mb);
     }
-    while (n_buckets < cfg->blocks * 2u)
-        n_buckets *= 2;
-    p->bucket_mask = n_buckets - 1;
-    p->buckets = mem_alloc(n_buckets * sizeof *p->buckets);
-    memset(p->buckets, 0xff, n_buckets * sizeof *p->buckets);
-    p->entries = mem_calloc(cfg->blocks, sizeof *p->entries);
-    p->free = p->leaves = (struct list){ NONE, NONE, 0 };
-    for (kv_block b = 0; b < cfg->blocks; b++) {
-        p->entries[b].parent = p->entries[b].chain = NONE;
-        list_append(p, &p->free, b);
-    }
+    init_books(p);
     *out = p;
     return ST_OK;
 }
@@ -317,21 +500,27 @@ void kv_pool_destroy(struct kv_pool *p)
 {
     if (!p)
         return;
-    ASSERT(p->n_pinned == 0);
+    for (kv_block b = 0; b < p->ids.n; b++)
+        ASSERT(p->entries[b].pins == 0 && !p->entries[b].coming);
     buffer_free(p->be, &p->kv);
     buffer_free(p->be, &p->index);
-    mem_free(p->buckets);
+    for (int at = 0; at < PLACES; at++)
+        mem_free(p->slots[at].free);
+    mem_free(p->ids.free);
+    block_names_fini(&p->names);
     mem_free(p->entries);
     mem_free(p);
 }
 
-void kv_pool_poison(struct kv_pool *p, bool on)
+void kv_pool_host_ready(struct kv_pool *p, uint32_t n)
 {
-    ASSERT(!on || backend_info(p->be)->host_visible);
-    p->poison = on;
-    if (on)
-        for (kv_block b = p->free.first; b != NONE; b = p->entries[b].next)
-            fill_nan(p, b);
+    struct slots *s = &p->slots[AT_HOST];
+    uint32_t before = s->n;
+
+    ASSERT(n >= before && n <= p->cfg.host_blocks);
+    slots_grow(s, n);
+    for (uint32_t slot = before; slot < n && p->poison; slot++)
+        kv_pool_fill_nan(p, AT_HOST, slot);
 }
 
 bf16 *kv_pool_kv(const struct kv_pool *p, int layer)
@@ -349,51 +538,13 @@ struct kv_pool_counts kv_pool_counts(const struct kv_pool *p)
     struct kv_pool_counts c = p->totals;
 
     c.blocks = p->cfg.blocks;
-    c.free = p->free.n;
-    c.pinned = p->n_pinned;
-    c.cached = c.blocks - c.free - c.pinned;
+    c.free = p->slots[AT_KV].n_free;
+    c.cached = n_unpinned(p) + p->lists[LIST_OFFLOADABLE].n;
+    c.pinned = c.blocks - c.free - c.cached;
+    c.index_blocks = p->cfg.index_blocks;
+    c.index_free = p->slots[AT_INDEX].n_free;
+    c.host_blocks = p->slots[AT_HOST].n;
+    c.host_free = p->slots[AT_HOST].n_free;
+    c.host_cached = p->lists[LIST_HOST].n + p->lists[LIST_HOST_INNER].n;
     return c;
-}
-
-static void check_list(const struct kv_pool *p, const struct list *l, uint8_t *mark, uint8_t as)
-{
-    kv_block before = NONE;
-    uint32_t n = 0;
-
-    for (kv_block b = l->first; b != NONE; before = b, b = p->entries[b].next, n++) {
-        ASSERT(b < p->cfg.blocks && mark[b] == 0 && p->entries[b].prev == before);
-        mark[b] = as;
-    }
-    ASSERT(l->last == before && l->n == n);
-}
-
-void kv_pool_check(const struct kv_pool *p)
-{
-    enum { ON_FREE = 1, ON_LEAVES = 2 };
-    uint8_t *mark = mem_calloc(p->cfg.blocks, 1);
-    uint32_t *children = mem_calloc(p->cfg.blocks, sizeof *children);
-    uint32_t pinned = 0, sealed = 0, listed = 0;
-
-    check_list(p, &p->free, mark, ON_FREE);
-    check_list(p, &p->leaves, mark, ON_LEAVES);
-    for (kv_block b = 0; b < p->cfg.blocks; b++) {
-        const struct entry *e = &p->entries[b];
-        pinned += e->pins > 0;
-        sealed += e->sealed;
-        ASSERT((mark[b] == ON_FREE) == (e->pins == 0 && !e->sealed));
-        ASSERT((mark[b] == ON_LEAVES) == (e->pins == 0 && e->sealed && e->n_children == 0));
-        if (!e->sealed || e->parent == NONE)
-            continue;
-        ASSERT(p->entries[e->parent].sealed);
-        ASSERT(e->pins == 0 || p->entries[e->parent].pins > 0);
-        children[e->parent]++;
-    }
-    for (kv_block b = 0; b < p->cfg.blocks; b++)
-        ASSERT(children[b] == p->entries[b].n_children);
-    for (uint32_t i = 0; i <= p->bucket_mask; i++)
-        for (kv_block b = p->buckets[i]; b != NONE; b = p->entries[b].chain, listed++)
-            ASSERT(p->entries[b].sealed && (p->entries[b].hash & p->bucket_mask) == i);
-    ASSERT(pinned == p->n_pinned && sealed == listed);
-    mem_free(children);
-    mem_free(mark);
 }

@@ -79,8 +79,8 @@ static void sum_keys(struct calibration *c, const struct kv_pool *pool, int laye
     const char *base = (const char *)kv_pool_kv(pool, layer);
 
     for (uint32_t first = 0; first < n_tokens; first += BLOCK_TOKENS) {
-        const bf16 *kv = host_view(c, base + blocks[first / BLOCK_TOKENS] * block_bytes,
-                                   block_bytes);
+        size_t slot = (size_t)kv_pool_place(pool, blocks[first / BLOCK_TOKENS]).kv;
+        const bf16 *kv = host_view(c, base + slot * block_bytes, block_bytes);
         uint32_t left = n_tokens - first, n = left < BLOCK_TOKENS ? left : BLOCK_TOKENS;
         for (int head = 0; head < g->kv_heads; head++) {
             double *sum = c->k + (size_t)(layer * g->kv_heads + head) * head_dim;
@@ -99,8 +99,11 @@ static enum status prefill(struct calibration *c, struct kv_pool *pool, const kv
     struct model_batch *b = model_batch(c->m);
     uint32_t n_blocks = (n_ids + BLOCK_TOKENS - 1) / BLOCK_TOKENS;
 
-    for (uint32_t i = 0; i < n_blocks; i++)
-        b->kv_table[i] = b->index_table[i] = (int32_t)blocks[i];
+    for (uint32_t i = 0; i < n_blocks; i++) {
+        struct block_place place = kv_pool_place(pool, blocks[i]);
+        b->kv_table[i] = place.kv;
+        b->index_table[i] = place.index;
+    }
     for (uint32_t at = 0; at < n_ids; at += CHUNK_ROWS) {
         uint32_t n = n_ids - at < CHUNK_ROWS ? n_ids - at : CHUNK_ROWS;
         b->rows = (int)n;
@@ -112,7 +115,8 @@ static enum status prefill(struct calibration *c, struct kv_pool *pool, const kv
         for (uint32_t r = 0; r < n; r++) {
             b->ids[r] = ids[at + r];
             b->positions[r] = (int32_t)(at + r);
-            b->kv_block[r] = b->index_block[r] = (int32_t)blocks[(at + r) / BLOCK_TOKENS];
+            b->kv_block[r] = b->kv_table[(at + r) / BLOCK_TOKENS];
+            b->index_block[r] = b->index_table[(at + r) / BLOCK_TOKENS];
         }
         TRY(model_step(c->m, c->s, pool, err));
     }
@@ -197,8 +201,10 @@ static enum status with_pool(struct calibration *c, const int32_t *ids, uint32_t
         st = kv_pool_take(pool, n_blocks, blocks);
         ASSERT(st == ST_OK);     /* a pool of its own has them all free */
         st = prefill(c, pool, blocks, ids, n_ids, err);
-        for (uint32_t i = 0; i < n_blocks; i++)
+        for (uint32_t i = 0; i < n_blocks; i++) {
+            kv_pool_release(pool, blocks[i]);
             kv_pool_unpin(pool, blocks[i]);
+        }
     }
     kv_pool_destroy(pool);
     mem_free(blocks);

@@ -147,6 +147,7 @@ void sequence_attach(struct sequence *q, struct kv_pool *pool, const struct sele
         kv_block b = kv_pool_find(pool, &name);
         if (b == KV_BLOCK_NONE)
             break;
+        kv_pool_hold(pool, b);
         q->table[q->n_blocks++] = b;
     }
     q->n_sealed = q->n_blocks;
@@ -156,8 +157,11 @@ void sequence_attach(struct sequence *q, struct kv_pool *pool, const struct sele
 /* From the end: what the pool reclaims first is then the end of the chain. */
 void sequence_drop_blocks(struct sequence *q, struct kv_pool *pool)
 {
-    while (q->n_blocks > 0)
-        kv_pool_unpin(pool, q->table[--q->n_blocks]);
+    while (q->n_blocks > 0) {
+        kv_block b = q->table[--q->n_blocks];
+        kv_pool_release(pool, b);
+        kv_pool_unpin(pool, b);
+    }
     q->n_sealed = q->n_computed = 0;
 }
 

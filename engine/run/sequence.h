@@ -66,10 +66,10 @@ bool sequence_is_decoding(const struct sequence *q);
 /* Blocks that it lacks to hold its first n tokens. */
 uint32_t sequence_lacks_blocks(const struct sequence *q, uint32_t n);
 
-/* Before admission: pin what the prefix cache has.  At least one known token
+/* Before admission: pin and hold what the prefix cache has.  At least one known token
  * is left to compute.  The sequence has no blocks before. */
 void sequence_attach(struct sequence *q, struct kv_pool *pool, const struct select_plan *plan);
-/* Unpin all blocks: nothing is computed any more. */
+/* Release and unpin all blocks: nothing is computed any more. */
 void sequence_drop_blocks(struct sequence *q, struct kv_pool *pool);
 /* Take blocks to hold its first n tokens; the pool has them, the plan said so. */
 void sequence_grow(struct sequence *q, struct kv_pool *pool, uint32_t n);

@@ -2,8 +2,6 @@
 
 #include "engine/base/invariant.h"
 
-#include <string.h>
-
 static bool slice_is_sparse(const struct step_slice *s)
 {
     return s->seq->n_computed >= s->seq->sparse_from;
@@ -27,7 +25,9 @@ static bool slice_samples(const struct step_slice *s)
            s->seq->n_tokens - s->seq->n_prompt < s->seq->req->max_tokens;
 }
 
-static void pack_rows(struct model_batch *b, const struct step_slice *s)
+/* kv, index: the tables of the sequence. */
+static void pack_rows(struct model_batch *b, const struct step_slice *s, const int32_t *kv,
+                      const int32_t *index)
 {
     const struct sequence *q = s->seq;
     int row = b->rows;
@@ -36,7 +36,8 @@ static void pack_rows(struct model_batch *b, const struct step_slice *s)
         uint32_t position = q->n_computed + i;
         b->ids[row] = q->tokens[position];
         b->positions[row] = (int32_t)position;
-        b->kv_block[row] = b->index_block[row] = (int32_t)q->table[position / BLOCK_TOKENS];
+        b->kv_block[row] = kv[position / BLOCK_TOKENS];
+        b->index_block[row] = index[position / BLOCK_TOKENS];
     }
     b->rows = row;
 }
@@ -66,10 +67,13 @@ static void pack_slice(const struct step_context *cx, struct model_batch *b,
     b->first_row[at] = first_row;
     b->n_rows[at] = (int32_t)s->n_tokens;
     b->n_tokens[at] = (int32_t)(q->n_computed + s->n_tokens);
-    memcpy(b->kv_table + table, q->table, q->n_blocks * sizeof *q->table);
-    memcpy(b->index_table + table, q->table, q->n_blocks * sizeof *q->table);
+    for (uint32_t i = 0; i < q->n_blocks; i++) {
+        struct block_place place = kv_pool_place(cx->pool, q->table[i]);
+        b->kv_table[table + i] = place.kv;
+        b->index_table[table + i] = place.index;
+    }
     s->first_result = b->logit_rows;
-    pack_rows(b, s);
+    pack_rows(b, s, b->kv_table + table, b->index_table + table);
     pack_logits(b, s, first_row);
 }
 

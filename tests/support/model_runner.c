@@ -40,7 +40,7 @@ void runner_open(struct runner *r, const struct runner_options *o)
     };
     ck_assert_msg(kv_pool_create(&r->pool, be, &pool, &err) == ST_OK, "%s", err.text);
     if (backend_info(be)->host_visible)
-        kv_pool_poison(r->pool, true);
+        kv_pool_poison(r->pool, true, NULL);
     r->stream = stream_create(be);
 }
 
@@ -61,8 +61,10 @@ void seq_init(struct runner *r, struct test_seq *seq, int max_tokens)
 
 void seq_fini(struct runner *r, struct test_seq *seq)
 {
-    for (int i = 0; i < seq->n_blocks; i++)
+    for (int i = 0; i < seq->n_blocks; i++) {
+        kv_pool_release(r->pool, seq->blocks[i]);
         kv_pool_unpin(r->pool, seq->blocks[i]);
+    }
     free(seq->blocks);
 }
 
@@ -78,13 +80,17 @@ static void pack(struct runner *r, const struct test_work *w, int s)
     b->n_rows[s] = w->n;
     b->n_tokens[s] = w->seq->n_tokens + w->n;
     ck_assert_int_le(b->n_tokens[s], w->seq->n_blocks * BLOCK_TOKENS);
-    for (int i = 0; i < w->seq->n_blocks && i < r->limits.max_blocks; i++)
-        kv[i] = index[i] = (int32_t)w->seq->blocks[i];
+    for (int i = 0; i < w->seq->n_blocks && i < r->limits.max_blocks; i++) {
+        struct block_place place = kv_pool_place(r->pool, w->seq->blocks[i]);
+        kv[i] = place.kv;
+        index[i] = place.index;
+    }
     for (int i = 0; i < w->n; i++, b->rows++) {
         int position = w->seq->n_tokens + i;
         b->ids[b->rows] = w->ids[i];
         b->positions[b->rows] = position;
-        b->kv_block[b->rows] = b->index_block[b->rows] = kv[position / BLOCK_TOKENS];
+        b->kv_block[b->rows] = kv[position / BLOCK_TOKENS];
+        b->index_block[b->rows] = index[position / BLOCK_TOKENS];
         if (i >= w->n - w->want) {
             b->rows_of[b->logit_rows] = b->rows;
             b->sample[b->logit_rows++] = (struct sample_params){

@@ -90,31 +90,24 @@ static void end(struct sequence *q)
     mem_free(r);
 }
 
-static uint32_t available(void)
-{
-    struct kv_pool_counts c = kv_pool_counts(pool);
-
-    return c.blocks - c.pinned;
-}
-
 static uint32_t drop(void *arg, struct sequence *q)
 {
     (void)arg;
     n_dropped++;
     sequence_drop_blocks(q, pool);
-    return available();
+    return kv_pool_available(pool);
 }
 
 static struct step_plan *plan_step(uint32_t tokens)
 {
     struct step_budget budget = { .tokens = tokens, .logit_rows = MAX_RUNNING + 64,
-                                  .blocks = available(), .drop = drop };
+                                  .blocks = kv_pool_available(pool), .drop = drop };
     struct step_plan *plan = scheduler_plan(sc, &budget);
     struct sequence *q;
 
     while ((q = scheduler_next(sc, plan)) != NULL) {
         sequence_attach(q, pool, &select_plan);
-        plan->left.blocks = available();
+        plan->left.blocks = kv_pool_available(pool);
         if (!scheduler_admit(sc, plan, q)) {
             sequence_drop_blocks(q, pool);
             break;
