@@ -325,8 +325,9 @@ void kv_pool_destroy(struct kv_pool *p)
     mem_free(p);
 }
 
-void kv_pool_poison(struct kv_pool *p, bool on)
+void kv_pool_poison(struct kv_pool *p, bool on, void *host)
 {
+    (void)host;
     ASSERT(!on || backend_info(p->be)->host_visible);
     p->poison = on;
     if (on)

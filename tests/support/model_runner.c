@@ -40,7 +40,7 @@ void runner_open(struct runner *r, const struct runner_options *o)
     };
     ck_assert_msg(kv_pool_create(&r->pool, be, &pool, &err) == ST_OK, "%s", err.text);
     if (backend_info(be)->host_visible)
-        kv_pool_poison(r->pool, true);
+        kv_pool_poison(r->pool, true, NULL);
     r->stream = stream_create(be);
 }
 

@@ -162,7 +162,7 @@ END_TEST
 
 START_TEST(freed_blocks_are_poisoned)
 {
-    kv_pool_poison(pool, true);
+    kv_pool_poison(pool, true, NULL);
     kv_block b = take_one();
     bf16 *row = kv_pool_kv(pool, 1) + b * (size_t)BLOCK_TOKENS * 2 * 16;
 
