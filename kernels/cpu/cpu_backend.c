@@ -1,8 +1,8 @@
 #include "kernels/cpu/cpu.h"
 
+#include "engine/base/host_limits.h"
 #include "engine/base/invariant.h"
 #include "engine/base/mem.h"
-#include "kernels/cpu/host_limits.h"
 #include "kernels/cpu/isa.h"
 #include "kernels/cpu/scratch.h"
 
