@@ -219,30 +219,6 @@ static void give_back(struct copy_engine *c, struct copy_job *job)
     mailbox_post(c->cfg.done, &job->node);
 }
 
-static void begin(struct copy_engine *c, struct copy_job *job)
-{
-    struct lane *l = &c->lanes[job->kind];
-    const uint64_t number = c->n_jobs++;
-
-    job->began_ns = clock_now_ns();
-    if (!c->failed && c->cfg.before && !c->cfg.before(c->cfg.before_arg, number)) {
-        struct error err;
-        (void)error_set(&err, ST_DEVICE, "copy %llu was made to fail",
-                        (unsigned long long)number);
-        fail(c, &err);
-    }
-    if (c->failed) {
-        give_back(c, job);
-        return;
-    }
-    unsigned at = l->n_begun++ % COPIES_IN_FLIGHT;
-    l->jobs[at] = job;
-    if (job->after)
-        event_wait(l->stream, job->after);
-    queue_copies(c, job);
-    event_record(l->arrived[at], l->stream);
-}
-
 /* Give back what has ended on a stream; whether anything has.  Events of a failed stream are
  * done, so what it had under way is not waited for in vain. */
 static bool reap(struct copy_engine *c, struct lane *l)
@@ -259,6 +235,32 @@ static bool reap(struct copy_engine *c, struct lane *l)
         any = true;
     }
     return any;
+}
+
+static void begin(struct copy_engine *c, struct copy_job *job)
+{
+    struct lane *l = &c->lanes[job->kind];
+    const uint64_t number = c->n_jobs++;
+
+    job->began_ns = clock_now_ns();
+    if (!c->failed && c->cfg.before && !c->cfg.before(c->cfg.before_arg, number)) {
+        struct error err;
+        (void)error_set(&err, ST_DEVICE, "copy %llu was made to fail",
+                        (unsigned long long)number);
+        fail(c, &err);
+    }
+    if (c->failed) {             /* what was begun before has ended, and comes back before */
+        (void)reap(c, &c->lanes[COPY_STORE]);
+        (void)reap(c, &c->lanes[COPY_LOAD]);
+        give_back(c, job);
+        return;
+    }
+    unsigned at = l->n_begun++ % COPIES_IN_FLIGHT;
+    l->jobs[at] = job;
+    if (job->after)
+        event_wait(l->stream, job->after);
+    queue_copies(c, job);
+    event_record(l->arrived[at], l->stream);
 }
 
 static void *copy_thread(void *arg)
