@@ -8,6 +8,8 @@
 /* The opaque functions of backend.h: each finds the calls of the back end its
  * object belongs to, through the first members that backend_open.h prescribes. */
 
+enum { PAGE_BYTES = 4096 };      /* the smallest there is */
+
 static const struct device_calls *calls_of(const struct backend *be)
 {
     return *(const struct device_calls *const *)(const void *)be;
@@ -94,6 +96,17 @@ void buffer_free(struct backend *be, struct buffer *buf)
     buf->bytes = 0;
 }
 
+enum status host_register(struct backend *be, void *base, size_t bytes, struct error *err)
+{
+    ASSERT(bytes > 0 && bytes % PAGE_BYTES == 0 && (uintptr_t)base % PAGE_BYTES == 0);
+    return calls_of(be)->host_register(be, base, bytes, err);
+}
+
+void host_unregister(struct backend *be, void *base)
+{
+    calls_of(be)->host_unregister(be, base);
+}
+
 struct stream *stream_create(struct backend *be)
 {
     return calls_of(be)->stream_create(be);
@@ -110,10 +123,30 @@ enum status stream_sync(struct stream *s, struct error *err)
     return calls_of(owner_of(s))->stream_sync(s, err);
 }
 
+enum status stream_failure(struct stream *s, struct error *err)
+{
+    return calls_of(owner_of(s))->stream_failure(s, err);
+}
+
 void stream_copy(struct stream *s, void *dst, const void *src, size_t bytes)
 {
     if (bytes)
         calls_of(owner_of(s))->stream_copy(s, dst, src, bytes);
+}
+
+void stream_copy_pieces(struct stream *s, void *dst, size_t dst_stride, const void *src,
+                        size_t src_stride, size_t bytes, size_t n)
+{
+    if (dst_stride == bytes && src_stride == bytes)
+        stream_copy(s, dst, src, bytes * n);
+    else if (bytes && n)
+        calls_of(owner_of(s))->stream_copy_pieces(s, dst, dst_stride, src, src_stride, bytes, n);
+}
+
+void stream_fill(struct stream *s, void *dst, uint8_t value, size_t bytes)
+{
+    if (bytes)
+        calls_of(owner_of(s))->stream_fill(s, dst, value, bytes);
 }
 
 struct event *event_create(struct backend *be)

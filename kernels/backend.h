@@ -31,7 +31,8 @@ extern "C" {
  *
  * The CPU back end executes each operation before the call returns, on a
  * fixed pool of workers shared by the streams of the back end; only one
- * stream of a CPU back end may compute at a time, copies may overlap. */
+ * stream of a CPU back end may compute at a time.  Copies and fills are done by
+ * the thread that queues them, on streams of its own beside one that computes. */
 
 struct backend;
 struct stream;
@@ -90,8 +91,9 @@ enum status buffer_alloc(struct backend *be, struct buffer *out,
 void buffer_free(struct backend *be, struct buffer *buf);   /* an empty one is fine */
 
 /* Pin host memory of the caller's, whole pages: from then on the device reads and writes it at the
- * same address, and copies do not wait for the host.  ST_NOMEM when the system refuses, ST_UNSUPPORTED
- * when the device cannot use the address.  The CPU back end has nothing to do. */
+ * same address, and copies do not wait for the host.  A copy, with all of its pieces, lies within
+ * what one call registered: two neighbours are not one to it.  ST_NOMEM when the system refuses,
+ * ST_UNSUPPORTED when the device cannot use the address.  The CPU back end has nothing to do. */
 enum status host_register(struct backend *be, void *base, size_t bytes, struct error *err) MUST_USE;
 void host_unregister(struct backend *be, void *base);
 
@@ -100,6 +102,8 @@ void stream_destroy(struct stream *s);
 
 /* Wait for everything queued so far and report the first failure. */
 enum status stream_sync(struct stream *s, struct error *err) MUST_USE;
+/* The first failure known so far, without waiting. */
+enum status stream_failure(struct stream *s, struct error *err) MUST_USE;
 
 /* Ordering between streams.  Waiting never blocks the calling thread. */
 struct event *event_create(struct backend *be);

@@ -26,11 +26,18 @@ struct device_calls {
     enum status (*buffer_alloc)(struct backend *be, struct buffer *out,
                                 enum memory_kind kind, size_t bytes);
     void (*buffer_free)(struct backend *be, struct buffer *buf);  /* not an empty one */
+    enum status (*host_register)(struct backend *be, void *base, size_t bytes, struct error *err);
+    void (*host_unregister)(struct backend *be, void *base);
 
     struct stream *(*stream_create)(struct backend *be);
     void (*stream_destroy)(struct stream *s);
     enum status (*stream_sync)(struct stream *s, struct error *err);
+    enum status (*stream_failure)(struct stream *s, struct error *err);
+    /* Of copies and fills backend.c asks for those alone that move something. */
     void (*stream_copy)(struct stream *s, void *dst, const void *src, size_t bytes);
+    void (*stream_copy_pieces)(struct stream *s, void *dst, size_t dst_stride, const void *src,
+                               size_t src_stride, size_t bytes, size_t n);
+    void (*stream_fill)(struct stream *s, void *dst, uint8_t value, size_t bytes);
 
     struct event *(*event_create)(struct backend *be);
     void (*event_destroy)(struct event *ev);

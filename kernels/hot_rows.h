@@ -10,8 +10,8 @@ extern "C" {
 /* Rows of K and V that are not on the device, and the cache of those that lately were.
  *
  * A sequence whose blocks have (partly) left the device has a set: for each layer and KV head
- * `rows_per_head` rows of device memory.  Where kv_table has no slot for a block, its rows come out of
- * the set, and what the set lacks is read out of the host tier and put into it, in place of
+ * `rows_per_head` rows of device memory.  Where kv_table has no slot for a block, its rows come out
+ * of the set, and what the set lacks is read out of the host tier and put into it, in place of
  * the row that was used longest ago.  A row is an exact copy, so the cache changes the time of
  * an answer and never the answer.
  *

@@ -25,8 +25,8 @@ SERVER_SEES = {
     "engine/engine.h", "engine/run/request.h", "engine/select/select.h",
     "engine/model/tokenizer.h", "engine/model/model_config.h",
 }
-# Kernels see the back end's own headers and the bilingual ones of base.
-KERNELS_SEE_BASE = {"status.h", "invariant.h", "mem.h", "clock.h"}
+# Kernels see the back end's own headers and of base what is bilingual or of the machine.
+KERNELS_SEE_BASE = {"status.h", "invariant.h", "mem.h", "clock.h", "host_limits.h"}
 
 BANNED = re.compile(
     r"\b(strcpy|strcat|sprintf|vsprintf|gets|strtok|atoi|atol|atof|rand|srand|alloca|system|popen|"

@@ -28,7 +28,8 @@ struct event;
  * arrived false and cancelled true.
  *
  * Failures.  A failed stream is final for the device (backend.h): the job and all that follow come
- * back with arrived false, and copy_engine_failure() has the reason.
+ * back with arrived false, when nothing is under way any more; copy_engine_failure() has the
+ * reason.
  *
  * post, cancel: engine thread.  counts, failure: any thread. */
 
@@ -54,7 +55,8 @@ struct copy_engine_config {
     int layers;
     struct kv_shape shape;
     struct mailbox *done;
-    /* Tests: called before a job is queued, with its number; may sleep; false fails the job. */
+    /* Tests: called on the copy thread before a job is queued, with its number in the order of
+     * queueing, from 0; may sleep; false is as though the stream had failed at this job. */
     bool (*before)(void *arg, uint64_t number);
     void *before_arg;
 };

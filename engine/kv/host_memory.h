@@ -11,14 +11,15 @@ struct backend;
 /* The memory of the host tier: one range of addresses, pinned piece by piece in the background.
  *
  * Pinning costs the better part of a second for each GiB, so a server must not wait for it.
- * host_memory_create() checks limits, reserves the addresses and returns; a thread of its own touches
- * each piece with several threads (pages are zeroed by all cores), registers it with the
+ * host_memory_create() checks limits, reserves the addresses and returns; a thread of its own
+ * touches each piece with several threads (pages are zeroed by all cores), registers it with the
  * back end, and then counts it as ready.  What is ready is usable while the rest is not.
  *
  * Checked at create, so that a machine that cannot do it says so at start:
  *   - bytes against the memory that the machine (or its cgroup) has available;
- *   - RLIMIT_MEMLOCK where the back end's pinning counts against it: the message names the limit and
- *     how to raise it (LimitMEMLOCK=infinity, docker --ulimit memlock=-1).
+ *   - RLIMIT_MEMLOCK where the back end's pinning counts against it, which is found out by pinning
+ *     a little more: the message names the limit and how to raise it (LimitMEMLOCK=infinity,
+ *     docker --ulimit memlock=-1).
  * A piece that fails later ends the growth: what is ready stays so, host_memory_failure() says why.
  *
  * create and destroy: one thread.  The rest: any. */

@@ -1,8 +1,8 @@
 #include "kernels/cpu/cpu.h"
 
+#include "engine/base/host_limits.h"
 #include "engine/base/invariant.h"
 #include "engine/base/mem.h"
-#include "kernels/cpu/host_limits.h"
 #include "kernels/cpu/isa.h"
 #include "kernels/cpu/scratch.h"
 
@@ -110,6 +110,22 @@ static void free_buffer(struct backend *be, struct buffer *buf)
     mem_unmap(buf->base, buf->bytes);
 }
 
+/* All of the process's memory is the device's. */
+static enum status register_host(struct backend *be, void *base, size_t bytes, struct error *err)
+{
+    (void)be;
+    (void)base;
+    (void)bytes;
+    (void)err;
+    return ST_OK;
+}
+
+static void unregister_host(struct backend *be, void *base)
+{
+    (void)be;
+    (void)base;
+}
+
 static struct stream *create_stream(struct backend *be)
 {
     struct stream *s = mem_calloc(1, sizeof *s);
@@ -124,7 +140,8 @@ static void destroy_stream(struct stream *s)
     mem_free(s);
 }
 
-static enum status sync_stream(struct stream *s, struct error *err)
+/* Nothing is ever under way: to wait for a failure and to ask for one are the same. */
+static enum status failure_of(struct stream *s, struct error *err)
 {
     if (s->failed != ST_OK)
         return error_set(err, s->failed, "the CPU stream failed: %s", status_name(s->failed));
@@ -135,6 +152,19 @@ static void copy(struct stream *s, void *dst, const void *src, size_t bytes)
 {
     if (s->failed == ST_OK)
         memmove(dst, src, bytes);
+}
+
+static void copy_pieces(struct stream *s, void *dst, size_t dst_stride, const void *src,
+                        size_t src_stride, size_t bytes, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        copy(s, (char *)dst + i * dst_stride, (const char *)src + i * src_stride, bytes);
+}
+
+static void fill(struct stream *s, void *dst, uint8_t value, size_t bytes)
+{
+    if (s->failed == ST_OK)
+        memset(dst, value, bytes);
 }
 
 static struct event *create_event(struct backend *be)
@@ -175,10 +205,15 @@ static const struct device_calls cpu_calls = {
     .memory_free = memory_of,
     .buffer_alloc = alloc_buffer,
     .buffer_free = free_buffer,
+    .host_register = register_host,
+    .host_unregister = unregister_host,
     .stream_create = create_stream,
     .stream_destroy = destroy_stream,
-    .stream_sync = sync_stream,
+    .stream_sync = failure_of,
+    .stream_failure = failure_of,
     .stream_copy = copy,
+    .stream_copy_pieces = copy_pieces,
+    .stream_fill = fill,
     .event_create = create_event,
     .event_destroy = destroy_event,
     .event_record = record_event,

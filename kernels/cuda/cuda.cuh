@@ -30,6 +30,7 @@ struct backend {
     struct backend_ops ops;
     int device;
     bool hopper;                 /* compute capability 9.0 and up: clusters, early launches */
+    size_t most_pitch;           /* bytes from row to row of a copy in two dimensions */
 };
 
 /* The size of the thread-block clusters of two_level.cu, and what it was chosen for. */

@@ -79,6 +79,37 @@ static void device_buffer_free(struct backend *be, struct buffer *buf)
         cudaFreeHost(buf->base);
 }
 
+/* Where host and device have one address space, the host's address is the device's too. */
+static enum status device_host_register(struct backend *be, void *base, size_t bytes,
+                                        struct error *err)
+{
+    void *seen = NULL;
+    cudaError_t e = cudaSetDevice(be->device);
+
+    if (e == cudaSuccess)
+        e = cudaHostRegister(base, bytes, cudaHostRegisterPortable | cudaHostRegisterMapped);
+    if (e != cudaSuccess) {
+        cudaGetLastError();      /* an answer, not a broken context */
+        return error_set(err, e == cudaErrorNotSupported ? ST_UNSUPPORTED : ST_NOMEM,
+                         "%zu MB of host memory cannot be pinned for %s: %s", bytes >> 20,
+                         be->info.name, cudaGetErrorString(e));
+    }
+    e = cudaHostGetDevicePointer(&seen, base, 0);
+    if (e == cudaSuccess && seen == base)
+        return ST_OK;
+    cudaGetLastError();
+    cudaHostUnregister(base);
+    return error_set(err, ST_UNSUPPORTED,
+                     "%s cannot use host memory at the address that the host uses",
+                     be->info.name);
+}
+
+static void device_host_unregister(struct backend *be, void *base)
+{
+    (void)be;
+    cudaHostUnregister(base);
+}
+
 static struct stream *device_stream_create(struct backend *be)
 {
     struct stream *s = (struct stream *)mem_calloc(1, sizeof *s);
@@ -109,13 +140,27 @@ static void device_stream_destroy(struct stream *s)
     mem_free(s);
 }
 
-static enum status device_stream_sync(struct stream *s, struct error *err)
+static enum status failure_of(const struct stream *s, struct error *err)
 {
-    stream_check(s, cudaStreamSynchronize(s->cu), "stream_sync");
     if (s->failed == cudaSuccess)
         return ST_OK;
     return error_set(err, ST_DEVICE, "%s failed on %s: %s", s->failed_op, s->be->info.name,
                      cudaGetErrorString(s->failed));
+}
+
+static enum status device_stream_sync(struct stream *s, struct error *err)
+{
+    stream_check(s, cudaStreamSynchronize(s->cu), "stream_sync");
+    return failure_of(s, err);
+}
+
+static enum status device_stream_failure(struct stream *s, struct error *err)
+{
+    cudaError_t e = s->failed == cudaSuccess ? cudaStreamQuery(s->cu) : cudaSuccess;
+
+    if (e != cudaErrorNotReady)
+        stream_check(s, e, "stream_failure");
+    return failure_of(s, err);
 }
 
 static void device_stream_copy(struct stream *s, void *dst, const void *src, size_t bytes)
@@ -123,6 +168,30 @@ static void device_stream_copy(struct stream *s, void *dst, const void *src, siz
     if (!stream_enter(s))
         return;
     stream_check(s, cudaMemcpyAsync(dst, src, bytes, cudaMemcpyDefault, s->cu), "stream_copy");
+}
+
+static void device_stream_copy_pieces(struct stream *s, void *dst, size_t dst_stride,
+                                      const void *src, size_t src_stride, size_t bytes, size_t n)
+{
+    const size_t most = s->be->most_pitch;
+
+    if (!stream_enter(s))
+        return;
+    /* What is no pitch: pieces too far apart, or that overlap. */
+    if (dst_stride > most || src_stride > most || dst_stride < bytes || src_stride < bytes) {
+        for (size_t i = 0; i < n; i++)
+            device_stream_copy(s, (char *)dst + i * dst_stride,
+                               (const char *)src + i * src_stride, bytes);
+        return;
+    }
+    stream_check(s, cudaMemcpy2DAsync(dst, dst_stride, src, src_stride, bytes, n,
+                                      cudaMemcpyDefault, s->cu), "stream_copy_pieces");
+}
+
+static void device_stream_fill(struct stream *s, void *dst, uint8_t value, size_t bytes)
+{
+    if (stream_enter(s))
+        stream_check(s, cudaMemsetAsync(dst, value, bytes, s->cu), "stream_fill");
 }
 
 static struct event *device_event_create(struct backend *be)
@@ -244,7 +313,9 @@ static bool device_supports(const struct shape_query *q, struct error *why)
 static const struct device_calls calls = {
     device_close, device_info_of, device_ops,
     device_memory_free, device_buffer_alloc, device_buffer_free,
-    device_stream_create, device_stream_destroy, device_stream_sync, device_stream_copy,
+    device_host_register, device_host_unregister,
+    device_stream_create, device_stream_destroy, device_stream_sync, device_stream_failure,
+    device_stream_copy, device_stream_copy_pieces, device_stream_fill,
     device_event_create, device_event_destroy, device_event_record, device_event_wait,
     device_event_done, device_graph_begin, device_graph_end, device_graph_launch,
     device_graph_destroy,
@@ -263,6 +334,7 @@ static enum status describe(struct backend *be, struct error *err)
                          be->device, prop.name, prop.major, prop.minor, OLDEST_MAJOR);
     snprintf(be->info.name, sizeof be->info.name, "cuda:%d: %.60s", be->device, prop.name);
     be->info.mem_bytes = prop.totalGlobalMem;
+    be->most_pitch = prop.memPitch;
     be->info.sm_count = prop.multiProcessorCount;
     be->info.host_visible = false;
     be->hopper = prop.major >= 9;

@@ -5,6 +5,9 @@
 #include "tests/support/backend_fixture.h"
 
 #include <check.h>
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdlib.h>
 #include <string.h>
 
 static void assert_refused(const char *name, const struct backend_options *options,
@@ -151,6 +154,108 @@ START_TEST(copies_and_events_keep_order)
 }
 END_TEST
 
+START_TEST(pieces_go_where_they_belong)
+{
+    struct stream *s = stream_create(test_backend("scalar"));
+    char to[32], from[] = "abcdefghijklmnop";
+
+    memset(to, '.', sizeof to);
+    stream_copy_pieces(s, to, 8, from, 5, 3, 3);
+    ck_assert_int_eq(memcmp(to, "abc.....fgh.....klm.............", 32), 0);
+    stream_fill(s, to, '-', sizeof to);
+    ck_assert_int_eq(memcmp(to, "--------------------------------", 32), 0);
+    stream_copy_pieces(s, to, 4, from, 4, 4, 4);         /* neighbours on both sides */
+    ck_assert_int_eq(memcmp(to, "abcdefghijklmnop----------------", 32), 0);
+    stream_copy_pieces(s, to, 3, from, 0, 2, 4);         /* one piece four times */
+    ck_assert_int_eq(memcmp(to, "abcabfabiablmnop", 16), 0);
+    stream_copy_pieces(s, NULL, 8, NULL, 8, 4, 0);
+    stream_copy_pieces(s, NULL, 8, NULL, 8, 0, 4);
+    stream_fill(s, NULL, 1, 0);
+    ck_assert_int_eq(stream_failure(s, NULL), ST_OK);
+    ck_assert_int_eq(stream_sync(s, NULL), ST_OK);
+    stream_destroy(s);
+}
+END_TEST
+
+START_TEST(any_page_can_be_registered)
+{
+    struct backend *be = test_backend("scalar");
+    struct buffer buf;
+
+    ck_assert_int_eq(buffer_alloc(be, &buf, MEM_PINNED, 3 * 4096), ST_OK);
+    ck_assert_int_eq(host_register(be, (char *)buf.base + 4096, 8192, NULL), ST_OK);
+    host_unregister(be, (char *)buf.base + 4096);
+    buffer_free(be, &buf);
+}
+END_TEST
+
+/* A stream for copies alone, on a thread of its own, beside one that computes: what is computed is
+ * copied, what is copied is computed with, and nothing else is between them. */
+enum { TURNS = 200, WIDTH = 256 };
+
+struct copier {
+    struct backend *be;
+    struct event *computed, *copied;
+    atomic_int n_computed, n_copied;
+    float out[WIDTH], x[WIDTH];
+};
+
+static void *copy_beside(void *arg)
+{
+    struct copier *c = arg;
+    struct stream *s = stream_create(c->be);
+    char elsewhere[4096];
+
+    for (int turn = 1; turn <= TURNS; turn++) {
+        while (atomic_load(&c->n_computed) < turn)
+            stream_fill(s, elsewhere, (uint8_t)turn, sizeof elsewhere);
+        event_wait(s, c->computed);
+        stream_copy_pieces(s, c->x, 2 * sizeof(float), c->out, 2 * sizeof(float), sizeof(float),
+                           WIDTH / 2);
+        stream_copy_pieces(s, c->x + 1, 2 * sizeof(float), c->out + 1, 2 * sizeof(float),
+                           sizeof(float), WIDTH / 2);
+        event_record(c->copied, s);
+        atomic_store(&c->n_copied, turn);
+    }
+    ck_assert_int_eq(stream_sync(s, NULL), ST_OK);
+    stream_destroy(s);
+    return NULL;
+}
+
+START_TEST(copies_beside_a_stream_that_computes)
+{
+    struct backend *be = test_backend("scalar");
+    struct copier c = { .be = be, .computed = event_create(be), .copied = event_create(be) };
+    struct stream *s = stream_create(be);
+    float *weight = calloc(WIDTH * WIDTH, sizeof *weight);
+    pthread_t thread;
+    struct linear_args linear = { .out = c.out, .x = c.x, .weight = weight,
+                                  .weight_type = DTYPE_F32, .rows = 1, .in_dim = WIDTH,
+                                  .out_dim = WIDTH, .out_stride = WIDTH };
+
+    for (int i = 0; i < WIDTH; i++) {
+        weight[i * WIDTH + (i + 1) % WIDTH] = 1;         /* turns by one place */
+        c.x[i] = (float)i;
+    }
+    ck_assert_int_eq(pthread_create(&thread, NULL, copy_beside, &c), 0);
+    for (int turn = 1; turn <= TURNS; turn++) {
+        backend_ops(be)->linear(s, &linear);
+        event_record(c.computed, s);
+        atomic_store(&c.n_computed, turn);
+        while (atomic_load(&c.n_copied) < turn)
+            ;
+        event_wait(s, c.copied);
+    }
+    pthread_join(thread, NULL);
+    for (int i = 0; i < WIDTH; i++)
+        ck_assert_float_eq(c.x[i], (float)((i + TURNS) % WIDTH));
+    free(weight);
+    stream_destroy(s);
+    event_destroy(c.computed);
+    event_destroy(c.copied);
+}
+END_TEST
+
 /* After a failure nothing queued is executed, and the failure is reported. */
 START_TEST(errors_stick)
 {
@@ -166,6 +271,9 @@ START_TEST(errors_stick)
 
     s->failed = ST_DEVICE;
     stream_copy(s, out, x, sizeof x);
+    stream_copy_pieces(s, out, 8, x, 8, 4, 2);
+    stream_fill(s, out, 0, sizeof out);
+    ck_assert_int_eq(stream_failure(s, NULL), ST_DEVICE);
     backend_ops(be)->embed(s, &embed);
     backend_ops(be)->linear(s, &linear);
     for (int i = 0; i < 4; i++)
@@ -202,6 +310,9 @@ TCase *backend_case(void)
     tcase_add_test(c, refuses_shapes_at_load);
     tcase_add_test(c, buffers_are_zeroed_and_aligned);
     tcase_add_test(c, copies_and_events_keep_order);
+    tcase_add_test(c, pieces_go_where_they_belong);
+    tcase_add_test(c, any_page_can_be_registered);
+    tcase_add_test(c, copies_beside_a_stream_that_computes);
     tcase_add_test(c, errors_stick);
     tcase_add_test(c, scratch_grows_and_stays);
     return c;

@@ -1,4 +1,4 @@
-#include "kernels/cpu/host_limits.h"
+#include "engine/base/host_limits.h"
 
 #include <sched.h>
 #include <stdbool.h>
@@ -95,6 +95,68 @@ size_t host_memory_limit(void)
     visit_groups("", "memory.max", lower_bytes, &limit);
     visit_groups("memory", "memory.limit_in_bytes", lower_bytes, &limit);
     return limit > SIZE_MAX ? SIZE_MAX : (size_t)limit;
+}
+
+/* The number behind a key, in a file of lines "key number" or "key: number unit". */
+static bool read_keyed(const char *path, const char *key, uint64_t *value)
+{
+    char line[256];
+    size_t n = strlen(key);
+    bool found = false;
+    FILE *f = fopen(path, "re");
+
+    while (f && !found && fgets(line, sizeof line, f)) {
+        found = strncmp(line, key, n) == 0 && strchr(": ", line[n]) && line[n];
+        if (found)
+            *value = strtoull(line + n + 1, NULL, 10);
+    }
+    if (f)
+        fclose(f);
+    return found;
+}
+
+/* What a group uses is in a file beside its limit.  Of that, the contents of files, which
+ * memory.stat counts under two keys, can be had back. */
+struct group_usage {
+    const char *file, *inactive, *active;
+    uint64_t *available;             /* the least so far */
+};
+
+static void lower_available(const char *path, void *arg)
+{
+    const struct group_usage *usage = arg;
+    const int folder = (int)(strrchr(path, '/') - path);
+    char line[64], beside[2 * PATH_BYTES + 32];
+    uint64_t limit = UINT64_MAX, inactive = 0, active = 0;
+
+    lower_bytes(path, &limit);
+    snprintf(beside, sizeof beside, "%.*s/%s", folder, path, usage->file);
+    if (limit == UINT64_MAX || !read_line(beside, line, sizeof line))
+        return;
+    uint64_t used = strtoull(line, NULL, 10);
+    snprintf(beside, sizeof beside, "%.*s/memory.stat", folder, path);
+    (void)read_keyed(beside, usage->inactive, &inactive);
+    (void)read_keyed(beside, usage->active, &active);
+    used -= inactive + active < used ? inactive + active : used;
+    uint64_t left = used < limit ? limit - used : 0;
+    if (left < *usage->available)
+        *usage->available = left;
+}
+
+size_t host_memory_available(void)
+{
+    uint64_t available, kilobytes;
+    struct group_usage v2 = { "memory.current", "inactive_file", "active_file", &available };
+    struct group_usage v1 = { "memory.usage_in_bytes", "total_inactive_file",
+                              "total_active_file", &available };
+
+    if (read_keyed("/proc/meminfo", "MemAvailable", &kilobytes))
+        available = kilobytes * 1024;
+    else
+        available = (uint64_t)sysconf(_SC_AVPHYS_PAGES) * (uint64_t)sysconf(_SC_PAGESIZE);
+    visit_groups("", "memory.max", lower_available, &v2);
+    visit_groups("memory", "memory.limit_in_bytes", lower_available, &v1);
+    return available > SIZE_MAX ? SIZE_MAX : (size_t)available;
 }
 
 static void lower_cores(double *cores, double quota, double period)
