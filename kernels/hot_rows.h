@@ -10,27 +10,42 @@ extern "C" {
 /* Rows of K and V that are not on the device, and the cache of those that lately were.
  *
  * A sequence whose blocks have (partly) left the device has a set: for each layer and KV head
- * `rows_per_head` rows of device memory.  Where kv_table has no slot for a block, its rows come out
- * of the set, and what the set lacks is read out of the host tier and put into it, in place of
- * the row that was used longest ago.  A row is an exact copy, so the cache changes the time of
- * an answer and never the answer.
+ * `rows_per_head` rows of device memory.  Where kv_table has no slot for a block, its rows come
+ * out of the set, and what the set lacks is read out of the host tier and put into it, in place
+ * of the row that was used longest ago.  A row is an exact copy, so the cache changes the time
+ * of an answer and never the answer.
  *
  * What a set holds is checked at use: row_of[p] may be anything, and means "position p is
  * in that row" only where position[that row] == p.  So a set is made empty by setting all its
  * positions to -1, and no more.
  *
- * Of this layer; C sets, P = max_blocks * BLOCK_TOKENS positions, N = rows_per_head, D head_dim: */
+ * Rules.
+ * 1 A step never replaces a row that it uses itself.  Hits and misses of a step are together at
+ *   most keep_tokens <= rows_per_head, so the rows that are no hits suffice for the misses
+ *   however the hits lie.  That holds for a set as a whole and for no part of it: whoever
+ *   divides the work of one KV head must choose among all its rows.
+ * 2 Replaced are empty rows, then those used longest ago; of equal ones the lowest row.
+ *   Missing tokens in ascending order get these rows in ascending order.  CUDA takes all
+ *   last used more than 253 steps ago for equal; else it does the same to the last entry.
+ * 3 A row whose block is in kv is read there, counted as resident, and neither looked up nor
+ *   put into the set.  What the set still has of it stays and ages: K and V of a position must
+ *   not change while a set that is not reset names it.
+ * 4 No two sequences of a call have the same set, and a set is used once a step in a layer.
+ *
+ * Of this layer, with C sets, P = max_blocks * BLOCK_TOKENS positions, N = rows_per_head and D
+ * head_dim: */
 struct hot_rows {
-    const bf16 *host;           /* K and V of host slot 0, this layer; readable by the device */
-    size_t host_stride;         /* bytes from host slot to host slot */
+    const bf16 *host;           /* K and V of host slot 0, this layer; readable by the device,
+                                   aligned to 16 bytes */
+    size_t host_stride;         /* bytes from host slot to host slot, a multiple of 16 */
     const int32_t *host_table;  /* [S, max_blocks] host slots; read where kv_table has -1 */
     const int32_t *set;         /* [S] in [0, C), or -1: all of the sequence is in kv */
     bf16 *rows;                 /* [C, G, N, 2 D] */
     uint16_t *row_of;           /* [C, G, P] */
     int32_t *position;          /* [C, G, N] -1: the row is empty */
-    uint32_t *used;             /* [C, G, N] step that last used the row */
+    uint32_t *used;             /* [C, G, N] step that last used the row; empty: anything */
     const uint32_t *step;       /* [1] of this step; ascends from 1 */
-    uint64_t *counts;           /* [HOT_COUNTS] are added to */
+    uint64_t *counts;           /* [HOT_COUNTS] added to, for sequences with a set */
     int rows_per_head;          /* >= keep_tokens, at most HOT_MOST_ROWS */
 };
 

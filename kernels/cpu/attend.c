@@ -26,6 +26,7 @@ struct attention {
     const int32_t *table;        /* [seqs, max_blocks] */
     const int32_t *first_row, *n_rows, *n_tokens; /* the whole context, or */
     const int32_t *chosen, *n_chosen;             /* chosen positions: one row a sequence */
+    const bf16 *const *rows;     /* of chosen positions, or NULL: by table */
     struct kv_shape shape;
     size_t q_stride;
     float scale;
@@ -97,15 +98,15 @@ static const bf16 *key_at(const struct attention *a, const struct unit *u, int p
 static void find_rows(const struct attention *a, const struct unit *u, int first, int end,
                       struct attend_block *b)
 {
-    const int32_t *chosen = NULL;
+    size_t list = at(u->seq * a->shape.kv_heads + u->kv_head, a->keep_tokens);
+    const int32_t *chosen = a->chosen ? a->chosen + list : NULL;
 
-    if (a->chosen)
-        chosen = a->chosen + at(u->seq * a->shape.kv_heads + u->kv_head, a->keep_tokens);
     b->first = first;
     b->n = end - first < BLOCK_TOKENS ? end - first : BLOCK_TOKENS;
     for (int j = 0; j < BLOCK_TOKENS; j++) {
         int token = first + (j < b->n ? j : b->n - 1);
-        b->row[j] = key_at(a, u, chosen ? chosen[token] : token);
+        b->row[j] = a->rows ? a->rows[list + (size_t)token]
+                            : key_at(a, u, chosen ? chosen[token] : token);
     }
 }
 
@@ -355,7 +356,8 @@ size_t cpu_attend_dense_scratch(const struct kv_shape *shape, int max_seqs, int 
     return 0;
 }
 
-void cpu_attend_selected(struct stream *s, const struct attend_selected_args *args)
+void cpu_attend_rows(struct stream *s, const struct attend_selected_args *args,
+                     const bf16 *const *rows)
 {
     struct attention a = {
         .s = s,
@@ -365,6 +367,7 @@ void cpu_attend_selected(struct stream *s, const struct attend_selected_args *ar
         .table = args->table,
         .chosen = args->chosen,
         .n_chosen = args->n_chosen,
+        .rows = rows,
         .shape = args->shape,
         .q_stride = (size_t)args->q_stride,
         .scale = args->scale,
@@ -376,4 +379,9 @@ void cpu_attend_selected(struct stream *s, const struct attend_selected_args *ar
 
     if (s->failed == ST_OK && args->seqs > 0)
         attend(&a, 1, args->keep_tokens);
+}
+
+void cpu_attend_selected(struct stream *s, const struct attend_selected_args *args)
+{
+    cpu_attend_rows(s, args, NULL);
 }

@@ -51,6 +51,11 @@ struct attend_leaf {
     void (*finish)(float *out, const float *acc, float factor, int head_dim);
 };
 
+/* attend_selected() of tokens whose rows are at given addresses: rows [S, G, keep_tokens] in
+ * place of kv and table, or NULL. */
+void cpu_attend_rows(struct stream *s, const struct attend_selected_args *args,
+                     const bf16 *const *rows);
+
 extern const struct attend_leaf scalar_attend_leaf;
 extern const struct attend_leaf avx2_attend_leaf;   /* head_dim >= 16 */
 extern const struct attend_leaf avx512_attend_leaf; /* head_dim >= 32 */

@@ -1,18 +1,20 @@
-#include "kernels/cpu/cpu.h"
+#include "kernels/cpu/attend.h"
+#include "kernels/cpu/resolve.h"
 
-/* The three operations one after the other; what passes between them is carved from the
- * scratch. */
+/* The three operations one after the other, with hot rows a fourth between the last two; what
+ * passes between them is carved from the scratch. */
 struct parts {
-    int32_t *kept, *n_kept, *chosen, *n_chosen;
+    int32_t *kept, *n_kept, *chosen, *n_chosen, *counts;
+    const bf16 **rows;
     void *scratch;
     size_t bytes;
 };
 
-static int32_t *carve(char *base, size_t *at, size_t n)
+static void *carve(char *base, size_t *at, size_t bytes)
 {
-    int32_t *part = base ? (int32_t *)(void *)(base + *at) : NULL;
+    void *part = base ? base + *at : NULL;
 
-    *at += (n * sizeof(int32_t) + 63) / 64 * 64;
+    *at += (bytes + 63) / 64 * 64;
     return part;
 }
 
@@ -24,11 +26,13 @@ static struct parts carve_parts(void *base, const struct kv_shape *shape, int se
     size_t select = cpu_token_select_scratch(shape, seqs, heads, keep_blocks);
     struct parts p;
 
-    p.kept = carve(base, &at, lists * (size_t)keep_blocks);
-    p.n_kept = carve(base, &at, lists);
-    p.chosen = carve(base, &at, lists * (size_t)keep_tokens);
-    p.n_chosen = carve(base, &at, lists);
-    p.scratch = carve(base, &at, (filter > select ? filter : select) / sizeof(int32_t));
+    p.kept = carve(base, &at, lists * (size_t)keep_blocks * sizeof *p.kept);
+    p.n_kept = carve(base, &at, lists * sizeof *p.n_kept);
+    p.chosen = carve(base, &at, lists * (size_t)keep_tokens * sizeof *p.chosen);
+    p.n_chosen = carve(base, &at, lists * sizeof *p.n_chosen);
+    p.counts = carve(base, &at, lists * HOT_COUNTS * sizeof *p.counts);
+    p.rows = carve(base, &at, lists * (size_t)keep_tokens * sizeof *p.rows);
+    p.scratch = carve(base, &at, filter > select ? filter : select);
     p.bytes = at;
     return p;
 }
@@ -59,9 +63,14 @@ void cpu_attend_two_level(struct stream *s, const struct attend_two_level_args *
         .shape = a->shape, .seqs = a->seqs, .heads = a->heads, .max_blocks = a->max_blocks,
         .keep_blocks = a->keep_blocks, .keep_tokens = a->keep_tokens,
         .sink_tokens = a->sink_tokens, .recent_tokens = a->recent_tokens });
-    cpu_attend_selected(s, &(struct attend_selected_args){
+    if (a->hot)
+        cpu_resolve(s, &(struct resolve_args){
+            .rows = p.rows, .counts = p.counts, .chosen = p.chosen, .n_chosen = p.n_chosen,
+            .kv = a->kv, .table = a->kv_table, .hot = a->hot, .shape = a->shape,
+            .seqs = a->seqs, .max_blocks = a->max_blocks, .keep_tokens = a->keep_tokens });
+    cpu_attend_rows(s, &(struct attend_selected_args){
         .out = a->out, .q = a->q, .q_stride = a->q_stride, .kv = a->kv, .table = a->kv_table,
         .chosen = p.chosen, .n_chosen = p.n_chosen, .shape = a->shape, .seqs = a->seqs,
         .heads = a->heads, .max_blocks = a->max_blocks, .keep_tokens = a->keep_tokens,
-        .scale = a->scale });
+        .scale = a->scale }, a->hot ? p.rows : NULL);
 }

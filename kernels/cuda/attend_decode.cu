@@ -1,4 +1,5 @@
-/* Attention of one query row a sequence: over a whole context, or over chosen positions.
+/* Attention of one query row a sequence: over a whole context, or over chosen positions, whose
+ * rows may be given by address.
  *
  * A thread block takes a chunk of one sequence's tokens and one KV head, all heads of its
  * group at once.  Each of its warps streams tiles of TILE tokens through a ring in shared
@@ -43,6 +44,9 @@ enum {
     SHORT_CHUNK = 2,             /* as many, which are all on their way at once */
 };
 
+/* What is attended to. */
+enum { CONTEXT, CHOSEN, ADDRESSED };
+
 /* Thread blocks to a sequence and KV head: of a long one as many as give every
  * multiprocessor of a large GPU two. */
 int most_chunks(int kv_heads)
@@ -80,7 +84,10 @@ struct decode {
     int q_stride, heads, kv_heads, max_blocks, keep_tokens, chunks;
     bool only_last_is_new;       /* of attend_dense */
     float scale;                 /* times log2(e) */
+    const __nv_bfloat16 *const *rows; /* [seqs, kv_heads, keep_tokens] of ADDRESSED tokens */
 };
+/* With more than these 128 bytes the compiler makes other code of all that reads them. */
+static_assert(sizeof(decode) == 128, "as it was measured");
 
 /* A part: maximum, sum, two words of nothing and the weighted sum of values. */
 __host__ __device__ inline int part_floats(int head_dim)
@@ -108,12 +115,12 @@ struct chunk {
     int row, n, number, chunks, blocks;
 };
 
-template <bool SELECTED>
+template <int TOKENS>
 __device__ __forceinline__ chunk chunk_of(const decode &a, int seq, int kv_head, int number)
 {
     chunk c = { seq, 0, number, 0, 0 };
 
-    if (SELECTED)
+    if (TOKENS != CONTEXT)
         c.n = a.n_chosen[(size_t)seq * a.kv_heads + kv_head];
     else {
         int rows = a.n_rows[seq], n = a.n_tokens[seq];
@@ -137,25 +144,28 @@ __device__ __forceinline__ const __nv_bfloat16 *row_at(const decode &a, const in
 
 /* Start copying the tile from token `from` on; tokens from n on become zeros.  block: the id
  * of the one it lies in; chosen tokens lie anywhere. */
-template <int DIM, bool SELECTED>
+template <int DIM, int TOKENS>
 __device__ __forceinline__ void start_tile(const decode &a, const int32_t *table,
-                                           const int32_t *chosen, int kv_head, unsigned to,
-                                           int block, int from, int n)
+                                           const int32_t *chosen,
+                                           const __nv_bfloat16 *const *rows, int kv_head,
+                                           unsigned to, int block, int from, int n)
 {
     enum { PER_ROW = DIM / 4, AT_ONCE = WARP / PER_ROW }; /* 16-byte pieces */
     int first = threadIdx.x % WARP / PER_ROW, piece = threadIdx.x % PER_ROW;
 
     if (from < n) {
         const __nv_bfloat16 *tile =
-            SELECTED ? NULL
-                     : a.kv + (((size_t)block * a.kv_heads + kv_head) * BLOCK_TOKENS +
-                               from % BLOCK_TOKENS) * (2 * DIM);
+            TOKENS != CONTEXT ? NULL
+                              : a.kv + (((size_t)block * a.kv_heads + kv_head) * BLOCK_TOKENS +
+                                        from % BLOCK_TOKENS) * (2 * DIM);
 #pragma unroll
         for (int i = 0; i < TILE; i += AT_ONCE) {
             int t = first + i;
             const __nv_bfloat16 *row =
-                SELECTED ? row_at<DIM>(a, table, kv_head, chosen[min(from + t, n - 1)])
-                         : tile + t * (2 * DIM);
+                TOKENS == ADDRESSED ? rows[min(from + t, n - 1)]
+                : TOKENS == CHOSEN
+                    ? row_at<DIM>(a, table, kv_head, chosen[min(from + t, n - 1)])
+                    : tile + t * (2 * DIM);
             copy_16(to + t * row_bytes<DIM> + piece_at(t, piece), row + piece * 8,
                     from + t < n);
         }
@@ -327,7 +337,7 @@ __device__ bool is_last(const decode &a, const chunk &k, int seq, int kv_head)
 }
 
 /* Grid: chunks, KV heads, sequences. */
-template <int DIM, bool SELECTED>
+template <int DIM, int TOKENS>
 __global__ void __launch_bounds__(THREADS, 2) attend(decode a)
 {
     extern __shared__ __align__(1024) unsigned char memory[];
@@ -337,12 +347,12 @@ __global__ void __launch_bounds__(THREADS, 2) attend(decode a)
     int group = a.heads / a.kv_heads;
 
     let_next_start();
-    /* Lengths and tables come from the host: they can be read, and the tiles of rows that lie there
-     * since earlier steps started, while the kernels before this one end. */
-    bool waited = SELECTED || !a.only_last_is_new;
+    /* Lengths and tables come from the host: they can be read, and the tiles of rows that lie
+     * there since earlier steps started, while the kernels before this one end. */
+    bool waited = TOKENS != CONTEXT || !a.only_last_is_new;
     if (waited)
         wait_for_inputs();
-    chunk k = chunk_of<SELECTED>(a, seq, kv_head, blockIdx.x);
+    chunk k = chunk_of<TOKENS>(a, seq, kv_head, blockIdx.x);
     if (k.number >= k.chunks) {
         /* Not before: the kernels behind this one count on all before it to have ended. */
         if (!waited)
@@ -350,8 +360,9 @@ __global__ void __launch_bounds__(THREADS, 2) attend(decode a)
         return;
     }
     const int32_t *table = a.table + (size_t)seq * a.max_blocks;
-    const int32_t *chosen =
-        SELECTED ? a.chosen + ((size_t)seq * a.kv_heads + kv_head) * a.keep_tokens : NULL;
+    size_t list = TOKENS == CONTEXT ? 0 : ((size_t)seq * a.kv_heads + kv_head) * a.keep_tokens;
+    const int32_t *chosen = TOKENS == CHOSEN ? a.chosen + list : NULL;
+    const __nv_bfloat16 *const *rows = TOKENS == ADDRESSED ? a.rows + list : NULL;
     unsigned ring = shared_address(memory) + warp * DEPTH * SLOT;
     int from = k.number * BLOCK_TOKENS + warp * TILE, step = k.chunks * BLOCK_TOKENS;
     int ahead = k.number;        /* block of the next tile to start */
@@ -361,14 +372,14 @@ __global__ void __launch_bounds__(THREADS, 2) attend(decode a)
             wait_for_inputs();
             waited = true;
         }
-        start_tile<DIM, SELECTED>(a, table, chosen, kv_head, ring + i * SLOT,
-                                  !SELECTED && ahead < k.blocks ? table[ahead] : 0,
-                                  ahead * BLOCK_TOKENS + warp * TILE, k.n);
+        start_tile<DIM, TOKENS>(a, table, chosen, rows, kv_head, ring + i * SLOT,
+                                TOKENS == CONTEXT && ahead < k.blocks ? table[ahead] : 0,
+                                ahead * BLOCK_TOKENS + warp * TILE, k.n);
     }
     if (!waited)
         wait_for_inputs();
     /* Its id is there before it is wanted. */
-    int block = SELECTED ? 0 : table[min(ahead, k.blocks - 1)];
+    int block = TOKENS != CONTEXT ? 0 : table[min(ahead, k.blocks - 1)];
     unsigned q[DIM / 16][4];
     load_queries<DIM>(q, a.q + (size_t)k.row * a.q_stride + kv_head * group * DIM, group);
     softmax<DIM> s = softmax_empty<DIM>();
@@ -377,10 +388,10 @@ __global__ void __launch_bounds__(THREADS, 2) attend(decode a)
         __syncwarp();
         /* Into the slot of the tile before, which all lanes have left. */
         int free = slot == 0 ? DEPTH - 1 : slot - 1;
-        start_tile<DIM, SELECTED>(a, table, chosen, kv_head, ring + free * SLOT, block,
-                                  ahead * BLOCK_TOKENS + warp * TILE, k.n);
+        start_tile<DIM, TOKENS>(a, table, chosen, rows, kv_head, ring + free * SLOT, block,
+                                ahead * BLOCK_TOKENS + warp * TILE, k.n);
         ahead += k.chunks;
-        if (!SELECTED)
+        if (TOKENS == CONTEXT)
             block = table[min(ahead, k.blocks - 1)];
         attend_tile<DIM>(&s, q, ring + slot * SLOT, k.n - from, a.scale);
         slot = slot == DEPTH - 1 ? 0 : slot + 1;
@@ -390,17 +401,17 @@ __global__ void __launch_bounds__(THREADS, 2) attend(decode a)
         join_chunks<DIM>(a, k, seq, kv_head);
 }
 
-template <int DIM, bool SELECTED>
+template <int DIM, int TOKENS>
 void launch_dim(struct stream *s, const decode &a, const char *op, int chunks, int seqs)
 {
     enum { JOIN_BYTES = WARPS * HEADS * (DIM + 2) * 4 };
     int bytes = ring_bytes<DIM> > JOIN_BYTES ? ring_bytes<DIM> : JOIN_BYTES;
 
-    launch_early(s, op, attend<DIM, SELECTED>, dim3(chunks, a.kv_heads, seqs), THREADS, bytes, a);
+    launch_early(s, op, attend<DIM, TOKENS>, dim3(chunks, a.kv_heads, seqs), THREADS, bytes, a);
 }
 
 /* most: of the tokens of a sequence. */
-template <bool SELECTED>
+template <int TOKENS>
 void launch(struct stream *s, decode &a, const char *op, int head_dim, int most, int seqs)
 {
     if (seqs > MOST_ARRIVED / a.kv_heads) {
@@ -412,9 +423,9 @@ void launch(struct stream *s, decode &a, const char *op, int head_dim, int most,
     int chunks = chunks_at_most((most + BLOCK_TOKENS - 1) / BLOCK_TOKENS);
     chunks = chunks < a.chunks ? chunks : a.chunks;
     if (head_dim == 128)
-        launch_dim<128, SELECTED>(s, a, op, chunks, seqs);
+        launch_dim<128, TOKENS>(s, a, op, chunks, seqs);
     else
-        launch_dim<64, SELECTED>(s, a, op, chunks, seqs);
+        launch_dim<64, TOKENS>(s, a, op, chunks, seqs);
 }
 
 }
@@ -437,12 +448,19 @@ void cuda_attend_one_row(struct stream *s, const struct attend_dense_args *args)
     a.max_blocks = args->max_blocks;
     a.only_last_is_new = args->only_last_is_new;
     a.scale = args->scale * LOG2_E;
-    launch<false>(s, a, "attend_dense", args->shape.head_dim, args->max_n_tokens, args->seqs);
+    launch<CONTEXT>(s, a, "attend_dense", args->shape.head_dim, args->max_n_tokens, args->seqs);
 }
 
 void cuda_attend_selected(struct stream *s, const struct attend_selected_args *args)
 {
+    cuda_attend_rows(s, args, NULL);
+}
+
+void cuda_attend_rows(struct stream *s, const struct attend_selected_args *args,
+                      const bf16 *const *rows)
+{
     decode a = {};
+    int head_dim = args->shape.head_dim, most = args->keep_tokens;
 
     if (args->seqs == 0)
         return;
@@ -452,6 +470,7 @@ void cuda_attend_selected(struct stream *s, const struct attend_selected_args *a
     a.table = args->table;
     a.chosen = args->chosen;
     a.n_chosen = args->n_chosen;
+    a.rows = (const __nv_bfloat16 *const *)rows;
     a.parts = (float *)args->scratch;
     a.q_stride = args->q_stride;
     a.heads = args->heads;
@@ -459,7 +478,10 @@ void cuda_attend_selected(struct stream *s, const struct attend_selected_args *a
     a.max_blocks = args->max_blocks;
     a.keep_tokens = args->keep_tokens;
     a.scale = args->scale * LOG2_E;
-    launch<true>(s, a, "attend_selected", args->shape.head_dim, args->keep_tokens, args->seqs);
+    if (rows)
+        launch<ADDRESSED>(s, a, "attend_two_level", head_dim, most, args->seqs);
+    else
+        launch<CHOSEN>(s, a, "attend_selected", head_dim, most, args->seqs);
 }
 
 size_t cuda_attend_dense_scratch(const struct kv_shape *shape, int max_seqs, int heads,

@@ -150,6 +150,25 @@ void cuda_attend_one_row(struct stream *s, const struct attend_dense_args *a);
 void cuda_attend_many_rows(struct stream *s, const struct attend_dense_args *a);
 /* The latter with the instructions of Hopper, or false on other devices. */
 bool attend_many_rows_hopper(struct stream *s, const struct attend_dense_args *a);
+/* Where the rows of chosen tokens are, after the missing ones have been put into their sets. */
+struct resolve_args {
+    const bf16 **rows;          /* [S, G, keep_tokens] */
+    uint32_t *place;            /* [S, G, keep_tokens] work space, as the next two */
+    int *missing;
+    uint16_t *into;
+    const int32_t *chosen;      /* [S, G, keep_tokens] */
+    const int32_t *n_chosen;    /* [S, G] */
+    const bf16 *kv;
+    const int32_t *table;       /* [S, max_blocks] block ids in kv, or -1 */
+    const struct hot_rows *hot; /* host */
+    struct kv_shape shape;
+    int seqs, max_blocks, keep_tokens;
+};
+void cuda_resolve(struct stream *s, const struct resolve_args *a);
+/* attend_selected of tokens whose rows are at given addresses, in place of kv and table, or
+ * NULL. */
+void cuda_attend_rows(struct stream *s, const struct attend_selected_args *a,
+                      const bf16 *const *rows);
 /* With the kernels made for it, or false where there are none for these arguments. */
 bool attend_two_level_fused(struct stream *s, const struct attend_two_level_args *a);
 size_t cuda_block_filter_scratch(const struct kv_shape *shape, int max_seqs, int heads,

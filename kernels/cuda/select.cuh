@@ -152,15 +152,13 @@ static __device__ __noinline__ unsigned border_by_bins(const unsigned *keys, int
 /* The border of the `keep` largest of keys[0..n), 0 < keep: chosen are the keys above it
  * and the first *equal of those equal to it; all of those when *equal is n.  Where there
  * are no more than keep, the border is 1.  c->largest becomes the largest key that is not
- * forced, or 0 where nobody looked. */
+ * forced, and stays where nobody looked. */
 static __device__ __forceinline__ unsigned find_border(const unsigned *keys, int n, int keep,
                                                        int *equal, counts *c)
 {
     unsigned low, high;
 
     *equal = n;
-    if (threadIdx.x == 0)
-        c->largest = 0;
     if (n <= keep)
         return 1;
     find_range(keys, n, &low, &high, c);

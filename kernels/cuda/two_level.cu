@@ -17,6 +17,13 @@
  * Attention uses bf16 tensor cores with the group's heads as rows; a warp takes 16 tokens
  * at a time, whose rows of K and V it copies to shared memory.
  *
+ * With hot rows (HOT, a variant of its own) each block of the cluster finds the rows of all
+ * chosen tokens.  It starts copying those of its first tiles, the missing ones out of host
+ * memory, and meanwhile chooses the rows of the set that the missing ones replace; attention
+ * writes them there from shared memory.  Each warp waits for its own 16 rows alone, so what is
+ * there is attended to while others still come.  Tokens go to blocks, warps and tiles as
+ * without, hence the same bits; for that the cluster has the size that it would have without.
+ *
  * At batch 1 all of this is latency: some 2,400 instructions a warp one after the other,
  * three trips to memory and two to the other blocks.  Measured on an H100 behind the filter
  * of 98,304 tokens with 512 threads, us: choosing blocks 3.6, scoring 1.5, exchange 0.8,
@@ -33,6 +40,8 @@
  *   tiles of rows on their way */
 
 #include "kernels/cuda/attend.cuh"
+#include "kernels/cuda/cluster.cuh"
+#include "kernels/cuda/hot_rows.cuh"
 #include "kernels/cuda/two_level.cuh"
 
 namespace {
@@ -69,6 +78,11 @@ struct arrays {
     int *ids, *kv_ids;                          /* [max_blocks]  stage 1: the tables */
     unsigned char *ahead;                       /* [WARPS, DEPTH] halves of records  stage 2 */
     unsigned char *rows;                        /* [WARPS, TILE] rows of K and V  stage 3 */
+    /* With hot rows. */
+    unsigned *seen;                             /* bits of rows that this step uses */
+    int *missing;                               /* numbers in list; */
+    uint16_t *into;                             /* of list: the row that a missing one gets */
+    unsigned *all;                              /* [chosen] of all blocks, before stage 3 */
 };
 
 template <int DIM>
@@ -87,10 +101,16 @@ __host__ __device__ inline int share_of(int n_kept, int size)
     return (n_kept + size - 1) / size;
 }
 
-/* Where they lie from base on; the bytes taken. */
-template <int DIM>
+/* Chosen tokens of so many kept blocks at most. */
+__host__ __device__ inline int most_chosen(const two_level &a, int n_blocks)
+{
+    return a.keep_tokens < n_blocks * BLOCK_TOKENS ? a.keep_tokens : n_blocks * BLOCK_TOKENS;
+}
+
+/* Where they lie from base on; the bytes taken.  rows_per_head: with hot rows. */
+template <int DIM, bool HOT>
 __host__ __device__ inline size_t lay_out(arrays *r, unsigned char *base, const two_level &a,
-                                          int size)
+                                          int size, int rows_per_head)
 {
     int slots = round_up(a.keep_blocks, 4), blocks = round_up(a.max_blocks, 4);
 
@@ -99,13 +119,24 @@ __host__ __device__ inline size_t lay_out(arrays *r, unsigned char *base, const 
     r->blocks = r->records + slots;
     r->list = r->blocks + slots;
     r->token_keys = (unsigned *)(r->list + share_of(a.keep_blocks, size) * BLOCK_TOKENS);
-    r->rows = r->ahead = (unsigned char *)(r->token_keys + slots * BLOCK_TOKENS);
+    r->rows = (unsigned char *)(r->token_keys + slots * BLOCK_TOKENS);
+    if (HOT) {
+        int own = round_up(most_chosen(a, share_of(a.keep_blocks, size)), 8);
+        r->seen = (unsigned *)r->rows;
+        r->missing = (int *)(r->seen + round_up(hot::words_of(rows_per_head), 4));
+        r->into = (uint16_t *)(r->missing + own);
+        r->rows = (unsigned char *)(r->into + own);
+        r->all = (unsigned *)r->rows;
+    }
+    r->ahead = r->rows;
     r->block_keys = (unsigned *)r->rows;
     r->ids = (int *)(r->block_keys + blocks);
     r->kv_ids = r->ids + blocks;
     size_t stage1 = 12 * (size_t)blocks, stage2 = WARPS * DEPTH * half_bytes<DIM>;
     size_t stage3 = WARPS * TILE * row_bytes<DIM>;
     size_t most = stage1 > stage2 ? stage1 : stage2;
+    if (HOT && most < 4 * (size_t)most_chosen(a, a.keep_blocks))
+        most = 4 * (size_t)most_chosen(a, a.keep_blocks);
     return (size_t)(r->rows - base) + (most > stage3 ? most : stage3);
 }
 
@@ -116,95 +147,15 @@ __global__ void attend_two_level(two_level a)
 {
     (void)a;
 }
+
+template <int DIM, int TILES>
+__global__ void attend_two_level_hot(two_level a, struct hot_rows hot)
+{
+    (void)a, (void)hot;
+}
 #else
 
-/* ---- clusters */
-
-__device__ __forceinline__ int cluster_rank()
-{
-    int rank;
-
-    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-    return rank;
-}
-
-__device__ __forceinline__ int cluster_size()
-{
-    int size;
-
-    asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
-    return size;
-}
-
-/* Where thread block `rank` has what this one has at p. */
-__device__ __forceinline__ unsigned address_in(int rank, const void *p)
-{
-    unsigned at;
-
-    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(at) : "r"(shared_address(p)), "r"(rank));
-    return at;
-}
-
-__device__ __forceinline__ void barrier_init(uint64_t *barrier)
-{
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" : : "r"(shared_address(barrier))
-                 : "memory");
-}
-
-/* Its phase ends when as many bytes have arrived, before or after this. */
-__device__ __forceinline__ void barrier_expect(uint64_t *barrier, unsigned bytes)
-{
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
-                 : : "r"(shared_address(barrier)), "r"(bytes) : "memory");
-}
-
-__device__ __forceinline__ void barrier_wait(uint64_t *barrier)
-{
-    asm volatile("{\n\t.reg .pred p;\n"
-                 "wait:\n\tmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%0], 0;\n\t"
-                 "@p bra.uni done;\n\tbra.uni wait;\ndone:\n\t}"
-                 : : "r"(shared_address(barrier)) : "memory");
-}
-
-/* Shared memory of this block to the same place in block `rank`. */
-__device__ __forceinline__ void send_bytes(int rank, const void *p, unsigned bytes,
-                                           uint64_t *barrier)
-{
-    asm volatile("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes "
-                 "[%0], [%1], %2, [%3];"
-                 : : "r"(address_in(rank, p)), "r"(shared_address(p)), "r"(bytes),
-                     "r"(address_in(rank, barrier)) : "memory");
-}
-
-/* To the place in block `rank` that this block has as `place`.  As large pieces as can be:
- * the receiver's barrier takes them one by one. */
-__device__ __forceinline__ void send_4(int rank, const float *place, float4 v, uint64_t *barrier)
-{
-    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], "
-                 "{%1, %2, %3, %4}, [%5];"
-                 : : "r"(address_in(rank, place)), "r"(__float_as_uint(v.x)),
-                     "r"(__float_as_uint(v.y)), "r"(__float_as_uint(v.z)),
-                     "r"(__float_as_uint(v.w)), "r"(address_in(rank, barrier)) : "memory");
-}
-
-__device__ __forceinline__ void send_2(int rank, const float2 *place, float2 v,
-                                       uint64_t *barrier)
-{
-    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], "
-                 "{%1, %2}, [%3];"
-                 : : "r"(address_in(rank, place)), "r"(__float_as_uint(v.x)),
-                     "r"(__float_as_uint(v.y)), "r"(address_in(rank, barrier)) : "memory");
-}
-
-/* What ordinary stores have written may be read by copies that start after the next
- * __syncthreads(). */
-__device__ __forceinline__ void publish_to_copies()
-{
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
-
 /* ---- scores of tokens */
-
 
 template <int DIM>
 __device__ __forceinline__ void start_half(const two_level &a, const arrays &r, unsigned to,
@@ -305,22 +256,61 @@ struct heads_softmax {
     float acc[DIM / 8][2];       /* channels 8 j + 2 (lane % 4) + i */
 };
 
-/* Start copying rows of up to TILE tokens to shared memory; past n the last one again. */
-template <int DIM>
+/* What a thread block knows of hot rows. */
+struct hot_share {
+    hot::head head;
+    int n_missing, before, own;  /* tokens that all blocks miss, the lower ranks, this one */
+};
+
+/* Start copying rows of up to TILE tokens to shared memory.  What is past n is the last one
+ * again, but with hot rows, where that may cost a way over the bus, zeros: it has no weight. */
+template <int DIM, bool HOT>
 __device__ __forceinline__ void start_rows(unsigned to, const __nv_bfloat16 *kv,
-                                           const int *list, int n)
+                                           const int *list, int n, const hot::head &h)
 {
     enum { PER_ROW = DIM / 4, AT_ONCE = WARP / PER_ROW }; /* lanes; rows */
-    int lane = threadIdx.x % WARP;
+    int lane = threadIdx.x % WARP, piece = lane % PER_ROW * 8;
 
-    kv += lane % PER_ROW * 8;
     to += lane / PER_ROW * row_bytes<DIM> + lane % PER_ROW * 16;
+    if (!HOT)
+        kv += piece;
     if (n > 0)
 #pragma unroll 4
-        for (int i = 0; i < TILE; i += AT_ONCE)
-            copy_16(to + i * row_bytes<DIM>,
-                    kv + (size_t)list[min(i + lane / PER_ROW, n - 1)] * (2 * DIM));
+        for (int i = 0; i < TILE; i += AT_ONCE) {
+            int at = i + lane / PER_ROW;
+            if (HOT)
+                copy_16(to + i * row_bytes<DIM>,
+                        at < n ? hot::row_at<DIM>(h, kv, (unsigned)list[at]) + piece : kv, at < n);
+            else
+                copy_16(to + i * row_bytes<DIM>, kv + (size_t)list[min(at, n - 1)] * (2 * DIM));
+        }
     copy_commit();               /* one group a tile, empty or not, for copy_wait() */
+}
+
+/* Those of a tile that came out of host memory to their rows of the set. */
+template <int DIM>
+__device__ __forceinline__ void keep_rows(const unsigned char *rows, const int *list,
+                                          const uint16_t *into, int n, const hot::head &h)
+{
+    enum { PER_ROW = DIM / 4, AT_ONCE = WARP / PER_ROW };
+    int lane = threadIdx.x % WARP, piece = lane % PER_ROW;
+
+#pragma unroll 1
+    for (int i = lane / PER_ROW; i < min(n, (int)TILE); i += AT_ONCE)
+        if ((unsigned)list[i] >= hot::IN_HOST)
+            ((uint4 *)(h.rows + (size_t)into[i] * (2 * DIM)))[piece] =
+                *(const uint4 *)(rows + i * row_bytes<DIM> + piece * 16);
+}
+
+/* While the first rows are on their way: which rows of the set the missing ones get, and the
+ * books of the set. */
+__device__ __forceinline__ void settle(const arrays &r, const hot_share &h, int n, counts *c)
+{
+    if (h.n_missing > 0) {       /* so it is in all blocks of the cluster */
+        hot::choose_rows(r.into, r.missing, h.before, h.own, h.n_missing, h.head, r.seen, c);
+        cluster_barrier();       /* all have read the books */
+    }
+    hot::write_books((const unsigned *)r.list, n, r.missing, h.own, r.into, h.head);
 }
 
 template <int DIM>
@@ -423,9 +413,9 @@ __device__ void send_sums(const two_level &a, shared<DIM> *sh, const float *part
 }
 
 /* Attention of this block's n tokens of the list. */
-template <int DIM>
+template <int DIM, bool HOT>
 __device__ void attend_own(const two_level &a, shared<DIM> *sh, const arrays &r, int n,
-                           int kv_head, int rank, int size)
+                           int kv_head, int rank, int size, const hot_share &h)
 {
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4;
     const __nv_bfloat16 *kv = a.kv + (size_t)kv_head * BLOCK_TOKENS * 2 * DIM;
@@ -434,6 +424,10 @@ __device__ void attend_own(const two_level &a, shared<DIM> *sh, const arrays &r,
     int used = min((n + TILE - 1) / TILE, (int)WARPS);
     heads_softmax<DIM> s = { -INFINITY, 0, {} };
 
+    if (HOT) {
+        start_rows<DIM, HOT>(rows, kv, r.list + warp * TILE, n - warp * TILE, h.head);
+        settle(r, h, n, &sh->count);
+    }
     if (warp < used) {
         unsigned q[DIM / 16][2];
         for (int step = 0; step < DIM / 16; step++)
@@ -441,14 +435,18 @@ __device__ void attend_own(const two_level &a, shared<DIM> *sh, const arrays &r,
                 q[step][half] = *(const unsigned *)&sh->query[g][16 * step + 8 * half +
                                                                   2 * (lane % 4)];
         int from = warp * TILE;
-        start_rows<DIM>(rows, kv, r.list + from, n - from);
+        if (!HOT)
+            start_rows<DIM, HOT>(rows, kv, r.list + from, n - from, h.head);
 #pragma unroll 1
         for (; from < n; from += WARPS * TILE) {
             int next = from + WARPS * TILE;
             copy_wait<0>();
             __syncwarp();
+            if (HOT)
+                keep_rows<DIM>(r.rows + warp * TILE * row_bytes<DIM>, r.list + from,
+                               r.into + from, n - from, h.head);
             attend_tile<DIM>(&s, q, rows, n - from, a.softmax_scale);
-            start_rows<DIM>(rows, kv, r.list + next, n - next);
+            start_rows<DIM, HOT>(rows, kv, r.list + next, n - next, h.head);
         }
         if (lane % 4 == 0) {
             sh->max[warp][g] = s.max;
@@ -518,6 +516,7 @@ __device__ __forceinline__ void prepare(const two_level &a, shared<DIM> *sh, con
     load_digits<DIM, TILES>(&sh->index, q, a.group);
     clear_bins(&sh->count);
     if (threadIdx.x == 0) {
+        sh->count.largest = 0;
         barrier_init(&sh->keys_arrived);
         barrier_init(&sh->sums_arrived);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -549,13 +548,11 @@ __device__ __forceinline__ int choose_blocks(const two_level &a, shared<DIM> *sh
     return n_kept;
 }
 
-/* The tokens of this block's kept blocks [first, end) that are among the keep_tokens best of
- * all; how many.  r.list gets their rows of K and V, counted from the head's first row. */
+/* The border of the keep_tokens best of all tokens. */
 template <int DIM>
-__device__ __forceinline__ int choose_tokens(const two_level &a, shared<DIM> *sh,
-                                             const arrays &r, int n_kept, int first, int end)
+__device__ __forceinline__ border find_token_border(const two_level &a, shared<DIM> *sh,
+                                                    const arrays &r, int n_keys)
 {
-    int n_keys = n_kept * BLOCK_TOKENS;
     border b;
 
     /* No estimate of a token is much above the best of the filter's of its block, which is
@@ -566,6 +563,18 @@ __device__ __forceinline__ int choose_tokens(const two_level &a, shared<DIM> *sh
                                   &b.equal, &sh->count);
     else
         b.key = find_border(r.token_keys, n_keys, a.keep_tokens, &b.equal, &sh->count);
+    return b;
+}
+
+/* The tokens of this block's kept blocks [first, end) that are among the keep_tokens best of
+ * all; how many.  r.list gets their rows of K and V, counted from the head's first row. */
+template <int DIM>
+__device__ __forceinline__ int choose_tokens(const two_level &a, shared<DIM> *sh,
+                                             const arrays &r, int n_kept, int first, int end)
+{
+    int n_keys = n_kept * BLOCK_TOKENS;
+    border b = find_token_border<DIM>(a, sh, r, n_keys);
+
     int n = list_chosen(r.list, r.token_keys, first * BLOCK_TOKENS, end * BLOCK_TOKENS, n_keys,
                         b, &sh->count);
     __syncthreads();
@@ -577,10 +586,70 @@ __device__ __forceinline__ int choose_tokens(const two_level &a, shared<DIM> *sh
     return n;
 }
 
+/* How many numbers of an ascending list are below the limit. */
+__device__ __forceinline__ int count_below(const unsigned *list, int n, unsigned limit)
+{
+    int from = 0;
+
+    while (from < n) {
+        int middle = (from + n) / 2;
+        if (list[middle] < limit)
+            from = middle + 1;
+        else
+            n = middle;
+    }
+    return from;
+}
+
+/* The same with hot rows; r.list gets places. */
+template <int DIM>
+__device__ __forceinline__ int resolve_tokens(const two_level &a, shared<DIM> *sh,
+                                              const arrays &r, int n_kept, int first, int end,
+                                              const struct hot_rows &hot_rows, hot_share *h)
+{
+    int n_keys = n_kept * BLOCK_TOKENS;
+    border b = find_token_border<DIM>(a, sh, r, n_keys);
+
+    hot::clear_seen(r.seen, h->head.n);
+    int n_all = list_chosen((int *)r.all, r.token_keys, 0, n_keys, n_keys, b, &sh->count);
+    __syncthreads();
+    int own_first = count_below(r.all, n_all, first * BLOCK_TOKENS);
+    int n = count_below(r.all, n_all, end * BLOCK_TOKENS) - own_first;
+    __syncthreads();             /* numbers of keys become places */
+#pragma unroll 1
+    for (int i = threadIdx.x; i < n_all; i += THREADS) {
+        int block = r.all[i] / BLOCK_TOKENS, token = r.all[i] % BLOCK_TOKENS;
+        r.all[i] = r.blocks[block] >= 0
+                       ? (unsigned)(r.blocks[block] * a.kv_heads * BLOCK_TOKENS + token)
+                       : hot::IN_HOST + r.kept[block] * BLOCK_TOKENS + token;
+    }
+    hot::find_in_set(r.all, n_all, h->head, r.seen);
+    __syncthreads();
+    int sums[3] = { 0, 0, 0 };   /* missing tokens, those of lower ranks, own hits */
+#pragma unroll 1
+    for (int i = threadIdx.x; i < n_all; i += THREADS) {
+        unsigned place = r.all[i];
+        sums[0] += place >= hot::IN_HOST;
+        sums[1] += place >= hot::IN_HOST && i < own_first;
+        if (i >= own_first && i < own_first + n) {
+            r.list[i - own_first] = (int)place;
+            sums[2] += place >= hot::IN_SET && place < hot::IN_HOST;
+        }
+    }
+    hot::add_up(sums, &sh->count);
+    h->n_missing = sums[0];
+    h->before = sums[1];
+    h->own = sums[0] > 0 ? hot::list_missing(r.missing, (unsigned *)r.list, n, &sh->count) : 0;
+    if (h->head.there && threadIdx.x == 0)
+        hot::add_counts(hot_rows, sums[2], h->own, n - h->own - sums[2]);
+    __syncthreads();             /* nobody needs `all` any more, whose place rows take */
+    return n;
+}
+
 /* Grid: clusters in a row.  May read what the filter's predecessors wrote before it waits
  * for the filter, which starts this kernel only after its own wait. */
-template <int DIM, int TILES>
-__global__ void __launch_bounds__(THREADS, 1) attend_two_level(two_level a)
+template <int DIM, int TILES, bool HOT>
+__device__ __forceinline__ void attend_unit(const two_level &a, const struct hot_rows &hot_rows)
 {
     extern __shared__ __align__(16) unsigned char memory[];
     int size = cluster_size(), rank = cluster_rank();
@@ -595,7 +664,7 @@ __global__ void __launch_bounds__(THREADS, 1) attend_two_level(two_level a)
         wait_for_inputs();
         return;
     }
-    lay_out<DIM>(&r, (unsigned char *)(sh + 1), a, size);
+    lay_out<DIM, HOT>(&r, (unsigned char *)(sh + 1), a, size, hot_rows.rows_per_head);
     prepare<DIM, TILES>(a, sh, r, a.q + (size_t)seq * a.q_stride + kv_head * a.group * DIM,
                         a.index_table + (size_t)seq * a.max_blocks,
                         a.kv_table + (size_t)seq * a.max_blocks, n_blocks);
@@ -619,18 +688,36 @@ __global__ void __launch_bounds__(THREADS, 1) attend_two_level(two_level a)
                        size * 4 * (result_share_of<DIM>(a.group, rank, size).n + 2 * a.group));
     }
     barrier_wait(&sh->keys_arrived);
-    int n_list = choose_tokens<DIM>(a, sh, r, n_kept, first, end);
-    attend_own<DIM>(a, sh, r, n_list, kv_head, rank, size);
+    hot_share h;
+    if (HOT)
+        h.head = hot::head_of<DIM>(hot_rows, seq, kv_head, a.kv_heads, a.max_blocks);
+    int n_list = HOT ? resolve_tokens<DIM>(a, sh, r, n_kept, first, end, hot_rows, &h)
+                     : choose_tokens<DIM>(a, sh, r, n_kept, first, end);
+    attend_own<DIM, HOT>(a, sh, r, n_list, kv_head, rank, size, h);
     finish<DIM>(a, sh, a.out + (size_t)unit * a.group * DIM, rank, size);
+}
+
+template <int DIM, int TILES>
+__global__ void __launch_bounds__(THREADS, 1) attend_two_level(two_level a)
+{
+    attend_unit<DIM, TILES, false>(a, {});
+}
+
+/* A kernel of its own: with arguments of more than 128 bytes the other one would be other code. */
+template <int DIM, int TILES>
+__global__ void __launch_bounds__(THREADS, 1) attend_two_level_hot(two_level a,
+                                                                   struct hot_rows hot)
+{
+    attend_unit<DIM, TILES, true>(a, hot);
 }
 #endif
 
-template <int DIM>
-size_t shared_bytes(const two_level &a, int cluster)
+template <int DIM, bool HOT>
+size_t shared_bytes(const two_level &a, int cluster, int rows_per_head)
 {
     arrays r;
 
-    return sizeof(shared<DIM>) + lay_out<DIM>(&r, NULL, a, cluster);
+    return sizeof(shared<DIM>) + lay_out<DIM, HOT>(&r, NULL, a, cluster, rows_per_head);
 }
 
 /* Room for two attributes. */
@@ -666,7 +753,7 @@ int choose_cluster(struct stream *s, const two_level &a, int units)
         return known->size;
     *known = wanted;
     for (int size = MAX_CLUSTER; size > 0; size--) {
-        size_t bytes = shared_bytes<DIM>(a, size);
+        size_t bytes = shared_bytes<DIM, false>(a, size, 0);
         int fit = 0;
         if (bytes > MOST_SHARED)
             continue;
@@ -682,24 +769,42 @@ int choose_cluster(struct stream *s, const two_level &a, int units)
     return 0;
 }
 
-template <int DIM, int TILES>
-bool launch(struct stream *s, const two_level &a, int units, int max_n_tokens)
+/* Queue both kernels, the second with its arguments. */
+template <typename... P>
+void launch_both(struct stream *s, const two_level &a, int head_dim, int max_n_tokens,
+                 int clusters, int cluster, size_t bytes, void (*kernel)(two_level, P...), P... p)
 {
-    int cluster = choose_cluster<DIM, TILES>(s, a, units);
     cudaLaunchConfig_t config;
     cudaLaunchAttribute attributes[2];
 
+    queue_filter(s, a, head_dim, max_n_tokens);
+    stream_check(s, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                         (int)bytes), "attend_two_level");
+    configure(&config, attributes, clusters, cluster, bytes);
+    config.stream = s->cu;
+    stream_check(s, cudaLaunchKernelEx(&config, kernel, a, p...), "attend_two_level");
+}
+
+template <int DIM, int TILES>
+bool launch(struct stream *s, const two_level &a, const struct hot_rows *hot, int units,
+            int max_n_tokens)
+{
+    int cluster = choose_cluster<DIM, TILES>(s, a, units);
+
     if (!cluster)                /* contexts of a million tokens */
         return false;
-    queue_filter(s, a, DIM, max_n_tokens);
-    size_t bytes = shared_bytes<DIM>(a, cluster);
-    stream_check(s, cudaFuncSetAttribute(attend_two_level<DIM, TILES>,
-                                         cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes),
-                 "attend_two_level");
-    configure(&config, attributes, units, cluster, bytes);
-    config.stream = s->cu;
-    stream_check(s, cudaLaunchKernelEx(&config, attend_two_level<DIM, TILES>, a),
-                 "attend_two_level");
+    if (!hot) {
+        launch_both(s, a, DIM, max_n_tokens, units, cluster,
+                    shared_bytes<DIM, false>(a, cluster, 0), attend_two_level<DIM, TILES>);
+        return true;
+    }
+    size_t bytes = shared_bytes<DIM, true>(a, cluster, hot->rows_per_head);
+    /* From 125 kept blocks on where all their tokens are chosen, from 188 on with 16 of each;
+     * without hot rows from 224 on.  In between the bits are those of another kernel. */
+    if (bytes > MOST_SHARED)
+        return false;
+    launch_both(s, a, DIM, max_n_tokens, units, cluster, bytes, attend_two_level_hot<DIM, TILES>,
+                *hot);
     return true;
 }
 
@@ -740,6 +845,8 @@ bool attend_two_level_fused(struct stream *s, const struct attend_two_level_args
     a.record_bytes = (unsigned)layout.record_bytes;
     a.softmax_scale = args->scale * LOG2_E;
     if (shape->head_dim == 128)
-        return group <= 4 ? launch<128, 1>(s, a, units, most) : launch<128, 2>(s, a, units, most);
-    return group <= 4 ? launch<64, 1>(s, a, units, most) : launch<64, 2>(s, a, units, most);
+        return group <= 4 ? launch<128, 1>(s, a, args->hot, units, most)
+                          : launch<128, 2>(s, a, args->hot, units, most);
+    return group <= 4 ? launch<64, 1>(s, a, args->hot, units, most)
+                      : launch<64, 2>(s, a, args->hot, units, most);
 }

@@ -1,4 +1,5 @@
-/* Two-level attention in its three operations, where there is no fused kernel. */
+/* Two-level attention in its three operations, where there is no fused kernel; with hot rows
+ * the tokens' rows are found, and fetched, between the last two. */
 
 #include "kernels/cuda/cuda.cuh"
 
@@ -6,16 +7,19 @@ namespace {
 
 struct parts {
     int32_t *kept, *n_kept, *chosen, *n_chosen;
+    const bf16 **rows;           /* with hot rows, as the next three */
+    uint32_t *place;
+    int *missing;
+    uint16_t *into;
     void *scratch;
     size_t bytes;
 };
 
-int32_t *carve(char *base, size_t *at, size_t n)
+template <typename T>
+void carve(T **part, void *base, size_t *at, size_t n)
 {
-    int32_t *part = base ? (int32_t *)(base + *at) : NULL;
-
-    *at += (n * sizeof(int32_t) + 255) / 256 * 256;
-    return part;
+    *part = base ? (T *)((char *)base + *at) : NULL;
+    *at += (n * sizeof(T) + 255) / 256 * 256;
 }
 
 parts carve_parts(void *base, const struct kv_shape *shape, int seqs, int heads, int max_blocks,
@@ -27,12 +31,16 @@ parts carve_parts(void *base, const struct kv_shape *shape, int seqs, int heads,
     size_t dense = cuda_attend_dense_scratch(shape, seqs, heads, max_blocks);
     parts p;
 
-    p.kept = carve((char *)base, &at, lists * keep_blocks);
-    p.n_kept = carve((char *)base, &at, lists);
-    p.chosen = carve((char *)base, &at, lists * keep_tokens);
-    p.n_chosen = carve((char *)base, &at, lists);
-    p.scratch = carve((char *)base, &at, (max(max(filter, select), dense) + 3) / 4);
-    p.bytes = at;
+    carve(&p.kept, base, &at, lists * keep_blocks);
+    carve(&p.n_kept, base, &at, lists);
+    carve(&p.chosen, base, &at, lists * keep_tokens);
+    carve(&p.n_chosen, base, &at, lists);
+    carve(&p.rows, base, &at, lists * keep_tokens);
+    carve(&p.place, base, &at, lists * keep_tokens);
+    carve(&p.missing, base, &at, lists * keep_tokens);
+    carve(&p.into, base, &at, lists * keep_tokens);
+    p.scratch = base ? (char *)base + at : NULL;
+    p.bytes = at + max(max(filter, select), dense);
     return p;
 }
 
@@ -76,7 +84,26 @@ void run_parts(struct stream *s, const struct attend_two_level_args *a)
     attend.n_chosen = p.n_chosen;
     attend.keep_tokens = a->keep_tokens;
     attend.scale = a->scale;
-    cuda_attend_selected(s, &attend);
+    if (!a->hot) {
+        cuda_attend_selected(s, &attend);
+        return;
+    }
+    struct resolve_args resolve = {};
+    resolve.rows = p.rows;
+    resolve.place = p.place;
+    resolve.missing = p.missing;
+    resolve.into = p.into;
+    resolve.chosen = p.chosen;
+    resolve.n_chosen = p.n_chosen;
+    resolve.kv = a->kv;
+    resolve.table = a->kv_table;
+    resolve.hot = a->hot;
+    resolve.shape = a->shape;
+    resolve.seqs = a->seqs;
+    resolve.max_blocks = a->max_blocks;
+    resolve.keep_tokens = a->keep_tokens;
+    cuda_resolve(s, &resolve);
+    cuda_attend_rows(s, &attend, p.rows);
 }
 
 }

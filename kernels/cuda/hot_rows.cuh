@@ -1,0 +1,262 @@
+#ifndef KERNELS_CUDA_HOT_ROWS_CUH
+#define KERNELS_CUDA_HOT_ROWS_CUH
+
+#include "kernels/cuda/select.cuh"
+
+/* Finding the rows of chosen tokens (hot_rows.h); shared by the kernels that do so.
+ *
+ * Everything here is done by all threads of a block together.  Where several blocks divide the
+ * tokens of one KV head, all of them look up all its tokens and so know the same: which rows of
+ * the set the step uses and how many tokens each block misses.  Hence they choose the same rows
+ * to replace and each takes its part of them, without a word between them.  Only nobody may
+ * write the books before everybody has read them. */
+
+namespace hot {
+
+using namespace sel;
+
+/* The place of a row, as a number: below IN_SET a row of kv, counted from the head's first;
+ * then a row of the set; from IN_HOST on the position of a token whose row is in the host tier
+ * alone. */
+static const unsigned IN_SET = 1u << 31, IN_HOST = IN_SET + HOT_MOST_ROWS + 1;
+
+/* What one sequence and KV head have. */
+struct head {
+    const char *host;            /* of the head's first row in host slot 0 */
+    size_t host_stride;          /* bytes */
+    const int32_t *host_table;   /* [max_blocks] */
+    __nv_bfloat16 *rows;         /* [n, 2 D] */
+    uint16_t *row_of;            /* [P] */
+    int32_t *position;           /* [n] */
+    uint32_t *used;              /* [n] */
+    unsigned step;
+    int n;
+    bool there;                  /* else all of the sequence is in kv */
+};
+
+template <int DIM>
+static __device__ __forceinline__ head head_of(const struct hot_rows &all, int seq, int kv_head,
+                                               int kv_heads, int max_blocks)
+{
+    int set = all.set[seq];
+    size_t i = (size_t)max(set, 0) * kv_heads + kv_head, rows = i * all.rows_per_head;
+    head h;
+
+    h.host = (const char *)all.host + (size_t)kv_head * BLOCK_TOKENS * 4 * DIM;
+    h.host_stride = all.host_stride;
+    h.host_table = all.host_table + (size_t)seq * max_blocks;
+    h.rows = (__nv_bfloat16 *)all.rows + rows * (2 * DIM);
+    h.row_of = all.row_of + i * max_blocks * BLOCK_TOKENS;
+    h.position = all.position + rows;
+    h.used = all.used + rows;
+    h.step = *all.step;
+    h.n = all.rows_per_head;
+    h.there = set >= 0;
+    return h;
+}
+
+/* kv: the head's first row in the pool. */
+template <int DIM>
+static __device__ __forceinline__ const __nv_bfloat16 *row_at(const head &h,
+                                                              const __nv_bfloat16 *kv,
+                                                              unsigned place)
+{
+    if (place < IN_SET)
+        return kv + (size_t)place * (2 * DIM);
+    if (place < IN_HOST)
+        return h.rows + (size_t)(place - IN_SET) * (2 * DIM);
+    int position = (int)(place - IN_HOST);
+    const char *block = h.host + (size_t)h.host_table[position / BLOCK_TOKENS] * h.host_stride;
+    return (const __nv_bfloat16 *)block + position % BLOCK_TOKENS * (2 * DIM);
+}
+
+/* Bits of rows. */
+static __host__ __device__ inline int words_of(int n_rows)
+{
+    return (n_rows + 31) / 32;
+}
+
+static __device__ __forceinline__ void clear_seen(unsigned *seen, int n_rows)
+{
+    for (int i = threadIdx.x; i < words_of(n_rows); i += blockDim.x)
+        seen[i] = 0;
+}
+
+/* Places in the set instead of places in the host tier for those tokens that it has, whose rows
+ * are marked in `seen`.  Several at once, because each takes two loads one after the other. */
+static __device__ __noinline__ void find_in_set(unsigned *place, int n, const head &h,
+                                                unsigned *seen)
+{
+    enum { AT_ONCE = 3 };
+
+    for (int first = threadIdx.x; first < n; first += AT_ONCE * blockDim.x) {
+        int position[AT_ONCE], row[AT_ONCE], there[AT_ONCE];
+#pragma unroll
+        for (int j = 0; j < AT_ONCE; j++) {
+            int i = first + j * blockDim.x;
+            position[j] = i < n && place[i] >= IN_HOST ? (int)(place[i] - IN_HOST) : -1;
+        }
+#pragma unroll
+        for (int j = 0; j < AT_ONCE; j++)
+            row[j] = position[j] >= 0 ? __ldcg(h.row_of + position[j]) : h.n;
+#pragma unroll
+        for (int j = 0; j < AT_ONCE; j++)
+            there[j] = row[j] < h.n ? __ldcg(h.position + row[j]) : -2;
+#pragma unroll
+        for (int j = 0; j < AT_ONCE; j++)
+            if (there[j] == position[j]) {
+                place[first + j * blockDim.x] = IN_SET + row[j];
+                atomicOr(&seen[row[j] / 32], 1u << row[j] % 32);
+            }
+    }
+}
+
+/* The places that are in the host tier alone, as numbers in the list, ascending; how many.
+ * Synchronise before they are read. */
+static __device__ __forceinline__ int list_missing(int *missing, const unsigned *place, int n,
+                                                   counts *c)
+{
+    border b = { IN_HOST - 1, n };
+
+    return list_chosen(missing, place, 0, n, n, b, c);
+}
+
+/* Sums over all threads, for all threads.  Synchronises the block. */
+static __device__ __forceinline__ void add_up(int (&value)[3], counts *c)
+{
+    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, n_warps = blockDim.x / WARP;
+
+#pragma unroll
+    for (int j = 0; j < 3; j++) {
+        value[j] = __reduce_add_sync(0xffffffffu, value[j]);
+        if (lane == 0)
+            c->warp[1][warp][j] = value[j];
+    }
+    __syncthreads();
+#pragma unroll
+    for (int j = 0; j < 3; j++)
+        value[j] = __reduce_add_sync(0xffffffffu, lane < n_warps ? c->warp[1][lane][j] : 0);
+}
+
+/* How long ago a row was used, as a bin: 0 in this step, the last one for an empty row, the one
+ * before for all that is older than there are bins. */
+static __device__ __forceinline__ int age_of(const head &h, const unsigned *seen, int row)
+{
+    int position = __ldcg(h.position + row);
+    unsigned age = h.step - __ldcg(h.used + row);
+
+    if (seen[row / 32] >> row % 32 & 1)
+        return 0;
+    return position < 0 ? BINS - 1 : (int)min(max(age, 1u), (unsigned)BINS - 2);
+}
+
+/* A histogram of ages.  Ages crowd in few bins, so equal ones of a warp are added at once. */
+static __device__ __forceinline__ void count_ages(const head &h, const unsigned *seen, counts *c)
+{
+    int lane = threadIdx.x % WARP;
+
+#pragma unroll 4
+    for (int first = threadIdx.x - lane; first < h.n; first += blockDim.x) {
+        int age = first + lane < h.n ? age_of(h, seen, first + lane) : 0;
+        unsigned same = __match_any_sync(0xffffffffu, age);
+        if (age > 0 && lane == __ffs(same) - 1)
+            atomicAdd(&c->bins[age], __popc(same));
+    }
+}
+
+/* Rows for the `wanted` tokens that all blocks miss: the oldest, of equally old ones the first.
+ * In ascending order they go to the missing tokens in ascending order, of which those from
+ * number `from` on are this block's n: token missing[i] of its list gets into[missing[i]].
+ * Synchronises the block before it reads `seen`; synchronise before `into` is read. */
+static __device__ __noinline__ void choose_rows(uint16_t *into, const int *missing, int from,
+                                                int n, int wanted, const head &h,
+                                                const unsigned *seen, counts *c)
+{
+    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, n_warps = blockDim.x / WARP;
+    int older = 0, equal = 0;    /* rows before: older than the border, and as old */
+
+    clear_bins(c);
+    __syncthreads();
+    count_ages(h, seen, c);
+    __syncthreads();
+    bin b = find_bin(wanted, c); /* there are as many rows: hot_rows.h, rule 1 */
+    int rest = wanted - b.above;
+
+    /* As in list_chosen(): a warp takes neighbouring rows, 32 a turn, and lane i remembers
+     * turn i until it is known what is before. */
+    for (int begin = 0; begin < h.n; begin += WARP * (int)blockDim.x) {
+        int turns = min((h.n - begin + (int)blockDim.x - 1) / (int)blockDim.x, (int)WARP);
+        int first = begin + warp * turns * WARP, own_older = 0, own_equal = 0;
+        unsigned older_masks = 0, equal_masks = 0;
+
+#pragma unroll 4
+        for (int i = 0; i < turns; i++) {
+            int row = first + i * WARP + lane;
+            int age = row < h.n ? age_of(h, seen, row) : 0;
+            unsigned is_older = __ballot_sync(0xffffffffu, age > b.number);
+            unsigned is_equal = __ballot_sync(0xffffffffu, age == b.number);
+            older_masks = lane == i ? is_older : older_masks;
+            equal_masks = lane == i ? is_equal : equal_masks;
+            own_older += __popc(is_older);
+            own_equal += __popc(is_equal);
+        }
+        if (begin > 0)
+            __syncthreads();     /* all have read what is written next */
+        if (lane == 0) {
+            c->warp[0][warp][0] = own_older;
+            c->warp[0][warp][1] = own_equal;
+        }
+        __syncthreads();
+        int part_older = lane < n_warps ? c->warp[0][lane][0] : 0;
+        int part_equal = lane < n_warps ? c->warp[0][lane][1] : 0;
+        int o = older + __reduce_add_sync(0xffffffffu, lane < warp ? part_older : 0);
+        int e = equal + __reduce_add_sync(0xffffffffu, lane < warp ? part_equal : 0);
+        older += __reduce_add_sync(0xffffffffu, part_older);
+        equal += __reduce_add_sync(0xffffffffu, part_equal);
+#pragma unroll 1
+        for (int i = 0; i < turns; i++) {
+            unsigned is_older = __shfl_sync(0xffffffffu, older_masks, i);
+            unsigned is_equal = __shfl_sync(0xffffffffu, equal_masks, i);
+            unsigned before = (1u << lane) - 1;
+            int equal_before = e + __popc(is_equal & before);
+            int number = o + __popc(is_older & before) + min(equal_before, rest) - from;
+            bool mine = is_older >> lane & 1 || (is_equal >> lane & 1 && equal_before < rest);
+            if (mine && number >= 0 && number < n)
+                into[missing[number]] = (uint16_t)(first + i * WARP + lane);
+            o += __popc(is_older);
+            e += __popc(is_equal);
+        }
+    }
+}
+
+/* The step uses the places of the list; the n_missing missing ones are where `into` says. */
+static __device__ __forceinline__ void write_books(const unsigned *place, int n,
+                                                   const int *missing, int n_missing,
+                                                   const uint16_t *into, const head &h)
+{
+#pragma unroll 1
+    for (int i = threadIdx.x; i < n; i += blockDim.x)
+        if (place[i] >= IN_SET && place[i] < IN_HOST)
+            h.used[place[i] - IN_SET] = h.step;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < n_missing; i += blockDim.x) {
+        int row = into[missing[i]], position = (int)(place[missing[i]] - IN_HOST);
+        h.row_of[position] = (uint16_t)row;
+        h.position[row] = position;
+        h.used[row] = h.step;
+    }
+}
+
+/* By one thread. */
+static __device__ __forceinline__ void add_counts(const struct hot_rows &all, int hits,
+                                                  int misses, int resident)
+{
+    unsigned long long *to = (unsigned long long *)all.counts;
+
+    atomicAdd(to + HOT_HITS, (unsigned long long)hits);
+    atomicAdd(to + HOT_MISSES, (unsigned long long)misses);
+    atomicAdd(to + HOT_RESIDENT, (unsigned long long)resident);
+}
+
+}
+#endif
