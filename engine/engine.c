@@ -81,6 +81,33 @@ void engine_stats(const struct engine *e, struct engine_stats *out)
 
 /* ---- engine thread */
 
+static void count_residency(struct engine *e)
+{
+    e->stats.offloaded = e->stats.loading = 0;
+    for (const struct sequence *q = scheduler_oldest(e->scheduler); q; q = q->younger) {
+        e->stats.offloaded += q->residency == OFFLOADED || q->residency == RETURNING;
+        e->stats.loading += !sequence_is_ready(q);
+    }
+}
+
+static void publish_offload(struct engine *e)
+{
+    const struct residency_context *r = &e->residency;
+    struct engine_stats *s = &e->stats;
+
+    if (!r->tier)
+        return;
+    count_residency(e);
+    s->n_offloads = r->n_offloads;
+    s->n_returns = r->n_returns;
+    struct host_tier_counts tier = host_tier_counts(r->tier);
+    s->bytes_stored = tier.copies.bytes_stored;
+    s->bytes_loaded = tier.copies.bytes_loaded;
+    s->load_wait_ns = tier.copies.load_wait_ns;
+    for (int layer = 0; r->sets && layer < model_config(e->model)->layers; layer++)
+        s->hot[layer] = hot_sets_counts(r->sets, layer);
+}
+
 void engine_publish(struct engine *e)
 {
     struct engine_stats *s = &e->stats;
@@ -93,6 +120,10 @@ void engine_publish(struct engine *e)
     s->kv_blocks = kv.blocks;
     s->kv_blocks_pinned = kv.pinned;
     s->kv_blocks_cached = kv.cached;
+    s->host_blocks = kv.host_blocks;
+    s->host_blocks_cached = kv.host_cached;
+    s->host_blocks_used = kv.host_blocks - kv.host_free - kv.host_cached;
+    publish_offload(e);
     s->failed = atomic_load(&e->failed);
     memcpy(words, s, sizeof *s);
     uint32_t version = atomic_load_explicit(&p->version, memory_order_relaxed);
@@ -120,6 +151,7 @@ static void end_sequence(struct engine *e, struct sequence *q)
     else if (q->state == SEQ_WAITING)
         e->n_put_back--;
     scheduler_remove(e->scheduler, q);
+    residency_end(&e->residency, q);
     sequence_drop_blocks(q, e->pool);
     sequence_destroy(q);
     send_home(e, req);
@@ -176,8 +208,19 @@ static uint32_t drop_preempted(void *arg, struct sequence *q)
     e->n_put_back++;
     e->stats.recomputed_tokens += q->n_computed;
     q->req->n_preempted++;
+    residency_end(&e->residency, q);
     sequence_drop_blocks(q, e->pool);
     return kv_pool_available(e->pool);
+}
+
+static bool offload(void *arg, struct sequence *q, uint32_t *blocks)
+{
+    struct engine *e = arg;
+
+    if (!residency_offload(&e->residency, q))
+        return false;
+    *blocks = kv_pool_available(e->pool);
+    return true;
 }
 
 static void note_admission(struct engine *e, struct sequence *q, uint64_t now_ns)
@@ -197,6 +240,17 @@ static void note_admission(struct engine *e, struct sequence *q, uint64_t now_ns
     e->stats.prompt_tokens_cached += cached;
 }
 
+/* As a whole, or where there is no room for that without its K and V. */
+static bool admit_one(struct engine *e, struct step_plan *plan, struct sequence *q)
+{
+    if (scheduler_admit(e->scheduler, plan, q))
+        return true;
+    if (q->residency != LOADING || !residency_can_offload(&e->residency, q))
+        return false;
+    q->residency = LOADING_INDEX;
+    return scheduler_admit(e->scheduler, plan, q);
+}
+
 static void admit(struct engine *e, struct step_plan *plan)
 {
     struct sequence *q;
@@ -204,12 +258,51 @@ static void admit(struct engine *e, struct step_plan *plan)
     while ((q = scheduler_next(e->scheduler, plan)) != NULL) {
         sequence_attach(q, e->pool, &e->select);
         plan->left.blocks = kv_pool_available(e->pool);
-        if (!scheduler_admit(e->scheduler, plan, q)) {
+        if (!admit_one(e, plan, q)) {
             sequence_drop_blocks(q, e->pool);
             return;
         }
         note_admission(e, q, clock_now_ns());
+        if (!sequence_is_ready(q))
+            residency_start(&e->residency, q);
+        plan->left.blocks = kv_pool_available(e->pool);
     }
+}
+
+/* The oldest that is offloaded comes back when nobody waits for what it needs. */
+static void bring_back(struct engine *e, struct step_plan *plan)
+{
+    uint32_t running = scheduler_running(e->scheduler);
+    uint32_t spare = scheduler_spare_blocks(e->scheduler, plan);
+
+    if (!e->residency.sets || e->residency.always || scheduler_waiting(e->scheduler) > 0)
+        return;
+    for (struct sequence *q = scheduler_oldest(e->scheduler); q; q = q->younger) {
+        uint32_t headroom = 2 * running + q->n_blocks / 16;
+        if (q->residency != OFFLOADED)
+            continue;
+        if (q->n_blocks - q->n_held + headroom <= spare)
+            residency_return(&e->residency, q);
+        return;
+    }
+}
+
+/* What the copy engine has brought since the last step.  False when the device is lost. */
+static bool take_in_copies(struct engine *e, struct error *err)
+{
+    struct residency_context *r = &e->residency;
+    struct sequence *oldest = scheduler_oldest(e->scheduler);
+
+    if (!r->tier)
+        return true;
+    host_tier_collect(r->tier);
+    if (host_tier_failure(r->tier, err) != ST_OK)
+        return false;
+    for (struct sequence *q = oldest; q; q = q->younger)
+        residency_hold_arrived(r, q);
+    for (struct sequence *q = oldest; q; q = q->younger)
+        residency_load_rest(r, q);
+    return true;
 }
 
 /* The device is lost: everybody learns it, nobody is let in any more. */
@@ -235,6 +328,7 @@ static void absorb(struct engine *e, const struct step_plan *plan, uint64_t now_
         struct sequence *q = plan->slices[i].seq;
         uint32_t known = q->n_tokens;
         bool finished = step_absorb(&e->step, &plan->slices[i], &counts, now_ns);
+        residency_store(&e->residency, q);
         if (q->n_tokens > known)
             publish_output(e, q);
         if (finished)
@@ -246,18 +340,49 @@ static void absorb(struct engine *e, const struct step_plan *plan, uint64_t now_
     e->stats.dense_rows += counts.dense_rows;
 }
 
+static void sleep_until_woken(struct engine *e)
+{
+    uint64_t count;
+
+    while (read(e->wake_fd, &count, sizeof count) < 0)
+        ASSERT(errno == EINTR);
+    /* The watchdog measures from here on, not from before the sleep. */
+    e->stats.last_step_ns = e->host_from_ns = clock_now_ns();
+}
+
+/* Everybody waits for blocks that are being loaded.  Where some could not be begun, because a slot
+ * went to somebody else, the youngest makes room. */
+static void wait_for_blocks(struct engine *e, struct step_plan *plan)
+{
+    if (host_tier_under_way(e->residency.tier) > 0) {
+        sleep_until_woken(e);
+        return;
+    }
+    ASSERT(scheduler_running(e->scheduler) > 1);
+    scheduler_put_back(e->scheduler, plan);
+}
+
 static void step(struct engine *e)
 {
     struct step_budget budget = {
         .tokens = e->step_tokens, .logit_rows = e->max_logit_rows,
-        .blocks = kv_pool_available(e->pool), .drop = drop_preempted, .arg = e,
+        .drop = drop_preempted, .offload = e->residency.sets ? offload : NULL, .arg = e,
     };
     uint64_t began_ns = clock_now_ns(), waited_ns = model_waited_ns(e->model);
-    struct step_plan *plan = scheduler_plan(e->scheduler, &budget);
     struct error err;
 
+    if (!take_in_copies(e, &err)) {
+        fail_all(e, &err);
+        return;
+    }
+    budget.blocks = kv_pool_available(e->pool);
+    struct step_plan *plan = scheduler_plan(e->scheduler, &budget);
     admit(e, plan);
-    ASSERT(plan->n_slices > 0);
+    bring_back(e, plan);
+    if (plan->n_slices == 0) {
+        wait_for_blocks(e, plan);
+        return;
+    }
     if (step_run(&e->step, plan, &err) != ST_OK) {
         fail_all(e, &err);
         return;
@@ -273,14 +398,6 @@ static void step(struct engine *e)
         scheduler_check(e->scheduler);
         kv_pool_check(e->pool);
     }
-}
-
-static void sleep_until_woken(struct engine *e)
-{
-    uint64_t count;
-
-    while (read(e->wake_fd, &count, sizeof count) < 0)
-        ASSERT(errno == EINTR);
 }
 
 static bool has_work(const struct engine *e)
@@ -302,8 +419,6 @@ void *engine_thread(void *arg)
         engine_publish(e);
         if (!has_work(e)) {
             sleep_until_woken(e);
-            /* The watchdog measures from here on, not from before the sleep. */
-            e->stats.last_step_ns = e->host_from_ns = clock_now_ns();
             engine_publish(e);
         }
     }

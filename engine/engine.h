@@ -3,6 +3,7 @@
 
 #include "engine/base/mailbox.h"
 #include "engine/base/status.h"
+#include "engine/kv/hot_sets.h"
 #include "engine/model/model_config.h"
 #include "engine/select/select.h"
 
@@ -40,6 +41,11 @@ struct engine_config {
     uint64_t kv_bytes;      /* KV pool with index; 0: on a GPU what the next line leaves, on
                                the CPU a quarter of its memory */
     uint32_t gpu_memory_thousandths; /* of the device's memory, for everything */
+    uint64_t host_kv_bytes; /* host tier; 0: none */
+    uint32_t offload_sequences; /* that can be without their K and V on the device at a time; 0: as
+                               many of the longest contexts as the host tier holds */
+    uint32_t hot_rows;      /* of such a one, a layer and KV head; 0: four times the tokens kept */
+    bool offload_always;    /* residency.h */
     bool prefix_cache;
     struct progress *progress;  /* of the weights' way to the device, or NULL; outlives the call */
     bool check_invariants;  /* scheduler_check and kv_pool_check after every step */
@@ -87,6 +93,11 @@ struct engine_stats {
     uint64_t sparse_rows, dense_rows; /* decode rows by kind */
     uint64_t prefix_queries, prefix_hits; /* in tokens */
     uint64_t preemptions, recomputed_tokens;
+    /* The host tier; 0 without. */
+    uint32_t host_blocks, host_blocks_used, host_blocks_cached;
+    uint32_t offloaded, loading;     /* running sequences; the latter wait for blocks */
+    uint64_t n_offloads, n_returns, bytes_stored, bytes_loaded, load_wait_ns;
+    struct hot_counts hot[SELECT_MAX_LAYERS]; /* rows that offloaded sequences read, by layer */
     uint64_t finished[5];            /* by enum finish */
     bool failed;                     /* the device failed; the process should end */
     bool busy;                       /* there is work; with last_step_ns, for the watchdog */

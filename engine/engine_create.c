@@ -130,16 +130,24 @@ static struct model_limits step_limits(const struct engine_config *cfg, uint32_t
     };
 }
 
-static void log_memory(const struct engine *e, uint32_t blocks, size_t block_bytes,
-                       size_t scratch_bytes)
+static void log_memory(const struct engine *e, const struct kv_pool_config *pool,
+                       size_t scratch_bytes, size_t sets_bytes)
 {
     const struct device_info *info = backend_info(e->be);
+    size_t kv = (size_t)pool->layers * kv_block_bytes(&pool->shape);
+    size_t index = (size_t)pool->layers * index_block_bytes(&pool->shape);
 
     log_info("engine", "device   %s, %zu MB of memory", info->name, info->mem_bytes >> 20);
     log_info("engine", "weights  %zu MB", model_weight_bytes(e->model) >> 20);
     log_info("engine", "scratch  %zu MB", scratch_bytes >> 20);
     log_info("engine", "KV pool  %zu MB: %u blocks, %llu tokens, index included",
-             (blocks * block_bytes) >> 20, blocks, (unsigned long long)blocks * BLOCK_TOKENS);
+             (pool->blocks * kv + pool->index_blocks * index) >> 20, pool->blocks,
+             (unsigned long long)pool->blocks * BLOCK_TOKENS);
+    if (pool->host_blocks)
+        log_info("engine", "host tier %zu MB: %u blocks, %llu tokens; index of %u blocks more and "
+                 "%zu MB of hot rows on the device", (pool->host_blocks * (kv + index)) >> 20,
+                 pool->host_blocks, (unsigned long long)pool->host_blocks * BLOCK_TOKENS,
+                 pool->index_blocks - pool->blocks, sets_bytes >> 20);
     log_info("engine", "contexts up to %u tokens, sparse beyond %d", e->max_model_len,
              e->select.config.crossover_tokens);
 }
@@ -171,38 +179,125 @@ static enum status pool_bytes(const struct engine *e, const struct engine_config
     return ST_OK;
 }
 
+static bool has_dense_layer(const struct select_plan *plan)
+{
+    for (int i = 0; i < plan->n_layers; i++)
+        if (plan->layer[i].dense)
+            return true;
+    return false;
+}
+
+/* How the memory of the pool is divided: kv slots, and with a host tier the index of blocks whose K
+ * and V are not on the device, and hot rows.  max_blocks: of the longest context. */
+struct division {
+    struct kv_pool_config pool;
+    struct hot_sets_config sets;     /* sets 0: none */
+};
+
+static uint32_t at_most(uint64_t n, uint64_t most)
+{
+    return (uint32_t)(n < most ? n : most);
+}
+
+static void plan_sets(const struct engine *e, const struct engine_config *cfg, uint32_t max_blocks,
+                      struct division *d)
+{
+    uint32_t contexts = d->pool.host_blocks / max_blocks;
+    uint32_t rows = cfg->hot_rows ? cfg->hot_rows : 4 * (uint32_t)e->select.max_keep_tokens;
+
+    d->sets = (struct hot_sets_config){
+        .layers = d->pool.layers, .shape = d->pool.shape, .max_blocks = (int)max_blocks,
+        .rows_per_head = (int)at_most(rows, HOT_MOST_ROWS),
+        .sets = (int)at_most(cfg->offload_sequences ? cfg->offload_sequences
+                             : contexts ? contexts : 1, cfg->max_running),
+    };
+}
+
+/* bytes: of the device, for all of it. */
+static enum status divide(const struct engine *e, const struct engine_config *cfg,
+                          const struct kv_shape *shape, uint64_t bytes, struct division *d,
+                          struct error *err)
+{
+    const struct model_config *m = model_config(e->model);
+    size_t kv = (size_t)m->layers * kv_block_bytes(shape);
+    size_t index = (size_t)m->layers * index_block_bytes(shape);
+    uint32_t longest = cfg->max_model_len ? cfg->max_model_len : (uint32_t)m->max_position;
+    uint64_t aside = 0;
+
+    *d = (struct division){ .pool = { .layers = m->layers, .shape = *shape,
+                                      .prefix_cache = cfg->prefix_cache } };
+    d->pool.host_blocks = at_most(cfg->host_kv_bytes / (kv + index), INT32_MAX / 4);
+    if (cfg->host_kv_bytes && !d->pool.host_blocks)
+        return error_set(err, ST_INVALID, "host-kv-bytes is %llu; one block of 64 tokens takes %zu",
+                         (unsigned long long)cfg->host_kv_bytes, kv + index);
+    if (d->pool.host_blocks && !has_dense_layer(&e->select)) {
+        /* A pool cannot hold longer ones, whatever the model allows. */
+        uint32_t max_blocks = at_most((longest + BLOCK_TOKENS - 1) / BLOCK_TOKENS,
+                                      bytes / (kv + index) + 1);
+        plan_sets(e, cfg, max_blocks, d);
+        d->pool.index_blocks = at_most((uint64_t)d->sets.sets * max_blocks, d->pool.host_blocks);
+        aside = hot_sets_bytes(&d->sets) + (uint64_t)d->pool.index_blocks * index;
+    } else if (d->pool.host_blocks)
+        log_info("engine", "a layer is dense: no sequence can leave the device, and the host tier "
+                 "is a prefix cache alone");
+    d->pool.blocks = aside < bytes ? at_most((bytes - aside) / (kv + index), INT32_MAX / 4) : 0;
+    d->pool.index_blocks += d->pool.blocks;
+    if (d->pool.blocks > 0)
+        return ST_OK;
+    return error_set(err, ST_INVALID,
+                     "%s %llu bytes for the KV pool; one block of 64 tokens takes %zu, and hot "
+                     "rows and the index of %d offloaded sequences %llu",
+                     cfg->kv_bytes ? "kv-cache-bytes gives" : "there are",
+                     (unsigned long long)bytes, kv + index, d->sets.sets,
+                     (unsigned long long)aside);
+}
+
+static enum status open_tier(struct engine *e, const struct engine_config *cfg, struct division *d,
+                             struct error *err)
+{
+    struct residency_context *r = &e->residency;
+    struct host_tier_config tier = {
+        .pool = e->pool, .blocks = d->pool.blocks, .host_blocks = d->pool.host_blocks,
+        .layers = d->pool.layers, .shape = d->pool.shape, .wake = wake_engine, .arg = e,
+    };
+
+    *r = (struct residency_context){ .pool = e->pool, .stream = e->stream,
+                                     .always = cfg->offload_always };
+    if (!d->pool.host_blocks)
+        return ST_OK;
+    TRY(host_tier_create(&r->tier, e->be, &tier, err));
+    if (!d->sets.sets)
+        return ST_OK;
+    d->sets.host = host_tier_base(r->tier);
+    d->sets.host_stride = host_tier_stride(r->tier);
+    TRY(hot_sets_create(&r->sets, e->be, &d->sets, err));
+    model_use_hot_sets(e->model, r->sets);
+    return ST_OK;
+}
+
 static enum status carve_memory(struct engine *e, const struct engine_config *cfg,
                                 const struct kv_shape *shape, struct error *err)
 {
     const struct model_config *m = model_config(e->model);
-    size_t block_bytes = kv_pool_bytes_per_block(shape, m->layers);
     uint64_t kv_bytes = 0;
+    struct division d;
 
     TRY(pool_bytes(e, cfg, &kv_bytes, err));
-    uint64_t blocks = kv_bytes / block_bytes;
-    if (blocks < 1)
-        return error_set(err, ST_INVALID,
-                         "%s %llu bytes for the KV pool; one block of 64 tokens takes %zu",
-                         cfg->kv_bytes ? "kv-cache-bytes gives" : "there are",
-                         (unsigned long long)kv_bytes, block_bytes);
-    if (blocks > INT32_MAX / 2)
-        blocks = INT32_MAX / 2;
-    TRY(resolve_length(e, cfg, (uint32_t)blocks, err));
+    TRY(divide(e, cfg, shape, kv_bytes, &d, err));
+    TRY(resolve_length(e, cfg, d.pool.blocks, err));
     e->step_tokens = cfg->step_tokens;
     e->max_logit_rows = logit_rows(cfg, m->vocab);
     struct model_limits limits = step_limits(cfg, e->max_logit_rows, e->max_model_len);
-    struct kv_pool_config pool = {
-        .blocks = (uint32_t)blocks, .layers = m->layers, .shape = *shape,
-        .prefix_cache = cfg->prefix_cache,
-    };
     size_t scratch_bytes = model_scratch_bytes(e->model, &limits, &e->select);
+    TRY(kv_pool_create(&e->pool, e->be, &d.pool, err));
+    TRY(open_tier(e, cfg, &d, err));
     TRY(model_prepare(e->model, &limits, &e->select, err));
-    TRY(kv_pool_create(&e->pool, e->be, &pool, err));
     e->step = (struct step_context){
         .model = e->model, .stream = e->stream, .pool = e->pool, .select = &e->select,
         .eos = m->eos, .n_eos = m->n_eos, .max_blocks = (uint32_t)limits.max_blocks,
+        .only_held = cfg->offload_always,
     };
-    log_memory(e, (uint32_t)blocks, block_bytes, scratch_bytes);
+    log_memory(e, &d.pool, scratch_bytes, d.sets.sets ? hot_sets_bytes(&d.sets) : 0);
     return ST_OK;
 }
 
@@ -259,6 +354,8 @@ void engine_destroy(struct engine *e)
         pthread_join(e->thread, NULL);
     }
     scheduler_destroy(e->scheduler);
+    host_tier_destroy(e->residency.tier);
+    hot_sets_destroy(e->residency.sets);
     kv_pool_destroy(e->pool);
     tokenizer_close(e->tok);
     if (e->stream)

@@ -6,6 +6,7 @@
 #include "engine/kv/kv_pool.h"
 #include "engine/model/model.h"
 #include "engine/model/tokenizer.h"
+#include "engine/run/residency.h"
 #include "engine/run/scheduler.h"
 #include "engine/run/step.h"
 #include "engine/run/waiting_room.h"
@@ -48,6 +49,7 @@ struct engine {
     bool started;
     struct stream *stream;
     struct kv_pool *pool;
+    struct residency_context residency;  /* owns its tier and sets */
     struct scheduler *scheduler;
     struct step_context step;
     uint64_t next_order;

@@ -160,11 +160,41 @@ static void preempt(struct scheduler *sc, struct sequence *seq)
     p->n_preempted++;
 }
 
-/* Make room for n tokens more of seq by preempting the youngest.  False when
- * that was seq itself. */
+/* Of two that can leave the device the one with more to give; of equals the younger. */
+static bool goes_before(const struct sequence *a, const struct sequence *b)
+{
+    return a->n_held != b->n_held ? a->n_held > b->n_held : a->order > b->order;
+}
+
+/* Let the longest sequence leave the device that can. */
+static bool offload_one(struct scheduler *sc)
+{
+    struct step_plan *p = &sc->plan;
+    const struct sequence *refused = NULL;
+
+    while (p->left.offload) {
+        struct sequence *longest = NULL;
+        for (struct sequence *s = sc->running.oldest; s; s = s->younger)
+            if ((s->residency == ON_DEVICE || s->residency == RETURNING) &&
+                sequence_is_sparse_only(s) && (!refused || goes_before(refused, s)) &&
+                (!longest || goes_before(s, longest)))
+                longest = s;
+        if (!longest)
+            return false;
+        if (p->left.offload(p->left.arg, longest, &p->left.blocks))
+            return true;
+        refused = longest;
+    }
+    return false;
+}
+
+/* Make room for n tokens more of seq by offloading, then by preempting the youngest.  False
+ * when that was seq itself. */
 static bool make_room(struct scheduler *sc, struct sequence *seq, uint32_t n)
 {
     while (sequence_lacks_blocks(seq, seq->n_computed + n) > unclaimed(&sc->plan)) {
+        if (offload_one(sc))
+            continue;
         struct sequence *victim = sc->running.youngest;
         preempt(sc, victim);
         if (victim == seq)
@@ -176,7 +206,7 @@ static bool make_room(struct scheduler *sc, struct sequence *seq, uint32_t n)
 static void plan_running(struct scheduler *sc, bool decoding)
 {
     for (struct sequence *seq = sc->running.oldest, *younger; seq; seq = younger) {
-        if (sequence_is_decoding(seq) != decoding) {
+        if (!sequence_is_ready(seq) || sequence_is_decoding(seq) != decoding) {
             younger = seq->younger;
             continue;
         }
@@ -187,6 +217,12 @@ static void plan_running(struct scheduler *sc, bool decoding)
             add_slice(sc, seq, n);
         younger = kept ? seq->younger : NULL;
     }
+}
+
+void scheduler_put_back(struct scheduler *sc, struct step_plan *plan)
+{
+    ASSERT(plan == &sc->plan && sc->running.n > 0);
+    preempt(sc, sc->running.youngest);
 }
 
 struct step_plan *scheduler_plan(struct scheduler *sc, const struct step_budget *budget)
@@ -232,22 +268,41 @@ static uint32_t promised_blocks(const struct scheduler *sc, const struct step_pl
     return promised;
 }
 
+uint32_t scheduler_spare_blocks(const struct scheduler *sc, const struct step_plan *p)
+{
+    uint32_t promised = promised_blocks(sc, p), free = unclaimed(p);
+
+    return free > promised ? free - promised : 0;
+}
+
+/* Whether the pool can hold all known tokens and one more block of it, beside what was promised,
+ * and what its first slice of n tokens takes.  Alone it may have all there is: the pool holds the
+ * longest context. */
+static bool has_room(const struct scheduler *sc, const struct step_plan *p,
+                     const struct sequence *seq, uint32_t n)
+{
+    uint32_t loads = sequence_wants_blocks(seq);
+
+    if (sc->running.n > 0 && loads + sequence_lacks_blocks(seq, seq->n_tokens + 1) +
+                                 promised_blocks(sc, p) > unclaimed(p))
+        return false;
+    return loads + sequence_lacks_blocks(seq, seq->n_computed + n) <= unclaimed(p);
+}
+
 bool scheduler_admit(struct scheduler *sc, struct step_plan *plan, struct sequence *seq)
 {
     uint32_t n = slice_tokens(seq, &plan->left);
-    uint32_t needs = sequence_lacks_blocks(seq, seq->n_tokens + 1);
 
     if (n == 0)
         return false;
-    /* Alone it may have all there is: the pool holds the longest context. */
-    if (sc->running.n > 0 && needs + promised_blocks(sc, plan) > unclaimed(plan))
-        return false;
-    if (sequence_lacks_blocks(seq, seq->n_computed + n) > unclaimed(plan))
-        return false;
+    while (!has_room(sc, plan, seq, n))
+        if (!offload_one(sc))
+            return false;
     queue_remove(&sc->waiting, seq);
     seq->state = SEQ_RUNNING;
     queue_insert(&sc->running, seq);
-    add_slice(sc, seq, n);
+    if (sequence_is_ready(seq))
+        add_slice(sc, seq, n);
     return true;
 }
 
@@ -262,6 +317,11 @@ struct sequence *scheduler_at(const struct scheduler *sc, uint32_t i)
     while (s && i-- > 0)
         s = s->younger;
     return s;
+}
+
+struct sequence *scheduler_oldest(const struct scheduler *sc)
+{
+    return sc->running.oldest;
 }
 
 uint32_t scheduler_running(const struct scheduler *sc)

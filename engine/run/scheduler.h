@@ -19,7 +19,9 @@
  *      all their known tokens and one more block beside what the running ones
  *      still need for theirs.  The next one is never passed over for a smaller one.
  *
- * When a running sequence cannot get a block the youngest running one is put
+ * When blocks are short, for a running sequence or to admit one, the longest one that only
+ * needs sparse rows any more goes to the host tier, if there is one, and the next.  What then still
+ * lacks is made room for as ever: the youngest running sequence is put
  * back to waiting.  Youngest, because it has the least to lose; and since the
  * pool holds at least one context of the greatest length, the oldest always
  * progresses: nothing livelocks.
@@ -36,6 +38,9 @@ struct step_budget {
     /* Drop the blocks of a sequence that is preempted; returns what the pool can
      * give then.  (Blocks shared with others stay, so nobody can know before.) */
     uint32_t (*drop)(void *arg, struct sequence *seq);
+    /* Or NULL.  Let K and V of a sequence leave the device, whose slices this changes nothing
+     * about; *blocks is what the pool can give then.  False where it cannot be. */
+    bool (*offload)(void *arg, struct sequence *seq, uint32_t *blocks);
     void *arg;
 };
 
@@ -65,15 +70,25 @@ void scheduler_remove(struct scheduler *sc, struct sequence *seq);
  * blocks. */
 struct step_plan *scheduler_plan(struct scheduler *sc, const struct step_budget *budget);
 
-/* Claim 3, one at a time: the sequence to try next, or NULL.  The caller
+/* Sequences that wait for their blocks to be loaded have no slice.
+ *
+ * Claim 3, one at a time: the sequence to try next, or NULL.  The caller
  * attaches it to the prefix cache, sets plan->left.blocks anew, and asks
  * scheduler_admit(); on false it drops its blocks and stops for this step. */
 struct sequence *scheduler_next(const struct scheduler *sc, const struct step_plan *plan);
 bool scheduler_admit(struct scheduler *sc, struct step_plan *plan, struct sequence *seq);
 
+/* Put the youngest running sequence back to waiting, as a preemption does. */
+void scheduler_put_back(struct scheduler *sc, struct step_plan *plan);
+
+/* Blocks that nobody running or planned will want before long. */
+uint32_t scheduler_spare_blocks(const struct scheduler *sc, const struct step_plan *plan);
+
 /* Every sequence, to look for cancellations: i from 0 until NULL. */
 struct sequence *scheduler_at(const struct scheduler *sc, uint32_t i);
 
+/* The running ones: this, its younger, and so on until NULL. */
+struct sequence *scheduler_oldest(const struct scheduler *sc);
 uint32_t scheduler_running(const struct scheduler *sc);
 uint32_t scheduler_waiting(const struct scheduler *sc);
 void scheduler_check(const struct scheduler *sc);

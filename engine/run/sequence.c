@@ -72,6 +72,8 @@ struct sequence *sequence_create(struct request *req, const struct tokenizer *to
     memcpy(q->tokens, req->prompt, req->n_prompt * sizeof *q->tokens);
     q->max_blocks = (uint32_t)((most + BLOCK_TOKENS - 1) / BLOCK_TOKENS);
     q->table = mem_alloc(q->max_blocks * sizeof *q->table);
+    q->held = mem_calloc(q->max_blocks, sizeof *q->held);
+    q->hot_set = -1;
     detokenizer_init(&q->detok, tok, req->skip_special);
     stop_matcher_init(&q->stops, req->stops, req->n_stops, req->include_stop);
     if (has_penalties(req))
@@ -85,10 +87,11 @@ void sequence_destroy(struct sequence *q)
 {
     if (!q)
         return;
-    ASSERT(q->n_blocks == 0);
+    ASSERT(q->n_blocks == 0 && q->hot_set < 0);
     stop_matcher_fini(&q->stops);
     mem_free(q->tokens);
     mem_free(q->table);
+    mem_free(q->held);
     mem_free(q->counts);
     mem_free(q->count_of);
     mem_free(q->banned);
@@ -118,6 +121,21 @@ bool sequence_is_decoding(const struct sequence *q)
            (q->n_computed >= q->sparse_from || q->n_computed + 1 == q->n_tokens);
 }
 
+bool sequence_is_sparse_only(const struct sequence *q)
+{
+    return q->n_computed >= q->sparse_from;
+}
+
+bool sequence_is_ready(const struct sequence *q)
+{
+    return q->residency != LOADING && q->residency != LOADING_INDEX;
+}
+
+uint32_t sequence_wants_blocks(const struct sequence *q)
+{
+    return q->residency == LOADING ? q->n_blocks - q->n_held : 0;
+}
+
 uint32_t sequence_lacks_blocks(const struct sequence *q, uint32_t n)
 {
     uint32_t blocks = (n + BLOCK_TOKENS - 1) / BLOCK_TOKENS;
@@ -137,9 +155,26 @@ static struct block_name name_of(const struct sequence *q, const struct select_p
     };
 }
 
+void sequence_hold(struct sequence *q, struct kv_pool *pool, uint32_t i)
+{
+    ASSERT(i < q->n_blocks && !q->held[i]);
+    kv_pool_hold(pool, q->table[i]);
+    q->held[i] = true;
+    q->n_held++;
+}
+
+void sequence_release(struct sequence *q, struct kv_pool *pool, uint32_t i)
+{
+    ASSERT(i < q->n_blocks && q->held[i]);
+    kv_pool_release(pool, q->table[i]);
+    q->held[i] = false;
+    q->n_held--;
+}
+
 void sequence_attach(struct sequence *q, struct kv_pool *pool, const struct select_plan *plan)
 {
     ASSERT(q->n_blocks == 0 && q->n_computed == 0);
+    q->residency = ON_DEVICE;
     if (q->scoring)
         return;
     while ((q->n_blocks + 1) * BLOCK_TOKENS < q->n_tokens) {
@@ -147,8 +182,11 @@ void sequence_attach(struct sequence *q, struct kv_pool *pool, const struct sele
         kv_block b = kv_pool_find(pool, &name);
         if (b == KV_BLOCK_NONE)
             break;
-        kv_pool_hold(pool, b);
         q->table[q->n_blocks++] = b;
+        if (kv_pool_place(pool, b).kv >= 0)
+            sequence_hold(q, pool, q->n_blocks - 1);
+        else
+            q->residency = LOADING;
     }
     q->n_sealed = q->n_blocks;
     q->n_computed = q->n_blocks * BLOCK_TOKENS;
@@ -157,12 +195,13 @@ void sequence_attach(struct sequence *q, struct kv_pool *pool, const struct sele
 /* From the end: what the pool reclaims first is then the end of the chain. */
 void sequence_drop_blocks(struct sequence *q, struct kv_pool *pool)
 {
-    while (q->n_blocks > 0) {
-        kv_block b = q->table[--q->n_blocks];
-        kv_pool_release(pool, b);
-        kv_pool_unpin(pool, b);
+    for (; q->n_blocks > 0; q->n_blocks--) {
+        uint32_t last = q->n_blocks - 1;
+        if (q->held[last])
+            sequence_release(q, pool, last);
+        kv_pool_unpin(pool, q->table[last]);
     }
-    q->n_sealed = q->n_computed = 0;
+    q->n_sealed = q->n_stored = q->n_computed = 0;
 }
 
 void sequence_grow(struct sequence *q, struct kv_pool *pool, uint32_t n)
@@ -174,7 +213,10 @@ void sequence_grow(struct sequence *q, struct kv_pool *pool, uint32_t n)
     ASSERT(q->n_blocks + lacks <= q->max_blocks);
     enum status st = kv_pool_take(pool, lacks, q->table + q->n_blocks);
     ASSERT(st == ST_OK);
+    for (uint32_t i = 0; i < lacks; i++)
+        q->held[q->n_blocks + i] = true;
     q->n_blocks += lacks;
+    q->n_held += lacks;
 }
 
 void sequence_advance(struct sequence *q, struct kv_pool *pool, const struct select_plan *plan,

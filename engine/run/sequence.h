@@ -21,10 +21,20 @@
  * the replay after a preemption are one thing: there are known tokens without
  * K and V.  A slice is dense throughout or a single sparse row.
  *
- * Blocks are sealed as they fill and shared through the pool.  The engine
+ * Blocks are sealed as they fill and shared through the pool.  All in the table are pinned;
+ * held are those that must keep their K and V on the device (kv_pool.h).  The engine
  * thread alone touches a sequence. */
 
 enum sequence_state { SEQ_WAITING, SEQ_RUNNING };
+
+/* Where K and V of a sequence are; residency.h moves it from one to the next. */
+enum residency {
+    ON_DEVICE,                   /* all blocks held: steps of any kind */
+    LOADING,                     /* on their way to the device; no steps before they are there */
+    LOADING_INDEX,               /* only the index is; then OFFLOADED */
+    OFFLOADED,                   /* what is sealed is not held: sparse steps, with a hot set */
+    RETURNING,                   /* OFFLOADED, and loading to become ON_DEVICE */
+};
 
 struct sequence {
     struct request *req;
@@ -40,7 +50,12 @@ struct sequence {
 
     int32_t *tokens;             /* [n_prompt + max_tokens] */
     kv_block *table;             /* [max_blocks] */
+    bool *held;                  /* [max_blocks] */
     uint32_t max_blocks, n_sealed, n_scored;
+    uint32_t n_held;             /* blocks; n_blocks when ON_DEVICE */
+    uint32_t n_stored;           /* blocks that the host tier has been asked to store */
+    enum residency residency;
+    int hot_set;                 /* OFFLOADED and RETURNING; else -1 */
 
     struct detokenizer detok;
     struct stop_matcher stops;
@@ -66,11 +81,22 @@ bool sequence_is_decoding(const struct sequence *q);
 /* Blocks that it lacks to hold its first n tokens. */
 uint32_t sequence_lacks_blocks(const struct sequence *q, uint32_t n);
 
-/* Before admission: pin and hold what the prefix cache has.  At least one known token
- * is left to compute.  The sequence has no blocks before. */
+/* All that is left to compute is sparse rows: K and V need not be on the device. */
+bool sequence_is_sparse_only(const struct sequence *q);
+/* It takes part in steps. */
+bool sequence_is_ready(const struct sequence *q);
+/* Blocks whose K and V it waits for. */
+uint32_t sequence_wants_blocks(const struct sequence *q);
+
+/* Before admission: pin what the prefix cache has, and hold what of it is on the device; then it is
+ * ON_DEVICE or, where some is not, LOADING, and loads are to be started when it is admitted.  At
+ * least one known token is left to compute.  The sequence has no blocks before. */
 void sequence_attach(struct sequence *q, struct kv_pool *pool, const struct select_plan *plan);
 /* Release and unpin all blocks: nothing is computed any more. */
 void sequence_drop_blocks(struct sequence *q, struct kv_pool *pool);
+/* Hold block i, whose K and V are there, or let it go. */
+void sequence_hold(struct sequence *q, struct kv_pool *pool, uint32_t i);
+void sequence_release(struct sequence *q, struct kv_pool *pool, uint32_t i);
 /* Take blocks to hold its first n tokens; the pool has them, the plan said so. */
 void sequence_grow(struct sequence *q, struct kv_pool *pool, uint32_t n);
 /* n more tokens are computed: seal what is full. */

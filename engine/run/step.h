@@ -23,6 +23,7 @@ struct step_context {
     const int32_t *eos;
     int n_eos;
     uint32_t max_blocks;         /* width of the batch's tables */
+    bool only_held;              /* K and V that are not held count as not on the device */
 };
 
 struct step_counts {
