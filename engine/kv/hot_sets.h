@@ -29,10 +29,12 @@ struct hot_counts {
     uint64_t hits, misses, resident;
 };
 
+/* Bytes of device memory that hot_sets_create() takes; the same code lays it out. */
 size_t hot_sets_bytes(const struct hot_sets_config *cfg);
 enum status hot_sets_create(struct hot_sets **out, struct backend *be,
                             const struct hot_sets_config *cfg, struct error *err) MUST_USE;
 void hot_sets_destroy(struct hot_sets *h);      /* every set released; NULL is fine */
+const struct hot_sets_config *hot_sets_config(const struct hot_sets *h);
 
 /* An empty set, or -1 when none is free.  It is emptied by work queued on s, the stream that the
  * steps run on. */

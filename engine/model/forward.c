@@ -1,5 +1,6 @@
 #include "engine/base/clock.h"
 #include "engine/base/invariant.h"
+#include "engine/kv/hot_sets.h"
 #include "engine/kv/kv_pool.h"
 #include "engine/model/model_parts.h"
 
@@ -24,6 +25,24 @@
 
 /* ---- the batch */
 
+/* A dense sequence reads all of K and V on the device, and so does a dense layer; and a row that
+ * were stored nowhere would be missing ever after. */
+static void check_sets(const struct model *m)
+{
+    const struct model_batch *b = &m->batch;
+    int n_sets = hot_sets_config(m->hot)->sets;
+
+    for (int s = 0; s < b->seqs; s++) {
+        int32_t set = b->hot_set[s];
+        ASSERT(set >= -1 && set < n_sets);
+        if (set < 0)
+            continue;
+        ASSERT(s < b->sparse_seqs && m->selects_everywhere && b->kv_block[s] >= 0);
+        for (int other = 0; other < s; other++)
+            ASSERT(b->hot_set[other] != set);
+    }
+}
+
 static void check_batch(const struct model *m)
 {
     const struct model_batch *b = &m->batch;
@@ -44,6 +63,16 @@ static void check_batch(const struct model *m)
     }
     for (int r = 0; r < b->logit_rows; r++)
         ASSERT(b->rows_of[r] >= 0 && b->rows_of[r] < b->rows);
+    if (m->hot)
+        check_sets(m);
+}
+
+bool forward_has_sets(const struct model *m)
+{
+    for (int s = 0; m->hot && s < m->batch.sparse_seqs; s++)
+        if (m->batch.hot_set[s] >= 0)
+            return true;
+    return false;
 }
 
 /* True when the wanted rows are all rows in order, as in a step of decodes. */
@@ -87,7 +116,7 @@ static void copy_ints(struct stream *s, int32_t *to, const int32_t *from, size_t
         stream_copy(s, to, from, n * sizeof *to);
 }
 
-static void upload_batch(struct model *m, struct stream *s)
+static void upload_batch(struct model *m, struct stream *s, bool has_sets)
 {
     const struct model_batch *b = &m->batch;
     const struct step_arrays *h = &m->host_arrays, *d = &m->arrays;
@@ -106,6 +135,11 @@ static void upload_batch(struct model *m, struct stream *s)
     copy_ints(s, d->kv_table, h->kv_table, table);
     copy_ints(s, d->index_table, h->index_table, table);
     copy_ints(s, d->rows_of, h->rows_of, (size_t)b->logit_rows);
+    if (!has_sets)
+        return;
+    copy_ints(s, d->host_table, h->host_table, table);
+    copy_ints(s, d->hot_set, h->hot_set, seqs);
+    copy_ints(s, (int32_t *)d->step, (const int32_t *)h->step, 1);
 }
 
 /* ---- operations with the arguments that this pass has */
@@ -172,12 +206,25 @@ static const int16_t *layer_channels(const struct pass *p, int layer)
     return p->w->channels + (size_t)(layer * p->g->kv_heads) * INDEX_CHANNELS_KEPT;
 }
 
-/* Both levels for the first sequences, a row each. */
+static struct hot_rows layer_hot_rows(const struct pass *p, int layer)
+{
+    struct hot_rows hot = hot_sets_layer(p->m->hot, layer);
+
+    hot.host_table = p->a->host_table;
+    hot.set = p->a->hot_set;
+    hot.step = p->a->step;
+    return hot;
+}
+
+/* Both levels for the first sequences, a row each.  Without sets the kernels that look for none. */
 static void attend_sparse(struct pass *p, int layer)
 {
     const struct select_layer *budget = &p->m->plan.layer[layer];
     const struct select_config *cfg = &p->m->plan.config;
+    struct hot_rows hot;
 
+    if (p->has_sets)
+        hot = layer_hot_rows(p, layer);
     p->ops->attend_two_level(p->s, &(struct attend_two_level_args){
         .out = p->w->attn, .q = p->w->qkv, .q_stride = qkv_dim(p->g),
         .kv = kv_pool_kv(p->pool, layer), .index = kv_pool_index(p->pool, layer),
@@ -188,7 +235,7 @@ static void attend_sparse(struct pass *p, int layer)
         .keep_blocks = budget->keep_blocks, .keep_tokens = budget->keep_tokens,
         .sink_tokens = cfg->sink_tokens, .recent_tokens = cfg->recent_tokens,
         .max_n_tokens = p->most_sparse_tokens,
-        .scale = 1.0f / sqrtf((float)p->g->head_dim) });
+        .scale = 1.0f / sqrtf((float)p->g->head_dim), .hot = p->has_sets ? &hot : NULL });
 }
 
 /* ---- sublayers */
@@ -347,7 +394,7 @@ static struct dense_rows dense_from(const struct model *m, int from, bool last)
 }
 
 /* Queue the batch as it is. */
-static void queue_batch(struct model *m, struct stream *s, struct kv_pool *pool)
+static void queue_batch(struct model *m, struct stream *s, struct kv_pool *pool, bool has_sets)
 {
     const struct model_batch *b = &m->batch;
     struct pass p = forward_pass(m, s, pool, &m->arrays);
@@ -356,6 +403,7 @@ static void queue_batch(struct model *m, struct stream *s, struct kv_pool *pool)
     p.logit_rows = b->logit_rows;
     p.gathers = !forward_wants_all_rows(b);
     p.decodes = b->rows == b->seqs;
+    p.has_sets = has_sets;
     p.sparse_seqs = b->sparse_seqs;
     p.sparse_n_tokens = m->arrays.n_tokens;
     for (int i = 0; i < b->sparse_seqs; i++)
@@ -366,7 +414,7 @@ static void queue_batch(struct model *m, struct stream *s, struct kv_pool *pool)
         p.dense[last][false] = dense_from(m, 0, last);
         p.dense[last][true] = dense_from(m, b->sparse_seqs, last);
     }
-    upload_batch(m, s);
+    upload_batch(m, s, has_sets);
     forward_queue(&p);
 }
 
@@ -377,8 +425,14 @@ enum status model_step(struct model *m, struct stream *s, struct kv_pool *pool,
 
     ASSERT(m->prepared);
     check_batch(m);
+    bool has_sets = forward_has_sets(m);
+    m->step++;
+    if (has_sets)
+        *m->host_arrays.step = m->step;
     if (!replay_batch(m, s, pool))
-        queue_batch(m, s, pool);
+        queue_batch(m, s, pool, has_sets);
+    if (has_sets)
+        hot_sets_fetch_counts(m->hot, s);
     if (b->logit_rows > 0)
         m->ops->sample(s, &(struct sample_args){
             .out = b->result, .logits = m->scratch.logits, .params = b->sample,

@@ -2,6 +2,7 @@
 
 #include "engine/base/invariant.h"
 #include "engine/base/mem.h"
+#include "engine/kv/hot_sets.h"
 #include "engine/model/model_parts.h"
 
 #include <string.h>
@@ -82,7 +83,8 @@ static int32_t *carve_ints(struct carver *c, int rows, int columns)
     return carve(c, (size_t)rows, (size_t)columns, sizeof(int32_t));
 }
 
-static void carve_arrays(struct step_arrays *a, struct carver *c, const struct model_limits *l)
+static void carve_arrays(struct step_arrays *a, struct carver *c, const struct model_limits *l,
+                         bool hot)
 {
     a->ids = carve_ints(c, l->max_rows, 1);
     a->positions = carve_ints(c, l->max_rows, 1);
@@ -96,20 +98,24 @@ static void carve_arrays(struct step_arrays *a, struct carver *c, const struct m
     a->kv_table = carve_ints(c, l->max_seqs, l->max_blocks);
     a->index_table = carve_ints(c, l->max_seqs, l->max_blocks);
     a->rows_of = carve_ints(c, l->max_logit_rows, 1);
+    a->host_table = hot ? carve_ints(c, l->max_seqs, l->max_blocks) : NULL;
+    a->hot_set = hot ? carve_ints(c, l->max_seqs, 1) : NULL;
+    a->step = hot ? carve(c, 1, 1, sizeof *a->step) : NULL;
 }
 
 /* Host memory: what the caller fills and reads. */
 static size_t carve_host(struct model_batch *b, struct step_arrays *a, void *base,
-                         const struct model_limits *l)
+                         const struct model_limits *l, bool hot)
 {
     struct carver c = { base, 0 };
 
-    carve_arrays(a, &c, l);
+    carve_arrays(a, &c, l, hot);
     *b = (struct model_batch){
         .ids = a->ids, .positions = a->positions,
         .kv_block = a->kv_block, .index_block = a->index_block,
         .first_row = a->first_row, .n_rows = a->n_rows, .n_tokens = a->n_tokens,
         .kv_table = a->kv_table, .index_table = a->index_table, .rows_of = a->rows_of,
+        .host_table = a->host_table, .hot_set = a->hot_set,
     };
     b->sample = carve(&c, (size_t)l->max_logit_rows, 1, sizeof *b->sample);
     b->result = carve(&c, (size_t)l->max_logit_rows, 1, sizeof *b->result);
@@ -176,7 +182,7 @@ static size_t carve_device(struct step_scratch *s, struct step_arrays *a, void *
                             sizeof(int16_t));
     carve_attention(s, &c, m, l, plan);
     if (!info->host_visible)
-        carve_arrays(a, &c, l);
+        carve_arrays(a, &c, l, m->hot != NULL);
     return c.at;
 }
 
@@ -187,11 +193,37 @@ size_t model_scratch_bytes(const struct model *m, const struct model_limits *lim
     struct step_arrays arrays;
     struct step_scratch scratch;
 
-    return carve_host(&batch, &arrays, NULL, limits)
+    return carve_host(&batch, &arrays, NULL, limits, m->hot != NULL)
            + carve_device(&scratch, &arrays, NULL, m, limits, plan);
 }
 
 /* ---- preparing */
+
+void model_use_hot_sets(struct model *m, struct hot_sets *h)
+{
+    ASSERT(!m->prepared);
+    m->hot = h;
+}
+
+static bool all_layers_select(const struct select_plan *plan)
+{
+    for (int i = 0; i < plan->n_layers; i++)
+        if (plan->layer[i].dense)
+            return false;
+    return true;
+}
+
+/* The kernels find a set's parts by the sizes of the model's calls. */
+static void check_hot_sets(const struct model *m, const struct model_limits *limits,
+                           const struct select_plan *plan)
+{
+    const struct hot_sets_config *cfg = hot_sets_config(m->hot);
+
+    ASSERT(cfg->layers == m->config.layers && cfg->max_blocks == limits->max_blocks);
+    ASSERT(cfg->shape.kv_heads == m->config.kv_heads);
+    ASSERT(cfg->shape.head_dim == m->config.head_dim);
+    ASSERT(cfg->rows_per_head >= plan->max_keep_tokens);
+}
 
 enum status model_upload(struct model *m, void *device, const void *host, size_t bytes,
                          struct error *err)
@@ -244,12 +276,15 @@ static enum status upload_constants(struct model *m, const struct select_plan *p
 enum status model_prepare(struct model *m, const struct model_limits *limits,
                           const struct select_plan *plan, struct error *err)
 {
-    size_t host = carve_host(&m->batch, &m->host_arrays, NULL, limits);
+    const bool hot = m->hot != NULL;
+    size_t host = carve_host(&m->batch, &m->host_arrays, NULL, limits, hot);
     size_t device = carve_device(&m->scratch, &m->arrays, NULL, m, limits, plan);
 
     ASSERT(!m->prepared && plan->n_layers == m->config.layers);
     ASSERT(limits->max_rows > 0 && limits->max_seqs > 0 && limits->max_blocks > 0);
     ASSERT(limits->max_logit_rows >= limits->max_seqs);
+    if (hot)
+        check_hot_sets(m, limits, plan);
     TRY(check_supported(m, plan, err));
     if (buffer_alloc(m->be, &m->host, MEM_PINNED, host) != ST_OK
         || buffer_alloc(m->be, &m->device, MEM_DEVICE, device) != ST_OK)
@@ -257,7 +292,8 @@ enum status model_prepare(struct model *m, const struct model_limits *limits,
                          host + device);
     m->limits = *limits;
     m->plan = *plan;
-    carve_host(&m->batch, &m->host_arrays, m->host.base, limits);
+    m->selects_everywhere = all_layers_select(plan);
+    carve_host(&m->batch, &m->host_arrays, m->host.base, limits, hot);
     if (backend_info(m->be)->host_visible)
         m->arrays = m->host_arrays;
     carve_device(&m->scratch, &m->arrays, m->device.base, m, limits, plan);

@@ -10,6 +10,7 @@
 #include <stdint.h>
 
 struct backend;
+struct hot_sets;
 struct stream;
 struct kv_pool;
 struct progress;
@@ -19,7 +20,14 @@ struct progress;
  * Life: model_open() maps and checks the folder; model_prepare() carves the
  * scratch memory, which needs limits that depend on how much memory the
  * weights left; then model_batch() is filled and model_step() called, for
- * ever.  Engine thread, except open. */
+ * ever.  Engine thread, except open.
+ *
+ * Off the device.  With hot sets (model_use_hot_sets()) the table of a sparse decode that has a
+ * set may have kv slot -1: K and V of that block are then read through the set, out of the host
+ * slot in host_table (kernels/hot_rows.h).  The block of the row itself is on the device, and so
+ * are all blocks of dense sequences and of those without a set: that their tables have no -1 is
+ * the caller's promise, because looking costs as much as making the tables.  Layers that are dense
+ * by plan read all of K and V on the device, so with such layers no sequence may have a set. */
 
 struct model;
 
@@ -46,6 +54,9 @@ struct model_batch {
     int32_t *n_tokens;       /* [max_seqs]  context length after the step */
     int32_t *kv_table;       /* [max_seqs, max_blocks] */
     int32_t *index_table;    /* [max_seqs, max_blocks] */
+    int32_t *host_table;     /* [max_seqs, max_blocks]  host slots, of sequences with a set; read
+                                where kv_table has -1; NULL without hot sets, like the next */
+    int32_t *hot_set;        /* [max_seqs]  the sequence's own, or -1: everything is in kv */
     int32_t *rows_of;        /* [max_logit_rows]  rows whose logits are wanted */
     struct sample_params *sample;   /* [max_logit_rows] */
     struct sample_result *result;   /* [max_logit_rows], filled by model_step */
@@ -59,6 +70,12 @@ void model_close(struct model *m);      /* NULL is fine */
 const struct model_config *model_config(const struct model *m);
 struct kv_shape model_kv_shape(const struct model *m, const struct select_config *cfg);
 size_t model_weight_bytes(const struct model *m);
+
+/* Before model_scratch_bytes() and model_prepare(), which count and lay out what steps with hot
+ * sets need in addition; never called: no sequence has a set.  Borrowed until model_close(), and of
+ * max_blocks as in the limits and enough rows for the plan.  After a step in which a sequence has a
+ * set hot_sets_counts() is up to date. */
+void model_use_hot_sets(struct model *m, struct hot_sets *h);
 
 /* Bytes of scratch that model_prepare() will take; the same code lays it out. */
 size_t model_scratch_bytes(const struct model *m, const struct model_limits *limits,

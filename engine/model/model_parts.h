@@ -16,6 +16,10 @@ struct step_arrays {
     int32_t *last_first_row, *last_n_rows;                 /* [max_seqs]  see forward.c */
     int32_t *kv_table, *index_table;                       /* [max_seqs, max_blocks] */
     int32_t *rows_of;                                      /* [max_logit_rows] */
+    /* With hot sets; else NULL. */
+    int32_t *host_table;                                   /* [max_seqs, max_blocks] */
+    int32_t *hot_set;                                      /* [max_seqs] */
+    uint32_t *step;                                        /* [1] */
 };
 
 /* Device memory of a step.  T max_rows, R max_logit_rows, S max_seqs. */
@@ -50,6 +54,11 @@ struct model {
     struct step_arrays host_arrays, arrays;
     struct step_scratch scratch;
     struct replay *replay;       /* NULL where the back end records no graphs */
+    struct hot_sets *hot;        /* borrowed; NULL: no sequence has a set */
+    bool selects_everywhere;     /* no layer is dense by plan */
+    /* Of this step, from 1 on.  It would wrap after months of nothing but steps, and even then
+     * only differences are looked at. */
+    uint32_t step;
     uint64_t waited_ns;          /* in stream_sync, by model_step */
     model_observer observer;
     void *observer_arg;
@@ -76,6 +85,7 @@ struct pass {
     int rows, logit_rows;
     bool gathers;                    /* the wanted rows are not all rows in order */
     bool decodes;                    /* a row of every sequence, none of a longer slice */
+    bool has_sets;                   /* of the sparse sequences some are not all in kv */
     int sparse_seqs, most_sparse_tokens;
     const int32_t *sparse_n_tokens;  /* device */
     struct dense_rows dense[2][2];   /* [in the last layer][where the layer selects] */
@@ -89,6 +99,8 @@ struct pass forward_pass(struct model *m, struct stream *s, struct kv_pool *pool
 void forward_queue(struct pass *p);
 
 bool forward_wants_all_rows(const struct model_batch *b);
+/* Whether a sequence of the batch has a set of hot rows. */
+bool forward_has_sets(const struct model *m);
 
 /* replay.c.  Call when limits are known; leaves m->replay NULL where there are no graphs. */
 enum status replay_create(struct model *m, struct error *err) MUST_USE;

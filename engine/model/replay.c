@@ -10,10 +10,10 @@
  * Queueing a step's few hundred operations takes the host longer than the device needs for
  * a small model, so a step that is one row of every sequence is recorded as a graph.  A
  * graph has its sizes in it, and so there is one for each class of steps: the number of
- * rows, rounded up; whether sparse and dense sequences are among them; how long the dense
- * ones are at most, rounded up.  Rows that are too many are padding: nothing is stored for
- * them and their sequences are empty.  In a class with both kinds every sequence is known
- * to both attentions, and empty to one of them.
+ * rows, rounded up; whether sparse and dense sequences are among them, and whether a sparse
+ * one has a set of hot rows; how long the dense ones are at most, rounded up.  Rows that are
+ * too many are padding: nothing is stored for them and their sequences are empty.  In a class
+ * with both kinds every sequence is known to both attentions, and empty to one of them.
  *
  * The integers of a step are copied by the graph, from the place they had when it was
  * recorded.  The block tables are long and change little, so they stay on the device and
@@ -21,11 +21,14 @@
 
 enum { MAX_CLASSES = 256, FIRST_LENGTH = 1024, LENGTH_FACTOR = 8, ALIGN_BYTES = 256 };
 
-enum { IDS, POSITIONS, KV_BLOCK, INDEX_BLOCK, N_TOKENS, SPARSE_N_TOKENS, DENSE_N_TOKENS, LISTS };
+/* STEP is a list of one. */
+enum { IDS, POSITIONS, KV_BLOCK, INDEX_BLOCK, N_TOKENS, SPARSE_N_TOKENS, DENSE_N_TOKENS, HOT_SET,
+       STEP, LISTS };
+enum { KV_TABLE, INDEX_TABLE, HOST_TABLE, TABLES };
 
 struct graph_class {
     int rows, most_dense_tokens; /* 0: no dense sequence */
-    bool sparse;
+    bool sparse, has_sets;
     bool queued_before;          /* once unrecorded, for the back end to load what it needs */
     struct graph *graph;
 };
@@ -33,7 +36,8 @@ struct graph_class {
 struct replay {
     struct buffer host, device;
     int32_t *lists, *device_lists;   /* [LISTS, max_seqs] */
-    int32_t *tables;             /* [2, max_seqs, max_blocks], kv and index: as on the device */
+    int32_t *tables;             /* [TABLES, max_seqs, max_blocks] as on the device; without hot
+                                    sets one less */
     struct step_arrays arrays;   /* device */
     const struct kv_pool *pool;  /* that of the first step: its addresses are in the graphs */
     int n_classes;
@@ -43,6 +47,11 @@ struct replay {
 static size_t table_ints(const struct model_limits *l)
 {
     return (size_t)l->max_seqs * (size_t)l->max_blocks;
+}
+
+static size_t n_tables(const struct model *m)
+{
+    return m->hot ? TABLES : HOST_TABLE;
 }
 
 /* The constants: sequence s has the one row s. */
@@ -67,16 +76,16 @@ enum status replay_create(struct model *m, struct error *err)
 {
     const struct model_limits *l = &m->limits;
     size_t seqs = (size_t)l->max_seqs, tables = table_ints(l), lists = LISTS * seqs;
-    size_t bytes = (lists + 2 * seqs + 2 * tables) * sizeof(int32_t);
+    size_t bytes = (lists + 2 * seqs + n_tables(m) * tables) * sizeof(int32_t);
 
     if (!backend_info(m->be)->graphs)
         return ST_OK;
     struct replay *r = m->replay = mem_calloc(1, sizeof *r);
-    r->tables = mem_calloc(2 * tables, sizeof *r->tables);
+    r->tables = mem_calloc(n_tables(m) * tables, sizeof *r->tables);
     if (buffer_alloc(m->be, &r->host, MEM_PINNED, lists * sizeof(int32_t)) != ST_OK
         || buffer_alloc(m->be, &r->device, MEM_DEVICE, bytes) != ST_OK)
         return error_set(err, ST_NODEVMEM, "no memory for %zu bytes of block tables", bytes);
-    int32_t *d = r->device.base;
+    int32_t *d = r->device.base, *t = d + lists + 2 * seqs;
     r->lists = r->host.base;
     r->device_lists = d;
     r->arrays = (struct step_arrays){
@@ -84,7 +93,9 @@ enum status replay_create(struct model *m, struct error *err)
         .kv_block = d + KV_BLOCK * seqs, .index_block = d + INDEX_BLOCK * seqs,
         .n_tokens = d + N_TOKENS * seqs,
         .first_row = d + lists, .n_rows = d + lists + seqs,
-        .kv_table = d + lists + 2 * seqs, .index_table = d + lists + 2 * seqs + tables,
+        .kv_table = t + KV_TABLE * tables, .index_table = t + INDEX_TABLE * tables,
+        .host_table = m->hot ? t + HOST_TABLE * tables : NULL,
+        .hot_set = d + HOT_SET * seqs, .step = (uint32_t *)(d + STEP * seqs),
     };
     return upload_rows(m, r->arrays.first_row, r->arrays.n_rows, err);
 }
@@ -138,12 +149,12 @@ static struct graph_class *find_class(struct model *m)
         .rows = round_rows(b->rows, m->limits.max_seqs),
         .most_dense_tokens =
             longest ? round_length(longest, m->limits.max_blocks * BLOCK_TOKENS) : 0,
-        .sparse = b->sparse_seqs > 0,
+        .sparse = b->sparse_seqs > 0, .has_sets = forward_has_sets(m),
     };
     for (int i = 0; i < r->n_classes; i++) {
         struct graph_class *c = &r->classes[i];
         if (c->rows == wanted.rows && c->most_dense_tokens == wanted.most_dense_tokens
-            && c->sparse == wanted.sparse)
+            && c->sparse == wanted.sparse && c->has_sets == wanted.has_sets)
             return c;
     }
     if (r->n_classes == MAX_CLASSES)
@@ -170,25 +181,39 @@ static void fill_lists(struct model *m, int rows)
         l[N_TOKENS * seqs + (size_t)i] = n;
         l[SPARSE_N_TOKENS * seqs + (size_t)i] = sparse ? n : 0;
         l[DENSE_N_TOKENS * seqs + (size_t)i] = sparse ? 0 : n;
+        l[HOT_SET * seqs + (size_t)i] = there && m->hot ? b->hot_set[i] : -1;
     }
+    l[STEP * seqs] = (int32_t)m->step;
 }
 
-/* Copy what differs from the device's tables. */
-static void update_table(struct model *m, struct stream *s, int32_t *device, int32_t *known,
+/* Copy what differs from the device's table of sequence i. */
+static void update_table(struct model *m, struct stream *s, int i, int table, int32_t *device,
                          const int32_t *wanted)
 {
+    size_t at = (size_t)i * (size_t)m->limits.max_blocks, first = 0;
+    size_t n = (size_t)(m->batch.n_tokens[i] + BLOCK_TOKENS - 1) / BLOCK_TOKENS;
+    int32_t *known = m->replay->tables + (size_t)table * table_ints(&m->limits) + at;
+
+    device += at;
+    wanted += at;
+    while (first < n && known[first] == wanted[first])
+        first++;
+    if (first == n)
+        return;
+    memcpy(known + first, wanted + first, (n - first) * sizeof *known);
+    stream_copy(s, device + first, wanted + first, (n - first) * sizeof *known);
+}
+
+static void update_tables(struct model *m, struct stream *s)
+{
     const struct model_batch *b = &m->batch;
-    size_t width = (size_t)m->limits.max_blocks;
+    const struct step_arrays *d = &m->replay->arrays;
 
     for (int i = 0; i < b->seqs; i++) {
-        size_t at = (size_t)i * width, first = 0;
-        size_t n = (size_t)(b->n_tokens[i] + BLOCK_TOKENS - 1) / BLOCK_TOKENS;
-        while (first < n && known[at + first] == wanted[at + first])
-            first++;
-        if (first == n)
-            continue;
-        memcpy(known + at + first, wanted + at + first, (n - first) * sizeof *known);
-        stream_copy(s, device + at + first, wanted + at + first, (n - first) * sizeof *known);
+        update_table(m, s, i, KV_TABLE, d->kv_table, b->kv_table);
+        update_table(m, s, i, INDEX_TABLE, d->index_table, b->index_table);
+        if (m->hot && b->hot_set[i] >= 0)
+            update_table(m, s, i, HOST_TABLE, d->host_table, b->host_table);
     }
 }
 
@@ -211,6 +236,7 @@ static void queue_class(struct model *m, struct stream *s, struct kv_pool *pool,
 
     p.rows = p.logit_rows = c->rows;
     p.decodes = true;
+    p.has_sets = c->has_sets;
     p.sparse_seqs = c->sparse ? c->rows : 0;
     p.most_sparse_tokens = longest;
     p.sparse_n_tokens = r->device_lists + SPARSE_N_TOKENS * seqs;
@@ -243,10 +269,8 @@ bool replay_batch(struct model *m, struct stream *s, struct kv_pool *pool)
     struct graph_class *c = find_class(m);
     if (!c)
         return false;
-    size_t tables = table_ints(&m->limits);
     fill_lists(m, c->rows);
-    update_table(m, s, r->arrays.kv_table, r->tables, b->kv_table);
-    update_table(m, s, r->arrays.index_table, r->tables + tables, b->index_table);
+    update_tables(m, s);
     if (!c->queued_before) {
         queue_class(m, s, pool, c);
         c->queued_before = true;

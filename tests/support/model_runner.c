@@ -14,6 +14,38 @@ static int blocks_of(int tokens)
     return (tokens + BLOCK_TOKENS - 1) / BLOCK_TOKENS;
 }
 
+/* The index of what has left the device stays, so there is more of it than of K and V: enough for
+ * runner_reclaim() to take every kv slot at once. */
+static void open_pool(struct runner *r, const struct runner_options *o, int layers)
+{
+    uint32_t blocks = (uint32_t)(r->limits.max_blocks * o->max_seqs);
+    uint32_t host_blocks = o->hot_sets ? blocks : 0;
+    struct kv_pool_config cfg = { .blocks = blocks, .index_blocks = blocks + host_blocks,
+                                  .host_blocks = host_blocks, .layers = layers,
+                                  .shape = r->shape };
+    struct error err = { 0 };
+
+    ck_assert_msg(kv_pool_create(&r->pool, r->backend, &cfg, &err) == ST_OK, "%s", err.text);
+    kv_pool_host_ready(r->pool, host_blocks);
+    if (backend_info(r->backend)->host_visible)
+        kv_pool_poison(r->pool, true, r->tier.base);
+}
+
+static void open_hot_sets(struct runner *r, const struct runner_options *o, int layers)
+{
+    size_t slot = kv_pool_host_bytes(&r->shape, layers);
+    size_t slots = (size_t)(r->limits.max_blocks * o->max_seqs);
+    struct error err = { 0 };
+
+    ck_assert_int_eq(buffer_alloc(r->backend, &r->tier, MEM_PINNED, slots * slot), ST_OK);
+    struct hot_sets_config cfg = { .sets = o->hot_sets, .layers = layers,
+                                   .rows_per_head = o->rows_per_head,
+                                   .max_blocks = r->limits.max_blocks, .shape = r->shape,
+                                   .host = r->tier.base, .host_stride = slot };
+    ck_assert_msg(hot_sets_create(&r->hot, r->backend, &cfg, &err) == ST_OK, "%s", err.text);
+    model_use_hot_sets(r->model, r->hot);
+}
+
 void runner_open(struct runner *r, const struct runner_options *o)
 {
     struct backend *be = o->backend ? o->backend : test_backend(o->isa ? o->isa : "auto");
@@ -21,10 +53,11 @@ void runner_open(struct runner *r, const struct runner_options *o)
 
     ck_assert_ptr_nonnull(be);
     memset(r, 0, sizeof *r);
+    r->backend = be;
     ck_assert_msg(model_open(&r->model, be, o->dir, NULL, &err) == ST_OK, "%s", err.text);
     int layers = model_config(r->model)->layers;
-    struct kv_shape shape = model_kv_shape(r->model, &o->select);
-    ck_assert_msg(select_plan_init(&r->plan, &o->select, &shape, layers, o->channels, &err)
+    r->shape = model_kv_shape(r->model, &o->select);
+    ck_assert_msg(select_plan_init(&r->plan, &o->select, &r->shape, layers, o->channels, &err)
                   == ST_OK, "%s", err.text);
     r->limits = (struct model_limits){
         .max_rows = o->max_rows,
@@ -32,15 +65,10 @@ void runner_open(struct runner *r, const struct runner_options *o)
         .max_logit_rows = o->max_logit_rows ? o->max_logit_rows : o->max_seqs,
         .max_blocks = blocks_of(o->max_tokens),
     };
+    if (o->hot_sets)
+        open_hot_sets(r, o, layers);
     ck_assert_msg(model_prepare(r->model, &r->limits, &r->plan, &err) == ST_OK, "%s", err.text);
-    struct kv_pool_config pool = {
-        .blocks = (uint32_t)(r->limits.max_blocks * o->max_seqs),
-        .layers = layers,
-        .shape = shape,
-    };
-    ck_assert_msg(kv_pool_create(&r->pool, be, &pool, &err) == ST_OK, "%s", err.text);
-    if (backend_info(be)->host_visible)
-        kv_pool_poison(r->pool, true, NULL);
+    open_pool(r, o, layers);
     r->stream = stream_create(be);
 }
 
@@ -49,12 +77,15 @@ void runner_close(struct runner *r)
     stream_destroy(r->stream);
     kv_pool_destroy(r->pool);
     model_close(r->model);
+    hot_sets_destroy(r->hot);
+    buffer_free(r->backend, &r->tier);
 }
 
 void seq_init(struct runner *r, struct test_seq *seq, int max_tokens)
 {
-    seq->n_tokens = 0;
-    seq->n_blocks = blocks_of(max_tokens);
+    *seq = (struct test_seq){ .n_blocks = blocks_of(max_tokens), .set = -1 };
+    seq->held = malloc((size_t)seq->n_blocks * sizeof *seq->held);
+    memset(seq->held, true, (size_t)seq->n_blocks * sizeof *seq->held);
     seq->blocks = calloc((size_t)seq->n_blocks, sizeof *seq->blocks);
     ck_assert_int_eq(kv_pool_take(r->pool, (uint32_t)seq->n_blocks, seq->blocks), ST_OK);
 }
@@ -62,11 +93,17 @@ void seq_init(struct runner *r, struct test_seq *seq, int max_tokens)
 void seq_fini(struct runner *r, struct test_seq *seq)
 {
     for (int i = 0; i < seq->n_blocks; i++) {
-        kv_pool_release(r->pool, seq->blocks[i]);
+        if (seq->held[i])
+            kv_pool_release(r->pool, seq->blocks[i]);
         kv_pool_unpin(r->pool, seq->blocks[i]);
     }
+    if (seq->set >= 0)
+        hot_sets_release(r->hot, seq->set);
     free(seq->blocks);
+    free(seq->held);
 }
+
+/* ---- steps */
 
 static void pack(struct runner *r, const struct test_work *w, int s)
 {
@@ -82,9 +119,14 @@ static void pack(struct runner *r, const struct test_work *w, int s)
     ck_assert_int_le(b->n_tokens[s], w->seq->n_blocks * BLOCK_TOKENS);
     for (int i = 0; i < w->seq->n_blocks && i < r->limits.max_blocks; i++) {
         struct block_place place = kv_pool_place(r->pool, w->seq->blocks[i]);
+        ck_assert(place.kv >= 0 || w->seq->set >= 0);
         kv[i] = place.kv;
         index[i] = place.index;
+        if (r->hot)
+            b->host_table[(size_t)s * (size_t)r->limits.max_blocks + (size_t)i] = place.host;
     }
+    if (r->hot)
+        b->hot_set[s] = w->seq->set;
     for (int i = 0; i < w->n; i++, b->rows++) {
         int position = w->seq->n_tokens + i;
         b->ids[b->rows] = w->ids[i];
@@ -142,6 +184,117 @@ struct sample_result runner_decode(struct runner *r, struct test_seq *seq, int32
     runner_step(r, &w, 1);
     return result;
 }
+
+/* ---- off the device */
+
+bool seq_acquire_set(struct runner *r, struct test_seq *seq)
+{
+    ck_assert_int_eq(seq->set, -1);
+    seq->set = hot_sets_acquire(r->hot, r->stream);
+    return seq->set >= 0;
+}
+
+void seq_release_set(struct runner *r, struct test_seq *seq)
+{
+    for (int i = 0; i < seq->n_blocks; i++)
+        ck_assert(seq->held[i]);
+    hot_sets_release(r->hot, seq->set);
+    seq->set = -1;
+}
+
+int seq_full_blocks(const struct test_seq *seq)
+{
+    return seq->n_tokens / BLOCK_TOKENS;
+}
+
+/* The same part of a slot in all layers, as kv_pool.h lays it out. */
+static void copy_part(struct runner *r, bool to_host, const void *layer_0, const void *layer_1,
+                      int32_t slot, char *host, size_t bytes)
+{
+    size_t stride = (size_t)((const char *)layer_1 - (const char *)layer_0);
+    char *device = (char *)layer_0 + (size_t)slot * bytes;
+    size_t layers = (size_t)model_config(r->model)->layers;
+
+    if (to_host)
+        stream_copy_pieces(r->stream, host, bytes, device, stride, bytes, layers);
+    else
+        stream_copy_pieces(r->stream, device, stride, host, bytes, bytes, layers);
+}
+
+static void copy_block(struct runner *r, bool to_host, const struct block_place *place)
+{
+    int layers = model_config(r->model)->layers;
+    size_t kv = kv_block_bytes(&r->shape), index = index_block_bytes(&r->shape);
+    char *host = (char *)r->tier.base
+                 + (size_t)place->host * kv_pool_host_bytes(&r->shape, layers);
+
+    if (place->kv >= 0)
+        copy_part(r, to_host, kv_pool_kv(r->pool, 0), kv_pool_kv(r->pool, 1), place->kv, host,
+                  kv);
+    if (place->index >= 0)
+        copy_part(r, to_host, kv_pool_index(r->pool, 0), kv_pool_index(r->pool, 1),
+                  place->index, host + (size_t)layers * kv, index);
+    ck_assert_int_eq(stream_sync(r->stream, NULL), ST_OK);
+}
+
+static void seal_up_to(struct runner *r, struct test_seq *seq, int block)
+{
+    for (; seq->n_sealed <= block; seq->n_sealed++) {
+        kv_block b = seq->blocks[seq->n_sealed];
+        struct block_name name = { .parent = seq->n_sealed ? seq->blocks[seq->n_sealed - 1]
+                                                           : KV_BLOCK_NONE };
+        ck_assert_uint_eq(kv_pool_seal(r->pool, b, &name), b);
+    }
+}
+
+void seq_let_go(struct runner *r, struct test_seq *seq, int block)
+{
+    kv_block b = seq->blocks[block];
+    struct block_place place;
+
+    ck_assert(seq->set >= 0 && block < seq_full_blocks(seq));
+    seal_up_to(r, seq, block);
+    if (kv_pool_place(r->pool, b).host < 0) {
+        ck_assert(kv_pool_store_begin(r->pool, b, &place));
+        copy_block(r, true, &place);
+        kv_pool_store_end(r->pool, b, true);
+    }
+    if (seq->held[block])
+        kv_pool_release(r->pool, b);
+    seq->held[block] = false;
+}
+
+void seq_fetch(struct runner *r, struct test_seq *seq, int block)
+{
+    kv_block b = seq->blocks[block];
+    struct block_place place;
+
+    if (seq->held[block])
+        return;
+    if (kv_pool_place(r->pool, b).kv < 0) {
+        ck_assert(kv_pool_load_begin(r->pool, b, true, &place));
+        copy_block(r, false, &place);
+        kv_pool_load_end(r->pool, b, true);
+    }
+    kv_pool_hold(r->pool, b);
+    seq->held[block] = true;
+}
+
+void runner_reclaim(struct runner *r)
+{
+    uint32_t n = kv_pool_available(r->pool);
+    kv_block *all = calloc(n, sizeof *all);
+
+    ck_assert_int_eq(kv_pool_take(r->pool, n, all), ST_OK);
+    ck_assert_uint_eq(kv_pool_counts(r->pool).cached, 0);
+    for (uint32_t i = 0; i < n; i++) {
+        kv_pool_release(r->pool, all[i]);
+        kv_pool_unpin(r->pool, all[i]);
+    }
+    free(all);
+}
+
+/* ---- what tests compare */
 
 void test_prompt(int32_t *ids, int n)
 {

@@ -1,6 +1,7 @@
 #ifndef TESTS_SUPPORT_MODEL_RUNNER_H
 #define TESTS_SUPPORT_MODEL_RUNNER_H
 
+#include "engine/kv/hot_sets.h"
 #include "engine/kv/kv_pool.h"
 #include "engine/model/model.h"
 
@@ -15,6 +16,10 @@ struct runner {
     struct kv_pool *pool;
     struct select_plan plan;
     struct model_limits limits;
+    struct backend *backend;
+    struct kv_shape shape;
+    struct buffer tier;          /* pinned; with hot sets, as the next */
+    struct hot_sets *hot;
 };
 
 struct runner_options {
@@ -24,12 +29,16 @@ struct runner_options {
     struct select_config select; /* filter 0, index 0, ...: use select_default() */
     const int16_t *channels;     /* for INDEX_CHANNELS */
     int max_rows, max_seqs, max_logit_rows, max_tokens; /* max_tokens: of one sequence */
+    int hot_sets;                /* 0: no host tier either, else one with room for all blocks */
+    int rows_per_head;
 };
 
 /* A context and its blocks. */
 struct test_seq {
     kv_block *blocks;
-    int n_blocks, n_tokens;
+    bool *held;                  /* [n_blocks] whether a block must stay on the device */
+    int n_blocks, n_tokens, n_sealed;
+    int set;                     /* of hot rows, or -1 */
 };
 
 /* What one sequence does in a step: n tokens appended.  want results of the
@@ -58,6 +67,22 @@ struct sample_result runner_feed(struct runner *r, struct test_seq *seq, const i
 /* Append one token, sparse or dense. */
 struct sample_result runner_decode(struct runner *r, struct test_seq *seq, int32_t id,
                                    bool sparse);
+
+/* ---- off the device, with hot sets; between steps */
+
+/* False when all sets are in use. */
+bool seq_acquire_set(struct runner *r, struct test_seq *seq);
+/* Everything must be on the device again. */
+void seq_release_set(struct runner *r, struct test_seq *seq);
+
+/* Blocks that are full, and so may leave the device. */
+int seq_full_blocks(const struct test_seq *seq);
+/* A full block has a copy on the host and need not be on the device any more; it wants a set. */
+void seq_let_go(struct runner *r, struct test_seq *seq, int block);
+/* It is there again, and stays. */
+void seq_fetch(struct runner *r, struct test_seq *seq, int block);
+/* What need not be on the device leaves it; where the host can see it, its memory becomes NaN. */
+void runner_reclaim(struct runner *r);
 
 /* The prompt of n tokens that scripts/make_references.py uses. */
 void test_prompt(int32_t *ids, int n);
