@@ -95,6 +95,7 @@ static void publish_offload(struct engine *e)
     const struct residency_context *r = &e->residency;
     struct engine_stats *s = &e->stats;
 
+    s->host_tier = r->tier != NULL;
     if (!r->tier)
         return;
     count_residency(e);

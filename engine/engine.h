@@ -28,6 +28,10 @@ struct tokenizer;           /* engine/model/tokenizer.h */
 /* What a step must have room for beside one token of every running sequence. */
 enum { ENGINE_MIN_PREFILL_TOKENS = 64 };
 
+/* Which sequences leave the device for the host tier: those that blocks are short for, or, to
+ * measure and to test, all that can, which then read nothing of theirs on the device either. */
+enum offload_policy { OFFLOAD_AUTO, OFFLOAD_ALWAYS };
+
 struct engine_config {
     const char *model_dir;  /* borrowed for the duration of engine_create(), as all strings */
     const char *backend;    /* of backend_open() */
@@ -45,10 +49,11 @@ struct engine_config {
     uint32_t offload_sequences; /* that can be without their K and V on the device at a time; 0: as
                                many of the longest contexts as the host tier holds */
     uint32_t hot_rows;      /* of such a one, a layer and KV head; 0: four times the tokens kept */
-    bool offload_always;    /* residency.h */
+    enum offload_policy offload;
     bool prefix_cache;
     struct progress *progress;  /* of the weights' way to the device, or NULL; outlives the call */
-    bool check_invariants;  /* scheduler_check and kv_pool_check after every step */
+    bool check_invariants;  /* scheduler_check and kv_pool_check after every step; on the CPU what
+                               is free is NaN */
     struct select_config select;
 };
 
@@ -93,7 +98,7 @@ struct engine_stats {
     uint64_t sparse_rows, dense_rows; /* decode rows by kind */
     uint64_t prefix_queries, prefix_hits; /* in tokens */
     uint64_t preemptions, recomputed_tokens;
-    /* The host tier; 0 without. */
+    bool host_tier;                  /* there is one; without, the following are 0 */
     uint32_t host_blocks, host_blocks_used, host_blocks_cached;
     uint32_t offloaded, loading;     /* running sequences; the latter wait for blocks */
     uint64_t n_offloads, n_returns, bytes_stored, bytes_loaded, load_wait_ns;

@@ -33,6 +33,16 @@ static enum status path_join(char out[MAX_PATH_BYTES], const char *dir, const ch
     return n < MAX_PATH_BYTES ? ST_OK : error_set(err, ST_INVALID, "%s: the path is too long", dir);
 }
 
+static enum status check_offload(const struct engine_config *cfg, struct error *err)
+{
+    if (!cfg->host_kv_bytes && cfg->offload == OFFLOAD_ALWAYS)
+        return error_set(err, ST_INVALID, "offload always needs a host tier: set host-kv-bytes");
+    if (cfg->hot_rows > HOT_MOST_ROWS)
+        return error_set(err, ST_INVALID, "hot-rows is %u; %d is the most", cfg->hot_rows,
+                         HOT_MOST_ROWS);
+    return ST_OK;
+}
+
 static enum status check_config(const struct engine_config *cfg, struct error *err)
 {
     if (cfg->max_running < 1 || cfg->max_running > 4096)
@@ -43,7 +53,7 @@ static enum status check_config(const struct engine_config *cfg, struct error *e
                          "step-tokens is %u; with max-running %u it must be at least %u",
                          cfg->step_tokens, cfg->max_running,
                          cfg->max_running + ENGINE_MIN_PREFILL_TOKENS);
-    return ST_OK;
+    return check_offload(cfg, err);
 }
 
 static enum status open_device(struct engine *e, const struct engine_config *cfg,
@@ -199,18 +209,21 @@ static uint32_t at_most(uint64_t n, uint64_t most)
     return (uint32_t)(n < most ? n : most);
 }
 
-static void plan_sets(const struct engine *e, const struct engine_config *cfg, uint32_t max_blocks,
-                      struct division *d)
+static enum status plan_sets(const struct engine *e, const struct engine_config *cfg, uint32_t max_blocks,
+                             struct division *d, struct error *err)
 {
-    uint32_t contexts = d->pool.host_blocks / max_blocks;
-    uint32_t rows = cfg->hot_rows ? cfg->hot_rows : 4 * (uint32_t)e->select.max_keep_tokens;
+    uint32_t contexts = d->pool.host_blocks / max_blocks, kept = (uint32_t)e->select.max_keep_tokens;
+    uint32_t rows = cfg->hot_rows ? cfg->hot_rows : 4 * kept;
 
+    if (rows < kept)
+        return error_set(err, ST_INVALID, "hot-rows is %u; a step reads up to %u", rows, kept);
     d->sets = (struct hot_sets_config){
         .layers = d->pool.layers, .shape = d->pool.shape, .max_blocks = (int)max_blocks,
         .rows_per_head = (int)at_most(rows, HOT_MOST_ROWS),
         .sets = (int)at_most(cfg->offload_sequences ? cfg->offload_sequences
                              : contexts ? contexts : 1, cfg->max_running),
     };
+    return ST_OK;
 }
 
 /* bytes: of the device, for all of it. */
@@ -234,7 +247,7 @@ static enum status divide(const struct engine *e, const struct engine_config *cf
         /* A pool cannot hold longer ones, whatever the model allows. */
         uint32_t max_blocks = at_most((longest + BLOCK_TOKENS - 1) / BLOCK_TOKENS,
                                       bytes / (kv + index) + 1);
-        plan_sets(e, cfg, max_blocks, d);
+        TRY(plan_sets(e, cfg, max_blocks, d, err));
         d->pool.index_blocks = at_most((uint64_t)d->sets.sets * max_blocks, d->pool.host_blocks);
         aside = hot_sets_bytes(&d->sets) + (uint64_t)d->pool.index_blocks * index;
     } else if (d->pool.host_blocks)
@@ -262,7 +275,7 @@ static enum status open_tier(struct engine *e, const struct engine_config *cfg, 
     };
 
     *r = (struct residency_context){ .pool = e->pool, .stream = e->stream,
-                                     .always = cfg->offload_always };
+                                     .always = cfg->offload == OFFLOAD_ALWAYS };
     if (!d->pool.host_blocks)
         return ST_OK;
     TRY(host_tier_create(&r->tier, e->be, &tier, err));
@@ -285,17 +298,21 @@ static enum status carve_memory(struct engine *e, const struct engine_config *cf
     TRY(pool_bytes(e, cfg, &kv_bytes, err));
     TRY(divide(e, cfg, shape, kv_bytes, &d, err));
     TRY(resolve_length(e, cfg, d.pool.blocks, err));
+    d.sets.max_blocks = (int)((e->max_model_len + BLOCK_TOKENS - 1) / BLOCK_TOKENS);
     e->step_tokens = cfg->step_tokens;
     e->max_logit_rows = logit_rows(cfg, m->vocab);
     struct model_limits limits = step_limits(cfg, e->max_logit_rows, e->max_model_len);
     size_t scratch_bytes = model_scratch_bytes(e->model, &limits, &e->select);
     TRY(kv_pool_create(&e->pool, e->be, &d.pool, err));
     TRY(open_tier(e, cfg, &d, err));
+    if (cfg->check_invariants && backend_info(e->be)->host_visible)
+        kv_pool_poison(e->pool, true,
+                       e->residency.tier ? host_tier_base(e->residency.tier) : NULL);
     TRY(model_prepare(e->model, &limits, &e->select, err));
     e->step = (struct step_context){
         .model = e->model, .stream = e->stream, .pool = e->pool, .select = &e->select,
         .eos = m->eos, .n_eos = m->n_eos, .max_blocks = (uint32_t)limits.max_blocks,
-        .only_held = cfg->offload_always,
+        .only_held = cfg->offload == OFFLOAD_ALWAYS,
     };
     log_memory(e, &d.pool, scratch_bytes, d.sets.sets ? hot_sets_bytes(&d.sets) : 0);
     return ST_OK;

@@ -43,6 +43,25 @@ static const struct option table[] = {
     { .key = "prefix-cache", .type = OPTION_BOOL, AT(engine.prefix_cache), .initial = "yes",
       .help = "Keep computed blocks and reuse them for prompts that begin alike." },
 
+    { .group = "Host tier",
+      .key = "host-kv-bytes", .type = OPTION_BYTES, AT(engine.host_kv_bytes), .initial = "0",
+      .max = 64ull << 40,
+      .help = "Host memory for keys and values: of sequences that the device has no room for, "
+              "and of finished ones whose prefix may be wanted again. It is pinned, so the "
+              "memlock limit must allow it. 0: no host tier." },
+    { .key = "offload", .type = OPTION_CHOICE, AT(engine.offload), .initial = "auto",
+      .choices = "auto|always",
+      .help = "Which sequences decode out of the host tier. auto: the longest, where the "
+              "device has no room for all; always: all that can, to measure or test." },
+    { .key = "offload-sequences", .type = OPTION_U32, AT(engine.offload_sequences),
+      .initial = "0", .max = 4096,
+      .help = "How many may at a time; each takes device memory for its hot rows. 0: as many "
+              "as longest contexts fit the host tier, at most max-running." },
+    { .key = "hot-rows", .type = OPTION_U32, AT(engine.hot_rows), .initial = "0",
+      .max = 65535,
+      .help = "Rows of K and V that such a sequence keeps on the device for each layer and KV "
+              "head, at least keep-tokens. 0: four times keep-tokens." },
+
     { .group = "Scheduling",
       .key = "max-running", .type = OPTION_U32, AT(engine.max_running), .initial = "64",
       .min = 1, .max = 4096, .help = "Sequences in a step." },

@@ -5,6 +5,7 @@
 #include "engine/base/strbuf.h"
 #include "engine/run/request.h"
 
+#include <stddef.h>
 #include <string.h>
 
 #define PREFIX "asynctlsd:"
@@ -193,6 +194,56 @@ static void print_finished(struct printer *p, const struct engine_stats *s)
                       (unsigned long long)s->finished[reasons[i].finish]);
 }
 
+/* Rows of K and V that offloaded sequences read, by layer. */
+static void print_hot_rows(struct printer *p, const struct engine_stats *s, int layers)
+{
+    static const struct { const char *name, *help; size_t offset; } rows[] = {
+        { "hot_row_hits_total", "Rows of offloaded sequences found among their hot rows.",
+          offsetof(struct hot_counts, hits) },
+        { "hot_row_misses_total", "Rows of offloaded sequences fetched from the host tier.",
+          offsetof(struct hot_counts, misses) },
+        { "hot_row_resident_total", "Rows of offloaded sequences still in the KV pool.",
+          offsetof(struct hot_counts, resident) },
+    };
+
+    for (size_t i = 0; i < sizeof rows / sizeof rows[0]; i++) {
+        print_head(p, rows[i].name, "counter", rows[i].help);
+        for (int layer = 0; layer < layers; layer++)
+            strbuf_printf(p->out, PREFIX "%s{%s,layer=\"%d\"} %llu\n", rows[i].name,
+                          p->labels.data, layer,
+                          (unsigned long long)*(const uint64_t *)(const void *)
+                              ((const char *)&s->hot[layer] + rows[i].offset));
+    }
+}
+
+static void print_host_tier(struct printer *p, const struct engine_stats *s, int layers)
+{
+    const struct { const char *name, *type, *help; double value; } rows[] = {
+        { "host_kv_blocks", "gauge", "Blocks of 64 tokens in the host tier.", s->host_blocks },
+        { "host_kv_blocks_used", "gauge", "Those of them with blocks of running choices.",
+          s->host_blocks_used },
+        { "host_kv_blocks_cached", "gauge", "Those of them kept for reuse.",
+          s->host_blocks_cached },
+        { "num_requests_offloaded", "gauge", "Running choices that decode out of the host tier.",
+          s->offloaded },
+        { "num_requests_loading", "gauge", "Running choices that wait for blocks to be loaded.",
+          s->loading },
+        { "offloads_total", "counter", "Choices that left the device.", (double)s->n_offloads },
+        { "offload_returns_total", "counter", "Choices that came back.", (double)s->n_returns },
+        { "host_kv_stored_bytes_total", "counter", "Bytes copied from the device to the host tier.",
+          (double)s->bytes_stored },
+        { "host_kv_loaded_bytes_total", "counter",
+          "Bytes of blocks copied from the host tier to the device.", (double)s->bytes_loaded },
+        { "host_kv_load_wait_seconds_total", "counter",
+          "Time from asking for a block to its arrival, of all blocks.",
+          (double)s->load_wait_ns / 1e9 },
+    };
+
+    for (size_t i = 0; i < sizeof rows / sizeof rows[0]; i++)
+        print_one(p, rows[i].name, rows[i].type, rows[i].help, rows[i].value);
+    print_hot_rows(p, s, layers);
+}
+
 static void print_engine(struct printer *p, const struct engine_stats *s)
 {
     double blocks = s->kv_blocks ? s->kv_blocks : 1;
@@ -256,6 +307,8 @@ void metrics_print(const struct metrics *m, struct strbuf *out, const struct met
     strbuf_puts(&p.labels, "\"");
     if (v->stats)
         print_engine(&p, v->stats);
+    if (v->stats && v->stats->host_tier)
+        print_host_tier(&p, v->stats, v->layers);
     print_one(&p, "requests_open", "gauge", "Completions whose answer is not finished.",
               v->streams);
     print_one(&p, "requests_parsing", "gauge", "Bodies that are being parsed and tokenised.",

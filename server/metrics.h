@@ -44,6 +44,7 @@ void metrics_note_params(struct metrics *m, uint32_t n, uint32_t max_tokens);
 struct metrics_view {
     const char *model_name;
     const struct engine_stats *stats;          /* NULL: no engine yet */
+    int layers;                                /* of its model */
     uint32_t parsing;                          /* requests on their way to the engine */
     int streams;                               /* completions that are not finished */
     const char *version, *device;

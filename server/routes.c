@@ -94,6 +94,7 @@ static void answer_metrics(struct service *sv, struct http_exchange *x)
     if (sv->engine) {
         engine_stats(sv->engine, &stats);
         view.stats = &stats;
+        view.layers = engine_model(sv->engine)->layers;
     }
     metrics_print(sv->metrics, &body, &view);
     http_reply(x, 200, "text/plain; version=0.0.4; charset=utf-8", &body);

@@ -67,10 +67,11 @@ static void pack_slice(const struct step_context *cx, struct model_batch *b,
     b->first_row[at] = first_row;
     b->n_rows[at] = (int32_t)s->n_tokens;
     b->n_tokens[at] = (int32_t)(q->n_computed + s->n_tokens);
-    b->hot_set[at] = q->hot_set;
+    if (b->hot_set)
+        b->hot_set[at] = q->hot_set;
     for (uint32_t i = 0; i < q->n_blocks; i++) {
         struct block_place place = kv_pool_place(cx->pool, q->table[i]);
-        bool there = q->held[i] || (place.kv >= 0 && !cx->only_held);
+        bool there = q->held[i] || (place.kv >= 0 && !(cx->only_held && place.host >= 0));
         ASSERT(there || q->hot_set >= 0);
         b->kv_table[table + i] = there ? place.kv : -1;
         b->index_table[table + i] = place.index;

@@ -23,7 +23,8 @@ struct step_context {
     const int32_t *eos;
     int n_eos;
     uint32_t max_blocks;         /* width of the batch's tables */
-    bool only_held;              /* K and V that are not held count as not on the device */
+    bool only_held;              /* K and V that are not held are read out of the host tier, once
+                                    they are there */
 };
 
 struct step_counts {
