@@ -1,7 +1,7 @@
 /* The whole model on the GPU against the CPU back end, token by token. */
 
 #include "tests/support/gpu_fixture.h"
-#include "tests/support/model_runner.h"
+#include "tests/support/offload_history.h"
 
 #include <check.h>
 #include <math.h>
@@ -190,6 +190,40 @@ START_TEST(sparse_equals_dense_and_the_cpu)
 }
 END_TEST
 
+/* K and V of sparse sequences off the device or on it, recorded or not, in pinned memory: the same
+ * to the bit.  Nine sequences are padded to ten; where a prompt is among them nothing is
+ * replayed.  The fused kernel and the three operations one after the other. */
+START_TEST(leaving_the_device_changes_nothing)
+{
+    static const struct {
+        const char *dir;
+        enum filter_kind filter;
+        int keep_blocks, keep_tokens, rows_per_head;
+    } kinds[] = {
+        { "models/asynctlsd-books-9m", FILTER_COARSE, 4, 128, 128 },
+        { "models/asynctlsd-books-9m", FILTER_COARSE, 16, 1024, 2048 },
+        { "models/asynctlsd-books-9m", FILTER_BOUNDS, 4, 100, 150 },
+        { "build/models/qwen3", FILTER_COARSE, 6, 200, 201 },
+        { "build/models/qwen3-yarn-g5", FILTER_COARSE, 4, 96, 400 },
+        { "build/models/smollm2", FILTER_BOUNDS, 3, 64, 64 },
+    };
+    struct offload_history h = {
+        .dir = kinds[_i].dir, .backend = gpu_backend(), .select = select_default(), .sparse = 7,
+        .dense = 2, .sets = 4, .rows_per_head = kinds[_i].rows_per_head, .max_prompt = 600,
+        .min_decodes = 60, .max_decodes = 300, .steps = 400, .seed = (uint64_t)_i,
+    };
+
+    if (!gpu_backend())
+        return;
+    h.select.filter = kinds[_i].filter;
+    h.select.keep_blocks = kinds[_i].keep_blocks;
+    h.select.keep_tokens = kinds[_i].keep_tokens;
+    h.select.recent_tokens = 16;
+    offload_history_run(&h);
+}
+END_TEST
+enum { N_OFFLOAD_KINDS = 6 };
+
 TCase *gpu_model_case(void)
 {
     TCase *tc = tcase_create("gpu_model");
@@ -199,5 +233,6 @@ TCase *gpu_model_case(void)
     tcase_add_test(tc, batch_changes_nothing);
     tcase_add_test(tc, chunks_change_little);
     tcase_add_loop_test(tc, sparse_equals_dense_and_the_cpu, 0, 4);
+    tcase_add_loop_test(tc, leaving_the_device_changes_nothing, 0, N_OFFLOAD_KINDS);
     return tc;
 }

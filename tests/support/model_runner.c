@@ -280,6 +280,16 @@ void seq_fetch(struct runner *r, struct test_seq *seq, int block)
     seq->held[block] = true;
 }
 
+/* Where the host sees device memory the pool does this. */
+static void poison(struct runner *r, int32_t slot)
+{
+    size_t bytes = kv_block_bytes(&r->shape);
+
+    for (int layer = 0; layer < model_config(r->model)->layers; layer++)
+        stream_fill(r->stream, (char *)kv_pool_kv(r->pool, layer) + (size_t)slot * bytes, 0xff,
+                    bytes);
+}
+
 void runner_reclaim(struct runner *r)
 {
     uint32_t n = kv_pool_available(r->pool);
@@ -288,6 +298,8 @@ void runner_reclaim(struct runner *r)
     ck_assert_int_eq(kv_pool_take(r->pool, n, all), ST_OK);
     ck_assert_uint_eq(kv_pool_counts(r->pool).cached, 0);
     for (uint32_t i = 0; i < n; i++) {
+        if (!backend_info(r->backend)->host_visible)
+            poison(r, kv_pool_place(r->pool, all[i]).kv);
         kv_pool_release(r->pool, all[i]);
         kv_pool_unpin(r->pool, all[i]);
     }

@@ -81,7 +81,7 @@ int seq_full_blocks(const struct test_seq *seq);
 void seq_let_go(struct runner *r, struct test_seq *seq, int block);
 /* It is there again, and stays. */
 void seq_fetch(struct runner *r, struct test_seq *seq, int block);
-/* What need not be on the device leaves it; where the host can see it, its memory becomes NaN. */
+/* What need not be on the device leaves it; where its K and V were there is NaN. */
 void runner_reclaim(struct runner *r);
 
 /* The prompt of n tokens that scripts/make_references.py uses. */

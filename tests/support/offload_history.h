@@ -10,9 +10,9 @@
  *
  * In every step each of the `sparse` + `dense` sequences goes on: with a piece of its prompt or
  * with the token it chose last.  One that has reached its length ends, and another text begins in
- * its place.  What the steps consist of is the same both times.  The second time some of the sparse
- * ones have a set of hot rows: there are fewer sets than sequences, so that sets are reused.  Blocks
- * then leave and return one by one or all at once. */
+ * its place.  What the steps consist of is the same both times.  The second time some of the
+ * sparse ones have a set of hot rows: there are fewer sets than sequences, so that sets are
+ * reused.  Blocks then leave and return one by one or all at once. */
 struct offload_history {
     const char *dir;             /* model folder */
     struct backend *backend;     /* NULL: the CPU's */
