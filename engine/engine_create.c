@@ -209,10 +209,11 @@ static uint32_t at_most(uint64_t n, uint64_t most)
     return (uint32_t)(n < most ? n : most);
 }
 
-static enum status plan_sets(const struct engine *e, const struct engine_config *cfg, uint32_t max_blocks,
-                             struct division *d, struct error *err)
+static enum status plan_sets(const struct engine *e, const struct engine_config *cfg,
+                             uint32_t max_blocks, struct division *d, struct error *err)
 {
-    uint32_t contexts = d->pool.host_blocks / max_blocks, kept = (uint32_t)e->select.max_keep_tokens;
+    uint32_t contexts = d->pool.host_blocks / max_blocks;
+    uint32_t kept = (uint32_t)e->select.max_keep_tokens;
     uint32_t rows = cfg->hot_rows ? cfg->hot_rows : 4 * kept;
 
     if (rows < kept)

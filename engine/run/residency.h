@@ -29,12 +29,12 @@ struct residency_context {
     struct host_tier *tier;      /* NULL: none */
     struct hot_sets *sets;       /* NULL: no sequence can be OFFLOADED */
     struct stream *stream;       /* of the steps */
-    bool always;                 /* OFFLOADED as soon as it can be, and read from the tier even where
-                                    K and V are still on the device: to measure, and to test */
+    bool always;                 /* OFFLOADED as soon as can be, and read out of the tier even where
+                                    K and V are still on the device: to measure and to test */
     uint64_t n_offloads, n_returns;
 };
 
-/* It has a slot for its hot rows if it is to be OFFLOADED now, and its K and V are not needed whole. */
+/* It needs sparse rows alone, and has a hot set or can get one. */
 bool residency_can_offload(const struct residency_context *r, const struct sequence *q);
 
 /* ON_DEVICE or RETURNING to OFFLOADED.  False, and nothing happens, where that cannot be or would
@@ -47,9 +47,9 @@ void residency_return(struct residency_context *r, struct sequence *q);
 /* What was just admitted LOADING or LOADING_INDEX: start. */
 void residency_start(struct residency_context *r, struct sequence *q);
 
-/* After host_tier_collect(): first the former for all sequences, then the latter.  Take hold of what
- * has arrived, and go on to the next residency when that is all; start loading what is not there
- * and not on its way. */
+/* After host_tier_collect(): first the former for all sequences, then the latter.  Take hold of
+ * what has arrived, and go on to the next residency when that is all; start loading what is not
+ * there and not on its way. */
 void residency_hold_arrived(struct residency_context *r, struct sequence *q);
 void residency_load_rest(struct residency_context *r, struct sequence *q);
 
