@@ -373,12 +373,12 @@ void engine_destroy(struct engine *e)
     }
     scheduler_destroy(e->scheduler);
     host_tier_destroy(e->residency.tier);
-    hot_sets_destroy(e->residency.sets);
     kv_pool_destroy(e->pool);
     tokenizer_close(e->tok);
     if (e->stream)
         stream_destroy(e->stream);
     model_close(e->model);
+    hot_sets_destroy(e->residency.sets);
     backend_close(e->be);
     mailbox_destroy(e->inbox);
     mem_free(e->channels);

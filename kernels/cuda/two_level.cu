@@ -397,7 +397,11 @@ __device__ void send_sums(const two_level &a, shared<DIM> *sh, const float *part
             float4 v = *(const float4 *)(from + w * ROWS * part_row<DIM>);
             sum = make_float4(sum.x + v.x, sum.y + v.y, sum.z + v.z, sum.w + v.w);
         }
-        send_4(at / most, &sh->acc[rank * most + at % most], sum, &sh->sums_arrived);
+        float *to = &sh->acc[rank * most + at % most];
+        if (size > 1)
+            send_4(at / most, to, sum, &sh->sums_arrived);
+        else
+            *(float4 *)to = sum;
     }
     if ((int)threadIdx.x < size * ROWS && (int)threadIdx.x % ROWS < a.group) {
         int g = threadIdx.x % ROWS, to = threadIdx.x / ROWS;
@@ -408,7 +412,10 @@ __device__ void send_sums(const two_level &a, shared<DIM> *sh, const float *part
 #pragma unroll 1
         for (int w = 0; w < used; w++)
             sum += sh->sum[w][g] * exp2_fast(sh->max[w][g] - top);
-        send_2(to, &sh->all[rank][g], make_float2(top, sum), &sh->sums_arrived);
+        if (size > 1)
+            send_2(to, &sh->all[rank][g], make_float2(top, sum), &sh->sums_arrived);
+        else
+            sh->all[0][g] = make_float2(top, sum);
     }
 }
 
@@ -475,7 +482,10 @@ __device__ void finish(const two_level &a, shared<DIM> *sh, __nv_bfloat16 *out, 
 {
     result_share p = result_share_of<DIM>(a.group, rank, size);
 
-    barrier_wait(&sh->sums_arrived);
+    if (size > 1)
+        barrier_wait(&sh->sums_arrived);
+    else                         /* a cluster of one sends nothing */
+        __syncthreads();
 #pragma unroll 1
     for (int i = threadIdx.x; i < p.n; i += THREADS) {
         int g = (p.first + i) / DIM;
@@ -684,8 +694,9 @@ __device__ __forceinline__ void attend_unit(const two_level &a, const struct hot
                    (end - first) * BLOCK_TOKENS * 4, &sh->keys_arrived);
     if (threadIdx.x == 0) {
         barrier_expect(&sh->keys_arrived, (n_kept - (end - first)) * BLOCK_TOKENS * 4);
-        barrier_expect(&sh->sums_arrived,
-                       size * 4 * (result_share_of<DIM>(a.group, rank, size).n + 2 * a.group));
+        int own = result_share_of<DIM>(a.group, rank, size).n;
+        if (size > 1)
+            barrier_expect(&sh->sums_arrived, size * 4 * (own + 2 * a.group));
     }
     barrier_wait(&sh->keys_arrived);
     hot_share h;
