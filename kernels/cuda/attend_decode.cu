@@ -24,7 +24,8 @@
  *   66 chunks: 187 for 180 at batch 1, 1,409 for 1,397 at batch 8; 17: 190 and 1,396; 33,
  *   which fill 132 multiprocessors twice: 2 to 3 % more at 16,384 tokens and batch 1 and 4
  *   chunks of neighbouring blocks: the same within 1 %, as with a table in ascending order
- *   chunks of 128 tokens at least: 10 % more at 4,096 tokens, batch 4 and 8
+ *   chunks of 128 tokens at least: 10 % more at 4,096 tokens, batch 4 and 8; only up to
+ *   2,048 tokens: steps of Qwen3-8B as long at batch 1 and 2 to 6 % longer at batch 64
  *   eight warps or rings of 4 and 6 tiles, so one thread block a multiprocessor: mostly
  *   more, up to 24 % at 4,096 tokens; rings of 2 tiles: 204 for 180 at batch 1
  *   a hint that K and V are not needed again: nothing, when merely reading */
@@ -40,8 +41,6 @@ enum {
     DEPTH = 3,                   /* tiles of a warp on their way or in use */
     HEADS = 16,                  /* rows of a product: the heads of a group, at most */
     LEAST_BLOCKS = 4,            /* of a chunk: shorter ones take longer to start than to run */
-    SHORT_BLOCKS = 32,           /* up to which a context is cut in chunks of */
-    SHORT_CHUNK = 2,             /* as many, which are all on their way at once */
 };
 
 /* What is attended to. */
@@ -54,23 +53,6 @@ int most_chunks(int kv_heads)
     int chunks = 256 / kv_heads;
 
     return chunks < 16 ? 16 : chunks;
-}
-
-/* Chunks of so many blocks, but for a limit. */
-__host__ __device__ inline int chunks_of(int blocks)
-{
-    int size = blocks <= SHORT_BLOCKS ? SHORT_CHUNK : LEAST_BLOCKS;
-
-    return (blocks + size - 1) / size;
-}
-
-/* Of any context of at most so many blocks. */
-int chunks_at_most(int blocks)
-{
-    int of_short = chunks_of(blocks < SHORT_BLOCKS ? blocks : SHORT_BLOCKS);
-    int of_all = chunks_of(blocks);
-
-    return of_all > of_short ? of_all : of_short;
 }
 
 struct decode {
@@ -128,7 +110,7 @@ __device__ __forceinline__ chunk chunk_of(const decode &a, int seq, int kv_head,
         c.n = rows == 1 ? n : 0;
     }
     c.blocks = (c.n + BLOCK_TOKENS - 1) / BLOCK_TOKENS;
-    c.chunks = min(chunks_of(c.blocks), a.chunks);
+    c.chunks = min((c.blocks + LEAST_BLOCKS - 1) / LEAST_BLOCKS, a.chunks);
     return c;
 }
 
@@ -414,13 +396,15 @@ void launch_dim(struct stream *s, const decode &a, const char *op, int chunks, i
 template <int TOKENS>
 void launch(struct stream *s, decode &a, const char *op, int head_dim, int most, int seqs)
 {
+    const int least = LEAST_BLOCKS * BLOCK_TOKENS;
+
     if (seqs > MOST_ARRIVED / a.kv_heads) {
         stream_check(s, cudaErrorInvalidValue, op);
         return;
     }
     a.arrived = s->arrived;
     a.chunks = most_chunks(a.kv_heads);
-    int chunks = chunks_at_most((most + BLOCK_TOKENS - 1) / BLOCK_TOKENS);
+    int chunks = (most + least - 1) / least;
     chunks = chunks < a.chunks ? chunks : a.chunks;
     if (head_dim == 128)
         launch_dim<128, TOKENS>(s, a, op, chunks, seqs);
