@@ -481,7 +481,8 @@ enum status kv_pool_create(struct kv_pool **out, struct backend *be,
         p->cfg.index_blocks = cfg->blocks;
     p->kv_layer_bytes = cfg->blocks * kv_block_bytes(&cfg->shape);
     p->index_layer_bytes = p->cfg.index_blocks * index_block_bytes(&cfg->shape);
-    enum status st = buffer_alloc(be, &p->kv, MEM_DEVICE, p->kv_layer_bytes * layers);
+    size_t staged = 2 * cfg->staged_blocks * kv_block_bytes(&cfg->shape);
+    enum status st = buffer_alloc(be, &p->kv, MEM_DEVICE, p->kv_layer_bytes * layers + staged);
     if (st == ST_OK)
         st = buffer_alloc(be, &p->index, MEM_DEVICE, p->index_layer_bytes * layers);
     if (st != ST_OK) {
@@ -526,6 +527,21 @@ void kv_pool_host_ready(struct kv_pool *p, uint32_t n)
 bf16 *kv_pool_kv(const struct kv_pool *p, int layer)
 {
     return (bf16 *)((char *)p->kv.base + (size_t)layer * p->kv_layer_bytes);
+}
+
+bf16 *kv_pool_staged(const struct kv_pool *p, int buffer)
+{
+    return (bf16 *)((char *)kv_pool_kv(p, p->cfg.layers) +
+                    (size_t)buffer * p->cfg.staged_blocks * kv_block_bytes(&p->cfg.shape));
+}
+
+int32_t kv_pool_staged_id(const struct kv_pool *p, int layer, int buffer, int i)
+{
+    int64_t id = (int64_t)(p->cfg.layers - layer) * p->cfg.blocks +
+                 (int64_t)buffer * p->cfg.staged_blocks + i;
+
+    ASSERT(id <= INT32_MAX);
+    return (int32_t)id;
 }
 
 uint8_t *kv_pool_index(const struct kv_pool *p, int layer)

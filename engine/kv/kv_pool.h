@@ -75,6 +75,7 @@ struct kv_pool_config {
     uint32_t index_blocks;   /* index slots, >= blocks; 0: as many.  What exceeds blocks is what
                                 can be OFFLOADED while all of the kv slots are in use. */
     uint32_t host_blocks;    /* the most host slots there will be; 0: no host tier */
+    uint32_t staged_blocks;  /* of each of the two buffers of kv_pool_staged(); 0: none */
     int layers;
     struct kv_shape shape;
     bool prefix_cache;       /* false: no block has a name, so what is unpinned is gone */
@@ -171,6 +172,12 @@ void kv_pool_load_end(struct kv_pool *pool, kv_block b, bool arrived);
 
 bf16 *kv_pool_kv(const struct kv_pool *pool, int layer);
 uint8_t *kv_pool_index(const struct kv_pool *pool, int layer);
+
+/* Two buffers behind the kv slots, for the blocks of one layer each that pass through the device
+ * (model.h, streamed).  Tables name block i of a buffer by an id of its own in each layer. */
+bf16 *kv_pool_staged(const struct kv_pool *pool, int buffer);
+int32_t kv_pool_staged_id(const struct kv_pool *pool, int layer, int buffer, int i);
+
 struct kv_pool_counts kv_pool_counts(const struct kv_pool *pool);
 void kv_pool_check(const struct kv_pool *pool);   /* O(blocks) */
 

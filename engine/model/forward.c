@@ -51,6 +51,8 @@ static void check_batch(const struct model *m)
     ASSERT(b->rows > 0 && b->rows <= l->max_rows && b->seqs > 0 && b->seqs <= l->max_seqs);
     ASSERT(b->sparse_seqs >= 0 && b->sparse_seqs <= b->seqs);
     ASSERT(b->logit_rows >= 0 && b->logit_rows <= l->max_logit_rows);
+    ASSERT(b->n_staged >= 0 && b->n_staged <= l->staged_blocks);
+    ASSERT(b->n_staged == 0 || b->sparse_seqs < b->seqs);
     for (int r = 0; r < b->rows; r++)
         ASSERT(b->ids[r] >= 0 && b->ids[r] < m->config.vocab && b->positions[r] >= 0);
     for (int s = 0, next = 0; s < b->seqs; s++) {
@@ -180,16 +182,16 @@ static void *gather(struct pass *p, void *out, const void *from, int dim)
     return out;
 }
 
-static void attend_dense(struct pass *p, int layer, const struct dense_rows *d)
+/* table: of d's first sequence and on. */
+static void attend_dense(struct pass *p, int layer, const struct dense_rows *d,
+                         const int32_t *table)
 {
-    const struct step_arrays *a = p->a;
-
     if (d->seqs == 0)
         return;
     p->ops->attend_dense(p->s, &(struct attend_dense_args){
         .out = p->w->attn, .q = p->w->qkv, .q_stride = qkv_dim(p->g),
         .kv = kv_pool_kv(p->pool, layer), .scratch = p->w->attention,
-        .table = a->kv_table + (size_t)d->from * (size_t)p->m->limits.max_blocks,
+        .table = table,
         .first_row = d->first_row + d->from, .n_rows = d->n_rows + d->from,
         .n_tokens = d->n_tokens + d->from,
         .shape = p->shape, .seqs = d->seqs, .heads = p->g->heads,
@@ -298,9 +300,15 @@ static void attend(struct pass *p, int layer, bool last)
 {
     bool select = p->sparse_seqs > 0 && !p->m->plan.layer[layer].dense;
 
+    const struct dense_rows *d = &p->dense[last][select];
+
     if (select)
         attend_sparse(p, layer);
-    attend_dense(p, layer, &p->dense[last][select]);
+    attend_dense(p, layer, d, p->a->kv_table + (size_t)d->from * (size_t)p->m->limits.max_blocks);
+    if (p->streamed[last].seqs == 0)
+        return;
+    attend_dense(p, layer, &p->streamed[last], streaming_enter(p, layer));
+    streaming_leave(p, layer);
 }
 
 /* Output projection and MLP over rows of attn and x; the result is in delta. */
@@ -375,18 +383,18 @@ struct pass forward_pass(struct model *m, struct stream *s, struct kv_pool *pool
     };
 }
 
-/* The sequences from `from` on as attend_dense takes them. */
-static struct dense_rows dense_from(const struct model *m, int from, bool last)
+/* The sequences [from, end) as attend_dense takes them. */
+static struct dense_rows dense_between(const struct model *m, int from, int end, bool last)
 {
     const struct model_batch *b = &m->batch;
     const int32_t *host_n = last ? m->host_arrays.last_n_rows : m->host_arrays.n_rows;
     struct dense_rows d = {
-        .from = from, .seqs = b->seqs - from, .n_tokens = m->arrays.n_tokens,
+        .from = from, .seqs = end - from, .n_tokens = m->arrays.n_tokens,
         .first_row = last ? m->arrays.last_first_row : m->arrays.first_row,
         .n_rows = last ? m->arrays.last_n_rows : m->arrays.n_rows,
     };
 
-    for (int s = from; s < b->seqs; s++) {
+    for (int s = from; s < end; s++) {
         d.most_rows = host_n[s] > d.most_rows ? host_n[s] : d.most_rows;
         d.most_tokens = b->n_tokens[s] > d.most_tokens ? b->n_tokens[s] : d.most_tokens;
     }
@@ -402,7 +410,7 @@ static void queue_batch(struct model *m, struct stream *s, struct kv_pool *pool,
     p.rows = b->rows;
     p.logit_rows = b->logit_rows;
     p.gathers = !forward_wants_all_rows(b);
-    p.decodes = b->rows == b->seqs;
+    p.decodes = b->rows == b->seqs && b->n_staged == 0;
     p.has_sets = has_sets;
     p.sparse_seqs = b->sparse_seqs;
     p.sparse_n_tokens = m->arrays.n_tokens;
@@ -410,11 +418,15 @@ static void queue_batch(struct model *m, struct stream *s, struct kv_pool *pool,
         if (b->n_tokens[i] > p.most_sparse_tokens)
             p.most_sparse_tokens = b->n_tokens[i];
     find_last_rows(m);
+    int end = b->seqs - (b->n_staged > 0);
     for (int last = 0; last < 2; last++) {
-        p.dense[last][false] = dense_from(m, 0, last);
-        p.dense[last][true] = dense_from(m, b->sparse_seqs, last);
+        p.dense[last][false] = dense_between(m, 0, end, last);
+        p.dense[last][true] = dense_between(m, b->sparse_seqs, end, last);
+        p.streamed[last] = dense_between(m, end, b->seqs, last);
     }
     upload_batch(m, s, has_sets);
+    if (b->n_staged > 0)
+        streaming_begin(&p);
     forward_queue(&p);
 }
 
@@ -440,5 +452,5 @@ enum status model_step(struct model *m, struct stream *s, struct kv_pool *pool,
     uint64_t from_ns = clock_now_ns();
     enum status st = stream_sync(s, err);
     m->waited_ns += clock_now_ns() - from_ns;
-    return st;
+    return st == ST_OK ? streaming_failure(m, err) : st;
 }

@@ -33,6 +33,7 @@ void model_close(struct model *m)
     if (!m)
         return;
     replay_destroy(m);
+    streaming_destroy(m);
     buffer_free(m->be, &m->device);
     buffer_free(m->be, &m->host);
     weights_close(m->weights);
@@ -117,6 +118,7 @@ static size_t carve_host(struct model_batch *b, struct step_arrays *a, void *bas
         .kv_table = a->kv_table, .index_table = a->index_table, .rows_of = a->rows_of,
         .host_table = a->host_table, .hot_set = a->hot_set,
     };
+    b->staged = a->staged = l->staged_blocks ? carve_ints(&c, l->staged_blocks, 1) : NULL;
     b->sample = carve(&c, (size_t)l->max_logit_rows, 1, sizeof *b->sample);
     b->result = carve(&c, (size_t)l->max_logit_rows, 1, sizeof *b->result);
     return c.at;
@@ -299,6 +301,7 @@ enum status model_prepare(struct model *m, const struct model_limits *limits,
     carve_device(&m->scratch, &m->arrays, m->device.base, m, limits, plan);
     m->prepared = true;
     TRY(replay_create(m, err));
+    TRY(streaming_create(m, err));
     return upload_constants(m, plan, err);
 }
 

@@ -27,7 +27,12 @@ struct progress;
  * slot in host_table (kernels/hot_rows.h).  The block of the row itself is on the device, and so
  * are all blocks of dense sequences and of those without a set: that their tables have no -1 is
  * the caller's promise, because looking costs as much as making the tables.  Layers that are dense
- * by plan read all of K and V on the device, so with such layers no sequence may have a set. */
+ * by plan read all of K and V on the device, so with such layers no sequence may have a set.
+ *
+ * Streamed.  The last sequence of a batch may be a dense one that the pool cannot hold: block i
+ * of its table is then in the pool, or the table says -2 - j and it is staged[j], a host slot.  In
+ * each layer the staged blocks pass through one of the pool's two buffers, while the layer before
+ * is being computed from the other.  It needs hot sets, which know where the host tier is. */
 
 struct model;
 
@@ -36,6 +41,7 @@ struct model_limits {
     int max_seqs;        /* sequences a step */
     int max_logit_rows;  /* rows sampled or scored a step, >= max_seqs */
     int max_blocks;      /* width of the block tables: blocks of the longest context */
+    int staged_blocks;   /* of the streamed sequence at most; the pool's staged_blocks.  0: none */
 };
 
 /* One step's work, packed by the caller in host memory owned by the model.
@@ -45,6 +51,7 @@ struct model_limits {
  * first_row + n_rows - 1.  Rows of a sequence are consecutive and ascending. */
 struct model_batch {
     int rows, seqs, sparse_seqs, logit_rows;
+    int n_staged;            /* > 0: the last sequence is streamed, see above */
     int32_t *ids;            /* [max_rows] */
     int32_t *positions;      /* [max_rows] */
     int32_t *kv_block;       /* [max_rows]  where each row's K and V go */
@@ -57,6 +64,7 @@ struct model_batch {
     int32_t *host_table;     /* [max_seqs, max_blocks]  host slots, of sequences with a set; read
                                 where kv_table has -1; NULL without hot sets, like the next */
     int32_t *hot_set;        /* [max_seqs]  the sequence's own, or -1: everything is in kv */
+    int32_t *staged;         /* [staged_blocks]  host slots of the streamed sequence's */
     int32_t *rows_of;        /* [max_logit_rows]  rows whose logits are wanted */
     struct sample_params *sample;   /* [max_logit_rows] */
     struct sample_result *result;   /* [max_logit_rows], filled by model_step */

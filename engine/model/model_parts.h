@@ -16,6 +16,7 @@ struct step_arrays {
     int32_t *last_first_row, *last_n_rows;                 /* [max_seqs]  see forward.c */
     int32_t *kv_table, *index_table;                       /* [max_seqs, max_blocks] */
     int32_t *rows_of;                                      /* [max_logit_rows] */
+    int32_t *staged;                                       /* [staged_blocks]  host alone */
     /* With hot sets; else NULL. */
     int32_t *host_table;                                   /* [max_seqs, max_blocks] */
     int32_t *hot_set;                                      /* [max_seqs] */
@@ -39,6 +40,7 @@ struct step_scratch {
 };
 
 struct replay;                   /* replay.c */
+struct streaming;                /* streaming.c */
 
 struct model {
     struct backend *be;
@@ -54,6 +56,7 @@ struct model {
     struct step_arrays host_arrays, arrays;
     struct step_scratch scratch;
     struct replay *replay;       /* NULL where the back end records no graphs */
+    struct streaming *streaming; /* NULL without staged blocks */
     struct hot_sets *hot;        /* borrowed; NULL: no sequence has a set */
     bool selects_everywhere;     /* no layer is dense by plan */
     /* Of this step, from 1 on.  It would wrap after months of nothing but steps, and even then
@@ -89,6 +92,7 @@ struct pass {
     int sparse_seqs, most_sparse_tokens;
     const int32_t *sparse_n_tokens;  /* device */
     struct dense_rows dense[2][2];   /* [in the last layer][where the layer selects] */
+    struct dense_rows streamed[2];   /* [in the last layer]  seqs 0: none */
 };
 
 /* A pass over the batch with nothing filled in that depends on its rows. */
@@ -108,6 +112,19 @@ void replay_destroy(struct model *m);
 
 /* Queue the batch as the replay of a recorded one; false when it cannot be. */
 bool replay_batch(struct model *m, struct stream *s, struct kv_pool *pool);
+
+/* streaming.c.  With limits; leaves m->streaming NULL where no blocks are staged. */
+enum status streaming_create(struct model *m, struct error *err) MUST_USE;
+void streaming_destroy(struct model *m);
+
+/* Before the first layer of a pass with a streamed sequence: start its copies. */
+void streaming_begin(struct pass *p);
+/* Before its attention in a layer: the table to use, when what it names has arrived. */
+const int32_t *streaming_enter(struct pass *p, int layer);
+/* Behind its attention: the buffer may be filled again. */
+void streaming_leave(struct pass *p, int layer);
+/* After the pass's stream_sync(): the first failure of the copies. */
+enum status streaming_failure(const struct model *m, struct error *err) MUST_USE;
 
 /* Copy from any host memory to the device, and wait. */
 enum status model_upload(struct model *m, void *device, const void *host, size_t bytes,
