@@ -176,6 +176,7 @@ static void accept_requests(struct engine *e)
         next = node->next;
         struct sequence *q = sequence_create(req, e->tok, &e->select, e->next_order++,
                                              m->vocab, m->eos, m->n_eos);
+        q->too_long = q->max_blocks > kv_pool_counts(e->pool).blocks;
         scheduler_add(e->scheduler, q);
         if (sequence_next_tokens(q) == 0) {  /* one token to score: nothing foretells it */
             req->finish = FINISH_LENGTH;
@@ -244,12 +245,14 @@ static void note_admission(struct engine *e, struct sequence *q, uint64_t now_ns
 /* As a whole, or where there is no room for that without its K and V. */
 static bool admit_one(struct engine *e, struct step_plan *plan, struct sequence *q)
 {
+    struct residency_context *r = &e->residency;
+
+    if (q->too_long)
+        return residency_leave_early(r, q) && scheduler_admit(e->scheduler, plan, q);
     if (scheduler_admit(e->scheduler, plan, q))
         return true;
-    if (q->residency != LOADING || !residency_can_offload(&e->residency, q))
-        return false;
-    q->residency = LOADING_INDEX;
-    return scheduler_admit(e->scheduler, plan, q);
+    return q->residency == LOADING && sequence_is_sparse_only(q) &&
+           residency_leave_early(r, q) && scheduler_admit(e->scheduler, plan, q);
 }
 
 static void admit(struct engine *e, struct step_plan *plan)
@@ -260,11 +263,12 @@ static void admit(struct engine *e, struct step_plan *plan)
         sequence_attach(q, e->pool, &e->select);
         plan->left.blocks = kv_pool_available(e->pool);
         if (!admit_one(e, plan, q)) {
+            residency_end(&e->residency, q);
             sequence_drop_blocks(q, e->pool);
             return;
         }
         note_admission(e, q, clock_now_ns());
-        if (!sequence_is_ready(q))
+        if (q->residency != ON_DEVICE)
             residency_start(&e->residency, q);
         plan->left.blocks = kv_pool_available(e->pool);
     }
@@ -303,6 +307,10 @@ static bool take_in_copies(struct engine *e, struct error *err)
         residency_hold_arrived(r, q);
     for (struct sequence *q = oldest; q; q = q->younger)
         residency_load_rest(r, q);
+    /* What streams may be waiting for room that its own blocks take. */
+    for (struct sequence *q = oldest; q; q = q->younger)
+        if (q->residency == STREAMED)
+            residency_store(r, q);
     return true;
 }
 
@@ -351,32 +359,38 @@ static void sleep_until_woken(struct engine *e)
     e->stats.last_step_ns = e->host_from_ns = clock_now_ns();
 }
 
-/* Everybody waits for blocks that are being loaded.  Where some could not be begun, because a slot
- * went to somebody else, the youngest makes room. */
+/* The host tier has no room for a sequence that streams, and nobody else takes any of it. */
+static void fail_for_room(struct engine *e, struct sequence *q)
+{
+    error_set(&q->req->error, ST_BUSY, "the host tier has no room for a context of %u tokens",
+              q->n_tokens);
+    q->req->finish = FINISH_ERROR;
+    end_sequence(e, q);
+}
+
+/* Everybody waits for blocks on their way from or to the host.  Where some could not be begun,
+ * because a slot went to somebody else, the youngest makes room. */
 static void wait_for_blocks(struct engine *e, struct step_plan *plan)
 {
-    if (host_tier_under_way(e->residency.tier) > 0) {
+    ASSERT(e->residency.tier);
+    if (host_tier_under_way(e->residency.tier) > 0 || host_tier_grows(e->residency.tier))
         sleep_until_woken(e);
-        return;
-    }
-    ASSERT(scheduler_running(e->scheduler) > 1);
-    scheduler_put_back(e->scheduler, plan);
+    else if (scheduler_running(e->scheduler) > 1)
+        scheduler_put_back(e->scheduler, plan);
+    else
+        fail_for_room(e, scheduler_oldest(e->scheduler));
 }
 
 static void step(struct engine *e)
 {
     struct step_budget budget = {
         .tokens = e->step_tokens, .logit_rows = e->max_logit_rows,
-        .drop = drop_preempted, .offload = e->residency.sets ? offload : NULL, .arg = e,
+        .blocks = kv_pool_available(e->pool), .drop = drop_preempted,
+        .offload = e->residency.sets ? offload : NULL, .arg = e,
     };
     uint64_t began_ns = clock_now_ns(), waited_ns = model_waited_ns(e->model);
     struct error err;
 
-    if (!take_in_copies(e, &err)) {
-        fail_all(e, &err);
-        return;
-    }
-    budget.blocks = kv_pool_available(e->pool);
     struct step_plan *plan = scheduler_plan(e->scheduler, &budget);
     admit(e, plan);
     bring_back(e, plan);
@@ -413,8 +427,11 @@ void *engine_thread(void *arg)
     pthread_setname_np(pthread_self(), "engine");
     e->host_from_ns = clock_now_ns();
     while (!atomic_load(&e->stopping)) {
+        struct error err;
         accept_requests(e);
         drop_cancelled(e, false);
+        if (!take_in_copies(e, &err))
+            fail_all(e, &err);
         if (has_work(e))
             step(e);
         engine_publish(e);

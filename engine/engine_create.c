@@ -97,11 +97,12 @@ static enum status plan_selection(struct engine *e, const struct engine_config *
 /* The longest context: what the model and the pool allow, or what was asked
  * for if they allow it. */
 static enum status resolve_length(struct engine *e, const struct engine_config *cfg,
-                                  uint32_t blocks, struct error *err)
+                                  const struct kv_pool_config *pool, struct error *err)
 {
     const struct model_config *m = model_config(e->model);
     uint32_t of_model = (uint32_t)m->max_position;
-    uint64_t of_pool = (uint64_t)blocks * BLOCK_TOKENS;
+    uint64_t of_pool = (uint64_t)(pool->staged_blocks ? pool->host_blocks : pool->blocks) *
+                       BLOCK_TOKENS;
 
     if (m->sliding_window > 0 && (uint32_t)m->sliding_window < of_model)
         of_model = (uint32_t)m->sliding_window;
@@ -112,8 +113,10 @@ static enum status resolve_length(struct engine *e, const struct engine_config *
                                            : "limit", of_model);
     if (cfg->max_model_len > of_pool)
         return error_set(err, ST_INVALID,
-                         "max-model-len is %u; the KV pool holds %llu tokens: raise "
-                         "kv-cache-bytes", cfg->max_model_len, (unsigned long long)of_pool);
+                         "max-model-len is %u; the %s holds %llu tokens: raise %s",
+                         cfg->max_model_len, pool->staged_blocks ? "host tier" : "KV pool",
+                         (unsigned long long)of_pool,
+                         pool->staged_blocks ? "host-kv-bytes" : "kv-cache-bytes");
     e->max_model_len = cfg->max_model_len ? cfg->max_model_len
                        : of_pool < of_model ? (uint32_t)of_pool : of_model;
     return ST_OK;
@@ -202,6 +205,7 @@ static bool has_dense_layer(const struct select_plan *plan)
 struct division {
     struct kv_pool_config pool;
     struct hot_sets_config sets;     /* sets 0: none */
+    uint64_t aside;                  /* bytes that are not kv slots with their index */
 };
 
 static uint32_t at_most(uint64_t n, uint64_t most)
@@ -227,43 +231,70 @@ static enum status plan_sets(const struct engine *e, const struct engine_config 
     return ST_OK;
 }
 
+/* Blocks of the longest context: as was asked for, or else what the pool could hold at most. */
+static uint32_t longest_blocks(const struct engine *e, const struct engine_config *cfg,
+                               uint64_t of_pool)
+{
+    uint64_t tokens = cfg->max_model_len ? cfg->max_model_len
+                                         : (uint64_t)model_config(e->model)->max_position;
+    uint64_t blocks = (tokens + BLOCK_TOKENS - 1) / BLOCK_TOKENS;
+
+    return at_most(blocks, cfg->max_model_len ? UINT32_MAX : of_pool);
+}
+
+/* What sequences that are not all on the device need there: hot rows, their index and, where the
+ * longest is asked for and longer than the pool, two buffers for it to pass through.  bytes: of the
+ * device; block: of K, V and index. */
+static enum status set_aside(const struct engine *e, const struct engine_config *cfg,
+                             uint64_t bytes, size_t block, struct division *d, struct error *err)
+{
+    const struct kv_pool_config *pool = &d->pool;
+    uint32_t longest = longest_blocks(e, cfg, bytes / block + 1);
+
+    if (has_dense_layer(&e->select)) {
+        log_info("engine", "a layer is dense: no sequence can leave the device, and the host tier "
+                 "is a prefix cache alone");
+        return ST_OK;
+    }
+    TRY(plan_sets(e, cfg, longest, d, err));
+    d->pool.index_blocks = at_most((uint64_t)d->sets.sets * longest, pool->host_blocks);
+    d->aside = hot_sets_bytes(&d->sets) + (uint64_t)pool->index_blocks * (uint64_t)pool->layers *
+                                              index_block_bytes(&pool->shape);
+    if (cfg->max_model_len == 0 || d->aside + (uint64_t)longest * block <= bytes)
+        return ST_OK;
+    d->pool.staged_blocks = longest;
+    d->aside += 2 * (uint64_t)longest * kv_block_bytes(&pool->shape);
+    return ST_OK;
+}
+
 /* bytes: of the device, for all of it. */
 static enum status divide(const struct engine *e, const struct engine_config *cfg,
                           const struct kv_shape *shape, uint64_t bytes, struct division *d,
                           struct error *err)
 {
-    const struct model_config *m = model_config(e->model);
-    size_t kv = (size_t)m->layers * kv_block_bytes(shape);
-    size_t index = (size_t)m->layers * index_block_bytes(shape);
-    uint32_t longest = cfg->max_model_len ? cfg->max_model_len : (uint32_t)m->max_position;
-    uint64_t aside = 0;
+    int layers = model_config(e->model)->layers;
+    size_t block = kv_pool_bytes_per_block(shape, layers);
 
-    *d = (struct division){ .pool = { .layers = m->layers, .shape = *shape,
+    *d = (struct division){ .pool = { .layers = layers, .shape = *shape,
                                       .prefix_cache = cfg->prefix_cache } };
-    d->pool.host_blocks = at_most(cfg->host_kv_bytes / (kv + index), INT32_MAX / 4);
+    d->pool.host_blocks = at_most(cfg->host_kv_bytes / block, INT32_MAX / 4);
     if (cfg->host_kv_bytes && !d->pool.host_blocks)
         return error_set(err, ST_INVALID, "host-kv-bytes is %llu; one block of 64 tokens takes %zu",
-                         (unsigned long long)cfg->host_kv_bytes, kv + index);
-    if (d->pool.host_blocks && !has_dense_layer(&e->select)) {
-        /* A pool cannot hold longer ones, whatever the model allows. */
-        uint32_t max_blocks = at_most((longest + BLOCK_TOKENS - 1) / BLOCK_TOKENS,
-                                      bytes / (kv + index) + 1);
-        TRY(plan_sets(e, cfg, max_blocks, d, err));
-        d->pool.index_blocks = at_most((uint64_t)d->sets.sets * max_blocks, d->pool.host_blocks);
-        aside = hot_sets_bytes(&d->sets) + (uint64_t)d->pool.index_blocks * index;
-    } else if (d->pool.host_blocks)
-        log_info("engine", "a layer is dense: no sequence can leave the device, and the host tier "
-                 "is a prefix cache alone");
-    d->pool.blocks = aside < bytes ? at_most((bytes - aside) / (kv + index), INT32_MAX / 4) : 0;
+                         (unsigned long long)cfg->host_kv_bytes, block);
+    if (d->pool.host_blocks)
+        TRY(set_aside(e, cfg, bytes, block, d, err));
+    d->pool.blocks = d->aside < bytes ? at_most((bytes - d->aside) / block, INT32_MAX / 4) : 0;
     d->pool.index_blocks += d->pool.blocks;
-    if (d->pool.blocks > 0)
+    /* Of what streams, a step is computed while the one before is on its way to the host. */
+    uint32_t least = d->pool.staged_blocks ? 2 * (cfg->step_tokens / BLOCK_TOKENS + 2) : 1;
+    if (d->pool.blocks >= least)
         return ST_OK;
     return error_set(err, ST_INVALID,
-                     "%s %llu bytes for the KV pool; one block of 64 tokens takes %zu, and hot "
-                     "rows and the index of %d offloaded sequences %llu",
+                     "%s %llu bytes for the KV pool; it needs %u blocks of %zu, and %llu for what "
+                     "%d sequences off the device need on it",
                      cfg->kv_bytes ? "kv-cache-bytes gives" : "there are",
-                     (unsigned long long)bytes, kv + index, d->sets.sets,
-                     (unsigned long long)aside);
+                     (unsigned long long)bytes, least, block, (unsigned long long)d->aside,
+                     d->sets.sets);
 }
 
 static enum status open_tier(struct engine *e, const struct engine_config *cfg, struct division *d,
@@ -298,17 +329,18 @@ static enum status carve_memory(struct engine *e, const struct engine_config *cf
 
     TRY(pool_bytes(e, cfg, &kv_bytes, err));
     TRY(divide(e, cfg, shape, kv_bytes, &d, err));
-    TRY(resolve_length(e, cfg, d.pool.blocks, err));
+    TRY(resolve_length(e, cfg, &d.pool, err));
     d.sets.max_blocks = (int)((e->max_model_len + BLOCK_TOKENS - 1) / BLOCK_TOKENS);
     e->step_tokens = cfg->step_tokens;
     e->max_logit_rows = logit_rows(cfg, m->vocab);
     struct model_limits limits = step_limits(cfg, e->max_logit_rows, e->max_model_len);
-    size_t scratch_bytes = model_scratch_bytes(e->model, &limits, &e->select);
+    limits.staged_blocks = (int)d.pool.staged_blocks;
     TRY(kv_pool_create(&e->pool, e->be, &d.pool, err));
     TRY(open_tier(e, cfg, &d, err));
     if (cfg->check_invariants && backend_info(e->be)->host_visible)
         kv_pool_poison(e->pool, true,
                        e->residency.tier ? host_tier_base(e->residency.tier) : NULL);
+    size_t scratch_bytes = model_scratch_bytes(e->model, &limits, &e->select);
     TRY(model_prepare(e->model, &limits, &e->select, err));
     e->step = (struct step_context){
         .model = e->model, .stream = e->stream, .pool = e->pool, .select = &e->select,

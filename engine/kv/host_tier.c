@@ -148,6 +148,14 @@ uint32_t host_tier_under_way(const struct host_tier *t)
     return t->under_way;
 }
 
+bool host_tier_grows(const struct host_tier *t)
+{
+    size_t wanted = t->cfg.host_blocks * t->stride;
+
+    return host_memory_ready_bytes(t->memory) < wanted &&
+           host_memory_failure(t->memory, NULL) == ST_OK;
+}
+
 enum status host_tier_failure(const struct host_tier *t, struct error *err)
 {
     return copy_engine_failure(t->copies, err);

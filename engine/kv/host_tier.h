@@ -57,6 +57,8 @@ bool host_tier_load(struct host_tier *t, kv_block b, bool with_kv, bool urgent);
 /* Take in what has ended: the pool knows then.  How many transfers that was. */
 uint32_t host_tier_collect(struct host_tier *t);
 uint32_t host_tier_under_way(const struct host_tier *t);
+/* Its memory is still being pinned; wake() is called when there is more, and at the end. */
+bool host_tier_grows(const struct host_tier *t);
 
 /* Other than ST_OK once a copy has failed: the device is lost. */
 enum status host_tier_failure(const struct host_tier *t, struct error *err);

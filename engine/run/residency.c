@@ -64,11 +64,8 @@ void residency_return(struct residency_context *r, struct sequence *q)
 
 void residency_start(struct residency_context *r, struct sequence *q)
 {
-    ASSERT(!sequence_is_ready(q));
-    if (q->residency == LOADING_INDEX) {
-        get_set(r, q);
+    if (q->residency != LOADING)
         release_sealed(r, q);
-    }
     residency_load_rest(r, q);
 }
 
@@ -93,19 +90,33 @@ static bool has_index(const struct residency_context *r, const struct sequence *
     return true;
 }
 
+static enum residency off_device(const struct sequence *q)
+{
+    return sequence_is_sparse_only(q) ? OFFLOADED : STREAMED;
+}
+
+bool residency_leave_early(struct residency_context *r, struct sequence *q)
+{
+    if (!r->sets || (q->hot_set < 0 && hot_sets_free(r->sets) == 0))
+        return false;
+    get_set(r, q);
+    q->residency = has_index(r, q) ? off_device(q) : LOADING_INDEX;
+    return true;
+}
+
 void residency_hold_arrived(struct residency_context *r, struct sequence *q)
 {
     if (q->residency == LOADING || q->residency == RETURNING)
         hold_all(r, q);
     else if (q->residency == LOADING_INDEX && has_index(r, q))
-        q->residency = OFFLOADED;
+        q->residency = off_device(q);
 }
 
 void residency_load_rest(struct residency_context *r, struct sequence *q)
 {
     bool with_kv = q->residency != LOADING_INDEX, urgent = q->residency != RETURNING;
 
-    if (q->residency == ON_DEVICE || q->residency == OFFLOADED)
+    if (q->residency == ON_DEVICE || q->residency == OFFLOADED || q->residency == STREAMED)
         return;
     for (uint32_t i = 0; i < q->n_blocks; i++) {
         struct block_place place = kv_pool_place(r->pool, q->table[i]);
@@ -120,10 +131,12 @@ void residency_store(struct residency_context *r, struct sequence *q)
         return;
     while (q->n_stored < q->n_sealed && host_tier_store(r->tier, q->table[q->n_stored]))
         q->n_stored++;
-    if (q->residency == OFFLOADED)
+    if (q->residency == STREAMED || q->residency == OFFLOADED) {
+        q->residency = off_device(q);
         release_sealed(r, q);
-    else if (r->always && q->residency == ON_DEVICE)
+    } else if (r->always && q->residency == ON_DEVICE) {
         residency_offload(r, q);
+    }
 }
 
 void residency_end(struct residency_context *r, struct sequence *q)

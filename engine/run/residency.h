@@ -18,6 +18,9 @@
  *                              arrived      ^     return   |
  *                                           +--------------+ offload
  *
+ * A sequence that is too long for the pool is STREAMED (or LOADING_INDEX before) as long as it has
+ * dense rows to compute, and OFFLOADED from then on.
+ *
  * Leaving costs nothing: blocks are stored as they fill, so to be OFFLOADED is to hold no more what
  * is sealed.  The pool then gives the kv slots away as it needs them, and not before; what has not
  * been stored keeps its own.
@@ -41,10 +44,15 @@ bool residency_can_offload(const struct residency_context *r, const struct seque
  * free nothing. */
 bool residency_offload(struct residency_context *r, struct sequence *q);
 
+/* Of one that is attached and not admitted yet: be admitted without K and V, as STREAMED, OFFLOADED
+ * or LOADING_INDEX.  It has a set then, which residency_end() gives back.  False where it cannot be
+ * for now. */
+bool residency_leave_early(struct residency_context *r, struct sequence *q);
+
 /* OFFLOADED to RETURNING; the pool has room for all of it. */
 void residency_return(struct residency_context *r, struct sequence *q);
 
-/* What was just admitted LOADING or LOADING_INDEX: start. */
+/* What was just admitted and is not ON_DEVICE: start. */
 void residency_start(struct residency_context *r, struct sequence *q);
 
 /* After host_tier_collect(): first the former for all sequences, then the latter.  Take hold of

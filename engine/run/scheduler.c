@@ -196,6 +196,8 @@ static bool make_room(struct scheduler *sc, struct sequence *seq, uint32_t n)
         if (offload_one(sc))
             continue;
         struct sequence *victim = sc->running.youngest;
+        if (victim == seq && seq->too_long)
+            return false;        /* its own blocks are on their way to the host */
         preempt(sc, victim);
         if (victim == seq)
             return false;
@@ -215,7 +217,7 @@ static void plan_running(struct scheduler *sc, bool decoding)
         bool kept = n == 0 || make_room(sc, seq, n);
         if (kept && n > 0)
             add_slice(sc, seq, n);
-        younger = kept ? seq->younger : NULL;
+        younger = seq->state == SEQ_RUNNING ? seq->younger : NULL;
     }
 }
 
@@ -260,10 +262,11 @@ static uint32_t promised_blocks(const struct scheduler *sc, const struct step_pl
     uint32_t promised = 0;
 
     for (const struct sequence *s = sc->running.oldest; s; s = s->younger)
-        promised += sequence_lacks_blocks(s, s->n_tokens + 1);
+        promised += sequence_will_lack_blocks(s);
     for (uint32_t i = 0; i < p->n_slices; i++) {
         const struct sequence *s = p->slices[i].seq;
-        promised -= sequence_lacks_blocks(s, s->n_computed + p->slices[i].n_tokens);
+        uint32_t taken = sequence_lacks_blocks(s, s->n_computed + p->slices[i].n_tokens);
+        promised -= taken < promised ? taken : promised;
     }
     return promised;
 }
@@ -283,17 +286,26 @@ static bool has_room(const struct scheduler *sc, const struct step_plan *p,
 {
     uint32_t loads = sequence_wants_blocks(seq);
 
-    if (sc->running.n > 0 && loads + sequence_lacks_blocks(seq, seq->n_tokens + 1) +
+    if (sc->running.n > 0 && loads + sequence_will_lack_blocks(seq) +
                                  promised_blocks(sc, p) > unclaimed(p))
         return false;
     return loads + sequence_lacks_blocks(seq, seq->n_computed + n) <= unclaimed(p);
+}
+
+/* A step can stream one sequence. */
+static bool streams(const struct scheduler *sc)
+{
+    for (const struct sequence *s = sc->running.oldest; s; s = s->younger)
+        if (s->too_long && !sequence_is_sparse_only(s))
+            return true;
+    return false;
 }
 
 bool scheduler_admit(struct scheduler *sc, struct step_plan *plan, struct sequence *seq)
 {
     uint32_t n = slice_tokens(seq, &plan->left);
 
-    if (n == 0)
+    if (n == 0 || (seq->too_long && streams(sc)))
         return false;
     while (!has_room(sc, plan, seq, n))
         if (!offload_one(sc))

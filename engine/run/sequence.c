@@ -143,6 +143,16 @@ uint32_t sequence_lacks_blocks(const struct sequence *q, uint32_t n)
     return blocks > q->n_blocks ? blocks - q->n_blocks : 0;
 }
 
+/* As much as a step or two takes: what is computed then makes room. */
+enum { PASSING_BLOCKS = 32 };
+
+uint32_t sequence_will_lack_blocks(const struct sequence *q)
+{
+    uint32_t n = sequence_lacks_blocks(q, q->n_tokens + 1);
+
+    return q->too_long && n > PASSING_BLOCKS ? PASSING_BLOCKS : n;
+}
+
 static struct block_name name_of(const struct sequence *q, const struct select_plan *plan,
                                  uint32_t block)
 {

@@ -31,7 +31,8 @@ enum sequence_state { SEQ_WAITING, SEQ_RUNNING };
 enum residency {
     ON_DEVICE,                   /* all blocks held: steps of any kind */
     LOADING,                     /* on their way to the device; no steps before they are there */
-    LOADING_INDEX,               /* only the index is; then OFFLOADED */
+    LOADING_INDEX,               /* only the index is; then OFFLOADED or STREAMED */
+    STREAMED,                    /* what is sealed is not held: dense steps, model.h */
     OFFLOADED,                   /* what is sealed is not held: sparse steps, with a hot set */
     RETURNING,                   /* OFFLOADED, and loading to become ON_DEVICE */
 };
@@ -45,6 +46,7 @@ struct sequence {
     uint32_t n_prompt, n_tokens, n_computed, n_blocks;
     uint32_t sparse_from;        /* first sparse position; UINT32_MAX: none */
     bool scoring;                /* wants logits of every prompt row */
+    bool too_long;               /* the pool cannot hold all of it: never ON_DEVICE */
     bool was_admitted;           /* left the waiting room once */
     struct sequence *older, *younger; /* neighbours in the scheduler's list */
 
@@ -55,7 +57,7 @@ struct sequence {
     uint32_t n_held;             /* blocks; n_blocks when ON_DEVICE */
     uint32_t n_stored;           /* blocks that the host tier has been asked to store */
     enum residency residency;
-    int hot_set;                 /* OFFLOADED and RETURNING; else -1 */
+    int hot_set;                 /* STREAMED, OFFLOADED and RETURNING; else -1 */
 
     struct detokenizer detok;
     struct stop_matcher stops;
@@ -87,6 +89,9 @@ bool sequence_is_sparse_only(const struct sequence *q);
 bool sequence_is_ready(const struct sequence *q);
 /* Blocks whose K and V it waits for. */
 uint32_t sequence_wants_blocks(const struct sequence *q);
+/* Blocks that it lacks to go on as far as is known, and one more; of what only passes through the
+ * pool, a part. */
+uint32_t sequence_will_lack_blocks(const struct sequence *q);
 
 /* Before admission: pin what the prefix cache has, and hold what of it is on the device; then it is
  * ON_DEVICE or, where some is not, LOADING, and loads are to be started when it is admitted.  At

@@ -2,6 +2,8 @@
 
 #include "engine/base/invariant.h"
 
+#include <stdlib.h>
+
 static bool slice_is_sparse(const struct step_slice *s)
 {
     return s->seq->n_computed >= s->seq->sparse_from;
@@ -57,6 +59,52 @@ static void pack_logits(struct model_batch *b, const struct step_slice *s, int f
     }
 }
 
+static int compare_ints(const void *a, const void *b)
+{
+    int32_t x = *(const int32_t *)a, y = *(const int32_t *)b;
+
+    return (x > y) - (x < y);
+}
+
+/* The blocks that the table says -1 of pass through: in the order of their host slots, so that
+ * neighbours are copied together. */
+static void pack_staged(const struct step_context *cx, struct model_batch *b,
+                        const struct sequence *q, int32_t *kv)
+{
+    for (uint32_t i = 0; i < q->n_blocks; i++)
+        if (kv[i] < 0)
+            b->staged[b->n_staged++] = kv_pool_place(cx->pool, q->table[i]).host;
+    qsort(b->staged, (size_t)b->n_staged, sizeof *b->staged, compare_ints);
+    for (uint32_t i = 0; i < q->n_blocks; i++) {
+        if (kv[i] >= 0)
+            continue;
+        int32_t slot = kv_pool_place(cx->pool, q->table[i]).host;
+        const int32_t *at = bsearch(&slot, b->staged, (size_t)b->n_staged, sizeof slot,
+                                    compare_ints);
+        kv[i] = -2 - (int32_t)(at - b->staged);
+    }
+}
+
+static void pack_tables(const struct step_context *cx, struct model_batch *b,
+                        const struct sequence *q, int at)
+{
+    size_t table = (size_t)at * cx->max_blocks;
+
+    if (b->hot_set)
+        b->hot_set[at] = q->residency == STREAMED ? -1 : q->hot_set;
+    for (uint32_t i = 0; i < q->n_blocks; i++) {
+        struct block_place place = kv_pool_place(cx->pool, q->table[i]);
+        bool there = q->held[i] || (place.kv >= 0 && !(cx->only_held && place.host >= 0));
+        ASSERT(there || (q->hot_set >= 0 && place.host >= 0));
+        b->kv_table[table + i] = there ? place.kv : -1;
+        b->index_table[table + i] = place.index;
+        if (q->hot_set >= 0)
+            b->host_table[table + i] = place.host;
+    }
+    if (q->residency == STREAMED)
+        pack_staged(cx, b, q, b->kv_table + table);
+}
+
 static void pack_slice(const struct step_context *cx, struct model_batch *b,
                        struct step_slice *s)
 {
@@ -67,17 +115,7 @@ static void pack_slice(const struct step_context *cx, struct model_batch *b,
     b->first_row[at] = first_row;
     b->n_rows[at] = (int32_t)s->n_tokens;
     b->n_tokens[at] = (int32_t)(q->n_computed + s->n_tokens);
-    if (b->hot_set)
-        b->hot_set[at] = q->hot_set;
-    for (uint32_t i = 0; i < q->n_blocks; i++) {
-        struct block_place place = kv_pool_place(cx->pool, q->table[i]);
-        bool there = q->held[i] || (place.kv >= 0 && !(cx->only_held && place.host >= 0));
-        ASSERT(there || q->hot_set >= 0);
-        b->kv_table[table + i] = there ? place.kv : -1;
-        b->index_table[table + i] = place.index;
-        if (q->hot_set >= 0)
-            b->host_table[table + i] = place.host;
-    }
+    pack_tables(cx, b, q, at);
     s->first_result = b->logit_rows;
     pack_rows(b, s, b->kv_table + table, b->index_table + table);
     pack_logits(b, s, first_row);
@@ -87,7 +125,7 @@ enum status step_run(const struct step_context *cx, struct step_plan *plan, stru
 {
     struct model_batch *b = model_batch(cx->model);
 
-    b->rows = b->seqs = b->sparse_seqs = b->logit_rows = 0;
+    b->rows = b->seqs = b->sparse_seqs = b->logit_rows = b->n_staged = 0;
     for (uint32_t i = 0; i < plan->n_slices; i++) {
         const struct step_slice *s = &plan->slices[i];
         sequence_grow(s->seq, cx->pool, s->seq->n_computed + s->n_tokens);
@@ -97,7 +135,10 @@ enum status step_run(const struct step_context *cx, struct step_plan *plan, stru
             pack_slice(cx, b, &plan->slices[i]);
     b->sparse_seqs = b->seqs;
     for (uint32_t i = 0; i < plan->n_slices; i++)
-        if (!slice_is_sparse(&plan->slices[i]))
+        if (!slice_is_sparse(&plan->slices[i]) && plan->slices[i].seq->residency != STREAMED)
+            pack_slice(cx, b, &plan->slices[i]);
+    for (uint32_t i = 0; i < plan->n_slices; i++)
+        if (!slice_is_sparse(&plan->slices[i]) && plan->slices[i].seq->residency == STREAMED)
             pack_slice(cx, b, &plan->slices[i]);
     return model_step(cx->model, cx->stream, cx->pool, err);
 }

@@ -2,6 +2,7 @@
 
 #include "tests/support/gpu_fixture.h"
 #include "tests/support/offload_history.h"
+#include "tests/support/streamed_history.h"
 
 #include <check.h>
 #include <math.h>
@@ -224,6 +225,23 @@ START_TEST(leaving_the_device_changes_nothing)
 END_TEST
 enum { N_OFFLOAD_KINDS = 6 };
 
+/* A prompt that streams through the device, by the kernels of prompts and of single rows. */
+START_TEST(streaming_changes_nothing)
+{
+    static const struct { const char *dir; int prompt, chunk, decodes; } kinds[] = {
+        { "models/asynctlsd-books-9m", 3000, 512, 30 },
+        { "models/asynctlsd-books-9m", 700, 77, 70 },
+        { "build/models/qwen3", 900, 64, 5 },
+    };
+    struct streamed_history h = { .dir = kinds[_i].dir, .backend = gpu_backend(),
+                                  .prompt = kinds[_i].prompt, .chunk = kinds[_i].chunk,
+                                  .decodes = kinds[_i].decodes, .seed = (uint64_t)_i };
+
+    if (gpu_backend())
+        streamed_history_run(&h);
+}
+END_TEST
+
 TCase *gpu_model_case(void)
 {
     TCase *tc = tcase_create("gpu_model");
@@ -234,5 +252,6 @@ TCase *gpu_model_case(void)
     tcase_add_test(tc, chunks_change_little);
     tcase_add_loop_test(tc, sparse_equals_dense_and_the_cpu, 0, 4);
     tcase_add_loop_test(tc, leaving_the_device_changes_nothing, 0, N_OFFLOAD_KINDS);
+    tcase_add_loop_test(tc, streaming_changes_nothing, 0, 3);
     return tc;
 }

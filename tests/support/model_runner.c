@@ -22,6 +22,7 @@ static void open_pool(struct runner *r, const struct runner_options *o, int laye
     uint32_t host_blocks = o->hot_sets ? blocks : 0;
     struct kv_pool_config cfg = { .blocks = blocks, .index_blocks = blocks + host_blocks,
                                   .host_blocks = host_blocks, .layers = layers,
+                                  .staged_blocks = (uint32_t)r->limits.staged_blocks,
                                   .shape = r->shape };
     struct error err = { 0 };
 
@@ -64,6 +65,7 @@ void runner_open(struct runner *r, const struct runner_options *o)
         .max_seqs = o->max_seqs,
         .max_logit_rows = o->max_logit_rows ? o->max_logit_rows : o->max_seqs,
         .max_blocks = blocks_of(o->max_tokens),
+        .staged_blocks = o->hot_sets ? blocks_of(o->max_tokens) : 0,
     };
     if (o->hot_sets)
         open_hot_sets(r, o, layers);
@@ -121,12 +123,17 @@ static void pack(struct runner *r, const struct test_work *w, int s)
         struct block_place place = kv_pool_place(r->pool, w->seq->blocks[i]);
         ck_assert(place.kv >= 0 || w->seq->set >= 0);
         kv[i] = place.kv;
+        if (place.kv < 0 && !w->sparse) {
+            ck_assert_int_eq(s, b->seqs - 1);
+            kv[i] = -2 - b->n_staged;
+            b->staged[b->n_staged++] = place.host;
+        }
         index[i] = place.index;
         if (r->hot)
             b->host_table[(size_t)s * (size_t)r->limits.max_blocks + (size_t)i] = place.host;
     }
     if (r->hot)
-        b->hot_set[s] = w->seq->set;
+        b->hot_set[s] = w->sparse ? w->seq->set : -1;
     for (int i = 0; i < w->n; i++, b->rows++) {
         int position = w->seq->n_tokens + i;
         b->ids[b->rows] = w->ids[i];
@@ -146,7 +153,7 @@ void runner_step(struct runner *r, struct test_work *works, int n_works)
     struct model_batch *b = model_batch(r->model);
     struct error err = { 0 };
 
-    b->rows = b->sparse_seqs = b->logit_rows = 0;
+    b->rows = b->sparse_seqs = b->logit_rows = b->n_staged = 0;
     b->seqs = n_works;
     for (int s = 0; s < n_works; s++)
         pack(r, &works[s], s);

@@ -57,7 +57,8 @@ void runner_close(struct runner *r);
 void seq_init(struct runner *r, struct test_seq *seq, int max_tokens);
 void seq_fini(struct runner *r, struct test_seq *seq);
 
-/* One step.  Sparse works come first. */
+/* One step.  Sparse works come first; a dense one of which some blocks are off the device comes
+ * last and is streamed. */
 void runner_step(struct runner *r, struct test_work *works, int n_works);
 
 /* Append n tokens of one sequence in chunks; the result of the last row. */
