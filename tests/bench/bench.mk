@@ -16,7 +16,7 @@ ifneq ($(CU),)
 BENCH_GPU := bench-gpu bench-gpu-two-level bench-gpu-step
 $B/bench-gpu: $B/tests/bench/bench_gpu.o
 $B/bench-gpu-two-level: $B/tests/bench/bench_gpu_two_level.o
-$B/bench-gpu-step: $B/tests/bench/bench_gpu_step.o
+$B/bench-gpu-step: $B/tests/bench/bench_gpu_step.o $B/tests/bench/decode_steps.o
 $(BENCH_GPU:%=$B/%): $B/tests/bench/memory_rate.cu.o $B/tests/support/gpu_bench.o \
                      $B/tests/support/random_data.o $(LIB)
 	$(call say,LD,$@)
