@@ -8,6 +8,7 @@ Sections: operator  two-level attention, beside our own full attention and PyTor
           decode    full attention of a decode step, beside PyTorch's
           prefill   full attention of a chunk of a prompt, beside PyTorch's
           step      whole decode steps of Qwen3-8B's and Qwen3-0.6B's shape
+          offload   the same of Qwen3-8B's with K and V in host memory (40 GB of it)
           serve     the daemon over HTTP: a long prompt beside streams, 64 streams
 
 Model folders are made when they are absent (random weights; 18 GB in all).  PyTorch's
@@ -28,9 +29,12 @@ import bench_gpu_serve
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = Path(__file__).resolve().parent
-SECTIONS = ("operator", "decode", "prefill", "step", "serve")
+SECTIONS = ("operator", "decode", "prefill", "step", "offload", "serve")
 MODELS = ("qwen3-8b", "qwen3-0.6b")
 STEPS = {"qwen3-8b": ("1:1024", "1:98304", "8:98304"), "qwen3-0.6b": ("1:1024", "8:1024")}
+OFFLOADS = ("1:98304", "4:98304", "8:98304", "16:49152")
+OFFLOAD_COLUMNS = ("batch", "tokens", "overlap", "resident_ms", "offloaded_ms", "ratio", "full_ms",
+                   "misses", "mb", "gb_per_s", "floor_ms")
 
 # Qwen3-8B, one layer.
 KV_HEADS, HEADS, DIM, LAYERS = 8, 32, 128, 36
@@ -194,6 +198,23 @@ def section_step(run, torch):
                     + (f" ({' '.join(map(str, note))})" if note else ""))
 
 
+def section_offload(run, torch):
+    text = run.program("offload", run.bin / "bench-gpu-offload", "--host-gb", 40,
+                       run.models / "qwen3-8b", *OFFLOADS, timeout=420)
+    for r in numbers(text, "ms a step"):
+        if len(r) < len(OFFLOAD_COLUMNS):
+            run.row(f"offloaded, batch {r[0]:.0f}, {r[1]:,.0f} tokens", " ".join(map(str, r[2:])))
+            continue
+        f = dict(zip(OFFLOAD_COLUMNS, r), note=" ".join(map(str, r[len(OFFLOAD_COLUMNS):])))
+        run.figures.setdefault("offload", []).append(f)
+        rate = f", {f['gb_per_s']:.1f} GB/s" if f["gb_per_s"] != "-" else ""
+        run.row(f"offloaded, batch {f['batch']:.0f}, {f['tokens']:,.0f} tokens, "
+                f"{f['overlap']:.0f} % found", f"{f['offloaded_ms']:.2f} ms, {f['ratio']:.2f}x",
+                f"{f['resident_ms'] + f['floor_ms']:.2f} ms", "", "", None,
+                f"resident {f['resident_ms']:.2f} ms, full {f['full_ms']:.2f} ms; "
+                f"{f['mb']:.1f} MB fetched{rate}" + (f" ({f['note']})" if f["note"] else ""))
+
+
 def section_serve(run, torch):
     print("  serve ...", end="", flush=True)
     began = time.monotonic()
@@ -310,7 +331,7 @@ def main():
     torch = importlib.util.find_spec("torch") is not None
     if not torch and {"operator", "decode", "prefill"} & set(sections):
         print("skip: PyTorch's figures (torch cannot be imported)")
-    if {"step", "serve"} & set(sections):
+    if {"step", "offload", "serve"} & set(sections):
         make_models(run, MODELS if "step" in sections else MODELS[:1])
     for section in SECTIONS:
         if section in sections:

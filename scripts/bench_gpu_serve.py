@@ -31,7 +31,7 @@ SHORT_PROMPT = 1000
 
 
 class Server:
-    def __init__(self, program, model, options, log):
+    def __init__(self, program, model, options, log, timeout=600):
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             self.port = s.getsockname()[1]
@@ -45,6 +45,9 @@ class Server:
         while not self.is_ready():
             if self.process.poll() is not None:
                 raise RuntimeError(f"the server did not start, see {log}")
+            if time.monotonic() - began > timeout:
+                self.process.kill()
+                raise RuntimeError(f"the server was not ready after {timeout:.0f} s, see {log}")
             time.sleep(0.02)
         self.start_s = time.monotonic() - began
 
@@ -60,15 +63,18 @@ class Server:
             pass
         return False
 
-    def counters(self):
+    def metrics(self):
+        """By name, the samples of all labels added up."""
         text = urllib.request.urlopen(self.url + "/metrics").read().decode()
-        return {m[1]: float(m[2]) for m in re.finditer(r"^asynctlsd:(\w+_total)\{[^}]*\} (\S+)$",
-                                                       text, re.M)}
+        sums = {}
+        for name, value in re.findall(r"^asynctlsd:(\w+)\{[^}]*\} (\S+)$", text, re.M):
+            sums[name] = sums.get(name, 0) + float(value)
+        return sums
 
-    def stop(self):
+    def stop(self, timeout=30):
         self.process.terminate()
         try:
-            code = self.process.wait(30)
+            code = self.process.wait(timeout)
         except subprocess.TimeoutExpired:
             self.process.kill()
             code = self.process.wait()
@@ -77,12 +83,13 @@ class Server:
 
 
 class Stream:
-    """A completion whose events are timed as they arrive."""
+    """A completion of some ids alone, whose events are timed as they arrive."""
 
-    def __init__(self, server, prompt, max_tokens, bias):
+    def __init__(self, server, prompt, max_tokens, ids, **fields):
         self.times = []
         self.body = json.dumps({"prompt": prompt, "max_tokens": max_tokens, "stream": True,
-                                "ignore_eos": True, "logit_bias": {str(bias): 100}}).encode()
+                                "ignore_eos": True, "logit_bias": {str(i): 100 for i in ids},
+                                **fields}).encode()
         self.port = server.port
         self.began = None
 
@@ -135,13 +142,13 @@ def prompt_of(n, seed):
     return [choose.randrange(300, 6000) for _ in range(n)]
 
 
-async def measure_prefill(server, n_tokens, n_others, bias):
-    others = [Stream(server, prompt_of(SHORT_PROMPT, i), 20000, bias) for i in range(n_others)]
+async def measure_prefill(server, n_tokens, n_others, ids):
+    others = [Stream(server, prompt_of(SHORT_PROMPT, i), 20000, ids) for i in range(n_others)]
     tasks = [asyncio.create_task(s.run()) for s in others]
     try:
         await until(lambda: all(len(s.times) > 100 for s in others), tasks, 60)
         alone = [g for s in others for g in s.gaps(s.times[50], time.monotonic())]
-        long = Stream(server, prompt_of(n_tokens, 100), 1, bias)
+        long = Stream(server, prompt_of(n_tokens, 100), 1, ids)
         await asyncio.wait_for(long.run(), 300)
         during = [g for s in others for g in s.gaps(long.began, long.times[0])]
         return {"tokens": n_tokens, "streams": n_others, "ttft_s": long.times[0] - long.began,
@@ -152,16 +159,16 @@ async def measure_prefill(server, n_tokens, n_others, bias):
         await cancel(tasks)
 
 
-async def measure_streams(server, n, seconds, bias):
-    streams = [Stream(server, prompt_of(SHORT_PROMPT, 1000 + i), 20000, bias) for i in range(n)]
+async def measure_streams(server, n, seconds, ids):
+    streams = [Stream(server, prompt_of(SHORT_PROMPT, 1000 + i), 20000, ids) for i in range(n)]
     tasks = [asyncio.create_task(s.run()) for s in streams]
     try:
         # Past 1,024 tokens, where the engine records the steps of longer contexts.
         await until(lambda: all(len(s.times) > 100 for s in streams), tasks, 120)
         loop = asyncio.get_running_loop()
-        before, start = await loop.run_in_executor(None, server.counters), time.monotonic()
+        before, start = await loop.run_in_executor(None, server.metrics), time.monotonic()
         await until(lambda: time.monotonic() > start + seconds, tasks, 2 * seconds)
-        after, end = await loop.run_in_executor(None, server.counters), time.monotonic()
+        after, end = await loop.run_in_executor(None, server.metrics), time.monotonic()
         delta = {k: after[k] - before[k] for k in after}
         gaps = [g for s in streams for g in s.gaps(start, end)]
         return {"streams": n, "tokens_per_s": delta["generation_tokens_total"] / (end - start),
@@ -174,16 +181,20 @@ async def measure_streams(server, n, seconds, bias):
         await cancel(tasks)
 
 
+def vocabulary(model):
+    return json.loads((Path(model) / "tokenizer.json").read_text())["model"]["vocab"]
+
+
 def measure(program, model, step_tokens, log, n_prompt, n_others, n_streams, seconds):
     """A dictionary of figures for one server."""
-    vocab = json.loads((Path(model) / "tokenizer.json").read_text())["model"]["vocab"]
+    ids = [vocabulary(model)["e"]]
     options = ["--step-tokens", str(step_tokens)] if step_tokens else []
     server = Server(program, model, options, log)
     try:
         figures = {"step_tokens": step_tokens, "start_s": server.start_s,
                    "loading": server.loading[-1:],
-                   "prefill": asyncio.run(measure_prefill(server, n_prompt, n_others, vocab["e"])),
-                   "decode": asyncio.run(measure_streams(server, n_streams, seconds, vocab["e"]))}
+                   "prefill": asyncio.run(measure_prefill(server, n_prompt, n_others, ids)),
+                   "decode": asyncio.run(measure_streams(server, n_streams, seconds, ids))}
     finally:
         code = server.stop()
     if code != 0:

@@ -13,10 +13,12 @@ bench-cpu: $B/bench-cpu $B/bench-attention
 
 # Speed of the CUDA back end; where there is no GPU these say so.
 ifneq ($(CU),)
-BENCH_GPU := bench-gpu bench-gpu-two-level bench-gpu-step
+BENCH_GPU := bench-gpu bench-gpu-two-level bench-gpu-step bench-gpu-offload
 $B/bench-gpu: $B/tests/bench/bench_gpu.o
 $B/bench-gpu-two-level: $B/tests/bench/bench_gpu_two_level.o
-$B/bench-gpu-step: $B/tests/bench/bench_gpu_step.o
+$B/bench-gpu-step: $B/tests/bench/bench_gpu_step.o $B/tests/bench/decode_steps.o
+$B/bench-gpu-offload: $B/tests/bench/bench_gpu_offload.o $B/tests/bench/decode_steps.o \
+                      $B/tests/bench/empty_rows.cu.o
 $(BENCH_GPU:%=$B/%): $B/tests/bench/memory_rate.cu.o $B/tests/support/gpu_bench.o \
                      $B/tests/support/random_data.o $(LIB)
 	$(call say,LD,$@)
