@@ -47,7 +47,8 @@ struct engine_config {
     uint32_t gpu_memory_thousandths; /* of the device's memory, for everything */
     uint64_t host_kv_bytes; /* host tier; 0: none */
     uint32_t offload_sequences; /* that can be without their K and V on the device at a time; 0: as
-                               many of the longest contexts as the host tier holds */
+                               many of the longest contexts as the host tier holds, and half of
+                               the pool's memory their hot rows and index */
     uint32_t hot_rows;      /* of such a one, a layer and KV head; 0: four times the tokens kept */
     enum offload_policy offload;
     bool prefix_cache;

@@ -213,10 +213,24 @@ static uint32_t at_most(uint64_t n, uint64_t most)
     return (uint32_t)(n < most ? n : most);
 }
 
-static enum status plan_sets(const struct engine *e, const struct engine_config *cfg,
-                             uint32_t max_blocks, struct division *d, struct error *err)
+/* As many sets as were asked for, or as longest contexts fit the host tier, but no more than take,
+ * with the index of such contexts, half of the device's bytes. */
+static int count_sets(const struct engine_config *cfg, const struct division *d, uint64_t bytes)
 {
-    uint32_t contexts = d->pool.host_blocks / max_blocks;
+    struct hot_sets_config one = d->sets;
+    uint64_t index = (uint64_t)d->pool.layers * index_block_bytes(&d->pool.shape);
+    uint64_t longest = (uint64_t)one.max_blocks, n = d->pool.host_blocks / longest;
+
+    one.sets = 1;
+    uint64_t affordable = bytes / 2 / (hot_sets_bytes(&one) + longest * index);
+    n = cfg->offload_sequences ? cfg->offload_sequences : n < affordable ? n : affordable;
+    return (int)at_most(n ? n : 1, cfg->max_running);
+}
+
+static enum status plan_sets(const struct engine *e, const struct engine_config *cfg,
+                             uint32_t max_blocks, uint64_t bytes, struct division *d,
+                             struct error *err)
+{
     uint32_t kept = (uint32_t)e->select.max_keep_tokens;
     uint32_t rows = cfg->hot_rows ? cfg->hot_rows : 4 * kept;
 
@@ -225,9 +239,8 @@ static enum status plan_sets(const struct engine *e, const struct engine_config 
     d->sets = (struct hot_sets_config){
         .layers = d->pool.layers, .shape = d->pool.shape, .max_blocks = (int)max_blocks,
         .rows_per_head = (int)at_most(rows, HOT_MOST_ROWS),
-        .sets = (int)at_most(cfg->offload_sequences ? cfg->offload_sequences
-                             : contexts ? contexts : 1, cfg->max_running),
     };
+    d->sets.sets = count_sets(cfg, d, bytes);
     return ST_OK;
 }
 
@@ -256,7 +269,7 @@ static enum status set_aside(const struct engine *e, const struct engine_config 
                  "is a prefix cache alone");
         return ST_OK;
     }
-    TRY(plan_sets(e, cfg, longest, d, err));
+    TRY(plan_sets(e, cfg, longest, bytes, d, err));
     d->pool.index_blocks = at_most((uint64_t)d->sets.sets * longest, pool->host_blocks);
     d->aside = hot_sets_bytes(&d->sets) + (uint64_t)pool->index_blocks * (uint64_t)pool->layers *
                                               index_block_bytes(&pool->shape);

@@ -55,8 +55,8 @@ static const struct option table[] = {
               "device has no room for all; always: all that can, to measure or test." },
     { .key = "offload-sequences", .type = OPTION_U32, AT(engine.offload_sequences),
       .initial = "0", .max = 4096,
-      .help = "How many may at a time; each takes device memory for its hot rows. 0: as many "
-              "as longest contexts fit the host tier, at most max-running." },
+      .help = "How many may at a time; each takes device memory for its hot rows and index. 0: "
+              "as many as longest contexts fit the host tier, in at most half of that memory." },
     { .key = "hot-rows", .type = OPTION_U32, AT(engine.hot_rows), .initial = "0",
       .max = 65535,
       .help = "Rows of K and V that such a sequence keeps on the device for each layer and KV "
