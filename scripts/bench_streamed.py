@@ -20,12 +20,12 @@ from bench_gpu_serve import ROOT, Server, percentile, prompt_of
 
 
 def complete(server, prompt, n, timeout):
-    """Times of the events, and what they say."""
+    """Times of the events, and the text and logprobs that they carry."""
     body = {"prompt": prompt, "max_tokens": n, "stream": True, "temperature": 0,
             "ignore_eos": True, "logprobs": 1}
     request = urllib.request.Request(server.url + "/v1/completions", json.dumps(body).encode(),
                                      {"Content-Type": "application/json"})
-    began, times, said = time.monotonic(), [], []
+    began, times, text, logprobs = time.monotonic(), [], "", []
     with urllib.request.urlopen(request, timeout=timeout) as answer:
         for line in answer:
             if not line.startswith(b"data: {"):
@@ -34,9 +34,9 @@ def complete(server, prompt, n, timeout):
             if "error" in event:
                 raise RuntimeError(event["error"]["message"])
             times.append(time.monotonic() - began)
-            said += event["choices"][0]["logprobs"]["token_logprobs"]
-            said.append(event["choices"][0]["text"])
-    return times, said
+            text += event["choices"][0]["text"]
+            logprobs += event["choices"][0]["logprobs"]["token_logprobs"]
+    return times, (text, logprobs)
 
 
 def measure(args, options, prompt):
