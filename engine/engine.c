@@ -288,24 +288,6 @@ static void bring_back(struct engine *e, struct step_plan *plan)
     }
 }
 
-/* What the copy engine has brought since the last step.  False when the device is lost. */
-static bool take_in_copies(struct engine *e, struct error *err)
-{
-    struct residency_context *r = &e->residency;
-    struct sequence *oldest = scheduler_oldest(e->scheduler);
-
-    if (!r->tier)
-        return true;
-    host_tier_collect(r->tier);
-    if (host_tier_failure(r->tier, err) != ST_OK)
-        return false;
-    for (struct sequence *q = oldest; q; q = q->younger)
-        residency_hold_arrived(r, q);
-    for (struct sequence *q = oldest; q; q = q->younger)
-        residency_load_rest(r, q);
-    return true;
-}
-
 /* The device is lost: everybody learns it, nobody is let in any more. */
 static void fail_all(struct engine *e, const struct error *why)
 {
@@ -319,6 +301,33 @@ static void fail_all(struct engine *e, const struct error *why)
         q->req->error = *why;
         end_sequence(e, q);
     }
+}
+
+static bool has_work(const struct engine *e)
+{
+    return scheduler_running(e->scheduler) + scheduler_waiting(e->scheduler) > 0;
+}
+
+/* What the copy engine has brought since the last time.  Without work as well: until it is taken
+ * in, a block that was copied is in use, and a lost device nobody's concern. */
+static void take_in_copies(struct engine *e)
+{
+    struct residency_context *r = &e->residency;
+    struct sequence *oldest = scheduler_oldest(e->scheduler);
+    struct error err;
+
+    if (!r->tier)
+        return;
+    host_tier_collect(r->tier);
+    if (host_tier_failure(r->tier, &err) != ST_OK) {
+        if (has_work(e) || !atomic_load(&e->failed))
+            fail_all(e, &err);
+        return;
+    }
+    for (struct sequence *q = oldest; q; q = q->younger)
+        residency_hold_arrived(r, q);
+    for (struct sequence *q = oldest; q; q = q->younger)
+        residency_load_rest(r, q);
 }
 
 static void absorb(struct engine *e, const struct step_plan *plan, uint64_t now_ns)
@@ -351,10 +360,12 @@ static void sleep_until_woken(struct engine *e)
     e->stats.last_step_ns = e->host_from_ns = clock_now_ns();
 }
 
-/* Everybody waits for blocks that are being loaded.  Where some could not be begun, because a slot
- * went to somebody else, the youngest makes room. */
+/* Everybody waits for blocks that are being copied.  Where loads could not be begun, because a slot
+ * went to somebody else, the youngest makes room; so does who was preempted for this step. */
 static void wait_for_blocks(struct engine *e, struct step_plan *plan)
 {
+    if (plan->n_preempted > 0)
+        return;
     if (host_tier_under_way(e->residency.tier) > 0) {
         sleep_until_woken(e);
         return;
@@ -372,10 +383,6 @@ static void step(struct engine *e)
     uint64_t began_ns = clock_now_ns(), waited_ns = model_waited_ns(e->model);
     struct error err;
 
-    if (!take_in_copies(e, &err)) {
-        fail_all(e, &err);
-        return;
-    }
     budget.blocks = kv_pool_available(e->pool);
     struct step_plan *plan = scheduler_plan(e->scheduler, &budget);
     admit(e, plan);
@@ -401,11 +408,6 @@ static void step(struct engine *e)
     }
 }
 
-static bool has_work(const struct engine *e)
-{
-    return scheduler_running(e->scheduler) + scheduler_waiting(e->scheduler) > 0;
-}
-
 void *engine_thread(void *arg)
 {
     struct engine *e = arg;
@@ -415,6 +417,7 @@ void *engine_thread(void *arg)
     while (!atomic_load(&e->stopping)) {
         accept_requests(e);
         drop_cancelled(e, false);
+        take_in_copies(e);
         if (has_work(e))
             step(e);
         engine_publish(e);
