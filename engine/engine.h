@@ -47,7 +47,8 @@ struct engine_config {
     uint32_t gpu_memory_thousandths; /* of the device's memory, for everything */
     uint64_t host_kv_bytes; /* host tier; 0: none */
     uint32_t offload_sequences; /* that can be without their K and V on the device at a time; 0: as
-                               many of the longest contexts as the host tier holds */
+                               many of the longest contexts as the host tier holds, if what is set
+                               aside for them is no more than a quarter of the KV pool's memory */
     uint32_t hot_rows;      /* of such a one, a layer and KV head; 0: four times the tokens kept */
     enum offload_policy offload;
     bool prefix_cache;

@@ -209,8 +209,19 @@ static uint32_t at_most(uint64_t n, uint64_t most)
     return (uint32_t)(n < most ? n : most);
 }
 
+/* Beside the kv slots with their index: hot rows, and the index of what can be OFFLOADED. */
+static uint64_t bytes_aside(const struct division *d, uint32_t max_blocks)
+{
+    uint64_t blocks = at_most((uint64_t)d->sets.sets * max_blocks, d->pool.host_blocks);
+
+    return hot_sets_bytes(&d->sets) +
+           blocks * (uint64_t)d->pool.layers * index_block_bytes(&d->pool.shape);
+}
+
+/* bytes: of the device, for all of it. */
 static enum status plan_sets(const struct engine *e, const struct engine_config *cfg,
-                             uint32_t max_blocks, struct division *d, struct error *err)
+                             uint32_t max_blocks, uint64_t bytes, struct division *d,
+                             struct error *err)
 {
     uint32_t contexts = d->pool.host_blocks / max_blocks;
     uint32_t kept = (uint32_t)e->select.max_keep_tokens;
@@ -224,6 +235,9 @@ static enum status plan_sets(const struct engine *e, const struct engine_config 
         .sets = (int)at_most(cfg->offload_sequences ? cfg->offload_sequences
                              : contexts ? contexts : 1, cfg->max_running),
     };
+    /* A host tier that holds many contexts must not leave the device without a pool. */
+    while (!cfg->offload_sequences && d->sets.sets > 1 && bytes_aside(d, max_blocks) > bytes / 4)
+        d->sets.sets--;
     return ST_OK;
 }
 
@@ -248,9 +262,9 @@ static enum status divide(const struct engine *e, const struct engine_config *cf
         /* A pool cannot hold longer ones, whatever the model allows. */
         uint32_t max_blocks = at_most((longest + BLOCK_TOKENS - 1) / BLOCK_TOKENS,
                                       bytes / (kv + index) + 1);
-        TRY(plan_sets(e, cfg, max_blocks, d, err));
+        TRY(plan_sets(e, cfg, max_blocks, bytes, d, err));
         d->pool.index_blocks = at_most((uint64_t)d->sets.sets * max_blocks, d->pool.host_blocks);
-        aside = hot_sets_bytes(&d->sets) + (uint64_t)d->pool.index_blocks * index;
+        aside = bytes_aside(d, max_blocks);
     } else if (d->pool.host_blocks)
         log_info("engine", "a layer is dense: no sequence can leave the device, and the host tier "
                  "is a prefix cache alone");

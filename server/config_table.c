@@ -56,7 +56,8 @@ static const struct option table[] = {
     { .key = "offload-sequences", .type = OPTION_U32, AT(engine.offload_sequences),
       .initial = "0", .max = 4096,
       .help = "How many may at a time; each takes device memory for its hot rows. 0: as many "
-              "as longest contexts fit the host tier, at most max-running." },
+              "as longest contexts fit the host tier, at most max-running, and in a quarter of "
+              "the KV pool's memory." },
     { .key = "hot-rows", .type = OPTION_U32, AT(engine.hot_rows), .initial = "0",
       .max = 65535,
       .help = "Rows of K and V that such a sequence keeps on the device for each layer and KV "

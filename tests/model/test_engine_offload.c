@@ -256,7 +256,7 @@ static struct engine_config config_of(const struct history *h, const struct kind
                  (uint64_t)at_most(sets * longest, host_blocks) * BUNDLED_INDEX_BYTES;
     c.host_kv_bytes = (uint64_t)host_blocks * BUNDLED_BLOCK_BYTES;
     c.offload = k->offload;
-    c.offload_sequences = k->sequences;
+    c.offload_sequences = sets;
     c.hot_rows = k->hot_rows;
     c.prefix_cache = !k->no_prefix_cache;
     return c;
