@@ -367,6 +367,7 @@ static void wait_for_blocks(struct engine *e, struct step_plan *plan)
     if (plan->n_preempted > 0)
         return;
     if (host_tier_under_way(e->residency.tier) > 0) {
+        engine_publish(e);           /* who looks meanwhile sees that they wait */
         sleep_until_woken(e);
         return;
     }
