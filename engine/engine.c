@@ -292,28 +292,6 @@ static void bring_back(struct engine *e, struct step_plan *plan)
     }
 }
 
-/* What the copy engine has brought since the last step.  False when the device is lost. */
-static bool take_in_copies(struct engine *e, struct error *err)
-{
-    struct residency_context *r = &e->residency;
-    struct sequence *oldest = scheduler_oldest(e->scheduler);
-
-    if (!r->tier)
-        return true;
-    host_tier_collect(r->tier);
-    if (host_tier_failure(r->tier, err) != ST_OK)
-        return false;
-    for (struct sequence *q = oldest; q; q = q->younger)
-        residency_hold_arrived(r, q);
-    for (struct sequence *q = oldest; q; q = q->younger)
-        residency_load_rest(r, q);
-    /* What streams may be waiting for room that its own blocks take. */
-    for (struct sequence *q = oldest; q; q = q->younger)
-        if (q->residency == STREAMED)
-            residency_store(r, q);
-    return true;
-}
-
 /* The device is lost: everybody learns it, nobody is let in any more. */
 static void fail_all(struct engine *e, const struct error *why)
 {
@@ -327,6 +305,37 @@ static void fail_all(struct engine *e, const struct error *why)
         q->req->error = *why;
         end_sequence(e, q);
     }
+}
+
+static bool has_work(const struct engine *e)
+{
+    return scheduler_running(e->scheduler) + scheduler_waiting(e->scheduler) > 0;
+}
+
+/* What the copy engine has brought since the last time.  Without work as well: until it is taken
+ * in, a block that was copied is in use, and a lost device nobody's concern. */
+static void take_in_copies(struct engine *e)
+{
+    struct residency_context *r = &e->residency;
+    struct sequence *oldest = scheduler_oldest(e->scheduler);
+    struct error err;
+
+    if (!r->tier)
+        return;
+    host_tier_collect(r->tier);
+    if (host_tier_failure(r->tier, &err) != ST_OK) {
+        if (has_work(e) || !atomic_load(&e->failed))
+            fail_all(e, &err);
+        return;
+    }
+    for (struct sequence *q = oldest; q; q = q->younger)
+        residency_hold_arrived(r, q);
+    for (struct sequence *q = oldest; q; q = q->younger)
+        residency_load_rest(r, q);
+    /* What streams may be waiting for room that its own blocks take. */
+    for (struct sequence *q = oldest; q; q = q->younger)
+        if (q->residency == STREAMED)
+            residency_store(r, q);
 }
 
 static void absorb(struct engine *e, const struct step_plan *plan, uint64_t now_ns)
@@ -368,14 +377,17 @@ static void fail_for_room(struct engine *e, struct sequence *q)
     end_sequence(e, q);
 }
 
-/* Everybody waits for blocks on their way from or to the host.  Where some could not be begun,
- * because a slot went to somebody else, the youngest makes room. */
+/* Everybody waits for blocks that are being copied.  Where some could not be begun, because a slot
+ * went to somebody else, the youngest makes room; so does who was preempted for this step. */
 static void wait_for_blocks(struct engine *e, struct step_plan *plan)
 {
+    if (plan->n_preempted > 0)
+        return;
     ASSERT(e->residency.tier);
-    if (host_tier_under_way(e->residency.tier) > 0 || host_tier_grows(e->residency.tier))
+    if (host_tier_under_way(e->residency.tier) > 0 || host_tier_grows(e->residency.tier)) {
+        engine_publish(e);           /* who looks meanwhile sees that they wait */
         sleep_until_woken(e);
-    else if (scheduler_running(e->scheduler) > 1)
+    } else if (scheduler_running(e->scheduler) > 1)
         scheduler_put_back(e->scheduler, plan);
     else
         fail_for_room(e, scheduler_oldest(e->scheduler));
@@ -415,11 +427,6 @@ static void step(struct engine *e)
     }
 }
 
-static bool has_work(const struct engine *e)
-{
-    return scheduler_running(e->scheduler) + scheduler_waiting(e->scheduler) > 0;
-}
-
 void *engine_thread(void *arg)
 {
     struct engine *e = arg;
@@ -427,11 +434,9 @@ void *engine_thread(void *arg)
     pthread_setname_np(pthread_self(), "engine");
     e->host_from_ns = clock_now_ns();
     while (!atomic_load(&e->stopping)) {
-        struct error err;
         accept_requests(e);
         drop_cancelled(e, false);
-        if (!take_in_copies(e, &err))
-            fail_all(e, &err);
+        take_in_copies(e);
         if (has_work(e))
             step(e);
         engine_publish(e);

@@ -55,6 +55,8 @@ struct engine_config {
     struct progress *progress;  /* of the weights' way to the device, or NULL; outlives the call */
     bool check_invariants;  /* scheduler_check and kv_pool_check after every step; on the CPU what
                                is free is NaN */
+    bool (*before_copy)(void *arg, uint64_t number); /* tests: copy_engine.h; or NULL */
+    void *before_copy_arg;
     struct select_config select;
 };
 

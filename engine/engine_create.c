@@ -317,6 +317,7 @@ static enum status open_tier(struct engine *e, const struct engine_config *cfg, 
     struct host_tier_config tier = {
         .pool = e->pool, .blocks = d->pool.blocks, .host_blocks = d->pool.host_blocks,
         .layers = d->pool.layers, .shape = d->pool.shape, .wake = wake_engine, .arg = e,
+        .before_copy = cfg->before_copy, .before_copy_arg = cfg->before_copy_arg,
     };
 
     *r = (struct residency_context){ .pool = e->pool, .stream = e->stream,

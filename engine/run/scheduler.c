@@ -189,14 +189,16 @@ static bool offload_one(struct scheduler *sc)
 }
 
 /* Make room for n tokens more of seq by offloading, then by preempting the youngest.  False
- * when that was seq itself. */
+ * when that was seq itself.  Alone it has room for all it may become, but for blocks that others
+ * left while they are being copied: then it waits, lest it be preempted for nothing again and
+ * again. */
 static bool make_room(struct scheduler *sc, struct sequence *seq, uint32_t n)
 {
     while (sequence_lacks_blocks(seq, seq->n_computed + n) > unclaimed(&sc->plan)) {
         if (offload_one(sc))
             continue;
         struct sequence *victim = sc->running.youngest;
-        if (victim == seq && seq->too_long)
+        if (victim == sc->running.oldest || (victim == seq && seq->too_long))
             return false;        /* its own blocks are on their way to the host */
         preempt(sc, victim);
         if (victim == seq)

@@ -2,134 +2,14 @@
  * promise that nothing else in the machine changes an answer. */
 
 #include "engine/base/mem.h"
-#include "engine/engine.h"
-#include "engine/run/request.h"
+#include "tests/support/engine_fixture.h"
 #include "tests/support/random_data.h"
 
 #include <check.h>
 #include <cjson/cJSON.h>
-#include <semaphore.h>
 #include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 #include <time.h>
-
-#define MODEL "models/asynctlsd-books-9m"
-
-static struct engine *engine;
-static struct mailbox *mail;
-static sem_t mail_arrived;
-
-static void on_mail(void *arg)
-{
-    sem_post(arg);
-}
-
-static struct engine_config small_config(void)
-{
-    struct engine_config c = {
-        .model_dir = MODEL, .backend = "cpu", .threads = 2, .max_running = 8,
-        .max_waiting = 64, .max_waiting_tokens = 1 << 20, .step_tokens = 256,
-        .kv_bytes = 64 << 20, .prefix_cache = true, .check_invariants = true,
-        .select = select_default(),
-    };
-
-    /* So small that short tests decode sparsely. */
-    c.select.crossover_tokens = 200;
-    c.select.keep_blocks = 4;
-    c.select.keep_tokens = 96;
-    c.select.sink_tokens = 4;
-    c.select.recent_tokens = 32;
-    return c;
-}
-
-static void start(const struct engine_config *c)
-{
-    struct error err = { 0 };
-
-    sem_init(&mail_arrived, 0, 0);
-    mail = mailbox_create(on_mail, &mail_arrived);
-    ck_assert_msg(engine_create(&engine, c, mail, &err) == ST_OK, "%s", err.text);
-}
-
-static void stop(void)
-{
-    engine_destroy(engine);
-    for (struct mail_node *n = mailbox_drain(mail); n; n = n->next)
-        ;
-    mailbox_destroy(mail);
-}
-
-static struct request *new_request(const int32_t *prompt, uint32_t n_prompt, uint32_t max_tokens)
-{
-    struct request *r = mem_calloc(1, sizeof *r);
-    int32_t *copy = mem_alloc(n_prompt * sizeof *copy);
-
-    memcpy(copy, prompt, n_prompt * sizeof *copy);
-    r->prompt = copy;
-    r->n_prompt = n_prompt;
-    r->max_tokens = max_tokens;
-    r->top_p = r->repetition = 1;
-    r->ignore_eos = r->skip_special = r->sparse = true;
-    r->output = mem_calloc(max_tokens + 1, sizeof *r->output);
-    r->chosen = mem_calloc(max_tokens + 1, sizeof *r->chosen);
-    return r;
-}
-
-static void free_request(struct request *r)
-{
-    mem_free((void *)r->prompt);
-    mem_free(r->output);
-    mem_free(r->chosen);
-    mem_free(r->top);
-    mem_free(r->prompt_chosen);
-    mem_free(r->prompt_top);
-    mem_free(r);
-}
-
-/* Until n requests have come home. */
-static void wait_for(int n)
-{
-    while (n > 0) {
-        sem_wait(&mail_arrived);
-        for (struct mail_node *node = mailbox_drain(mail), *next; node; node = next) {
-            struct message *m = (struct message *)node;
-            next = node->next;
-            if (m->kind == MSG_DONE)
-                n--;
-            else
-                atomic_store(&m->req->mail_pending, false);
-        }
-    }
-}
-
-static void run_one(struct request *r)
-{
-    ck_assert_int_eq(engine_submit(engine, r), ST_OK);
-    wait_for(1);
-}
-
-/* Ordinary text tokens, the same for a seed. */
-static void random_prompt(int32_t *ids, uint32_t n, uint64_t seed)
-{
-    struct test_random rng = test_random(seed);
-
-    for (uint32_t i = 0; i < n; i++)
-        ids[i] = 260 + random_below(&rng, 5000);
-}
-
-static void assert_gauges_are_zero(void)
-{
-    struct engine_stats s;
-
-    while (!engine_idle(engine))
-        ;
-    do
-        engine_stats(engine, &s);
-    while (s.running || s.kv_blocks_pinned);
-    ck_assert_uint_eq(s.waiting, 0);
-    ck_assert_uint_eq(s.waiting_tokens, 0);
-}
 
 /* ---- the recorded reference */
 
@@ -269,7 +149,7 @@ START_TEST(batch_chunks_cache_and_preemption_change_nothing)
     c.max_running = 8;
     c.step_tokens = 200;
     c.max_model_len = 420;
-    c.kv_bytes = 9 * (64 * 8192 + 8 * 2 * 2176);
+    c.kv_bytes = 9 * BUNDLED_BLOCK_BYTES;
     for (uint64_t seed = 3; seed < 6; seed++) {
         answers_under(&c, seed, other);
         engine_stats(engine, &s);
@@ -422,7 +302,7 @@ START_TEST(cancelling_at_any_time_harms_nobody)
     struct request *r[N];
     int32_t prompt[300];
 
-    c.kv_bytes = 20 * (64 * 8192 + 8 * 2 * 2176);
+    c.kv_bytes = 20 * BUNDLED_BLOCK_BYTES;
     c.max_model_len = 600;
     start(&c);
     for (int i = 0; i < N; i++) {
@@ -462,10 +342,10 @@ START_TEST(destroying_sends_everybody_home)
         ck_assert_int_eq(engine_submit(engine, r[i]), ST_OK);
     }
     engine_destroy(engine);
-    for (struct mail_node *n = mailbox_drain(mail); n; n = n->next)
+    for (struct mail_node *n = mailbox_drain(engine_mail); n; n = n->next)
         home += ((struct message *)n)->kind == MSG_DONE;
     ck_assert_int_eq(home, 12);
-    mailbox_destroy(mail);
+    mailbox_destroy(engine_mail);
     for (int i = 0; i < 12; i++)
         free_request(r[i]);
 }
