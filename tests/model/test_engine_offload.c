@@ -199,6 +199,7 @@ static const struct kind {
     uint32_t sequences, hot_rows;
     bool no_prefix_cache, cancels;
     int delay_us;                    /* the most a copy is held up */
+    uint32_t step_tokens;            /* 0: as in small_config() */
     int must;                        /* happen, however the threads run */
 } kinds[] = {
     { "always", 100, 120, OFFLOAD_ALWAYS, .must = OFFLOADS | MISSES },
@@ -214,6 +215,13 @@ static const struct kind {
     { "slow copies", 14, 120, OFFLOAD_AUTO, .delay_us = 3000, .must = OFFLOADS },
     { "slow copies, cancels, no prefix cache", 11, 80, OFFLOAD_AUTO, .no_prefix_cache = true,
       .delay_us = 6000, .cancels = true, .must = 0 },
+    /* Pools that the longest do not fit. */
+    { "streamed", 7, 120, OFFLOAD_AUTO, .step_tokens = 80, .must = MISSES },
+    { "streamed, slow copies, cancels", 6, 100, OFFLOAD_AUTO, .step_tokens = 80,
+      .delay_us = 3000, .cancels = true, .must = MISSES },
+    { "streamed, one at a time, no prefix cache", 6, 120, OFFLOAD_AUTO, .sequences = 1,
+      .no_prefix_cache = true, .step_tokens = 80, .must = MISSES },
+    { "streamed, always", 7, 120, OFFLOAD_ALWAYS, .step_tokens = 80, .must = MISSES },
 };
 enum { N_KINDS = sizeof kinds / sizeof kinds[0] };
 
@@ -254,7 +262,10 @@ static struct engine_config config_of(const struct history *h, const struct kind
 
     c.kv_bytes = (uint64_t)blocks * BUNDLED_BLOCK_BYTES + hot_sets_bytes(&hot) +
                  (uint64_t)at_most(sets * longest, host_blocks) * BUNDLED_INDEX_BYTES;
+    if (blocks < longest)            /* the two buffers of what is streamed */
+        c.kv_bytes += 2 * (uint64_t)longest * kv_block_bytes(&hot.shape);
     c.host_kv_bytes = (uint64_t)host_blocks * BUNDLED_BLOCK_BYTES;
+    c.step_tokens = k->step_tokens ? k->step_tokens * h->scale : c.step_tokens;
     c.offload = k->offload;
     c.offload_sequences = sets;
     c.hot_rows = k->hot_rows;
