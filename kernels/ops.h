@@ -262,6 +262,17 @@ struct silu_mul_args {
     int rows, dim, in_stride;
 };
 
+/* out = silu(x Wg^T) * (x Wu^T), with both products rounded to act: to the bit two linear without
+ * bias and then silu_mul.                                 tolerance: as these */
+struct linear_gated_args {
+    void *out;                  /* act [T, I] */
+    const void *x;              /* act [T, in_dim] */
+    const void *gate, *up;      /* [I, in_dim] */
+    enum dtype weight_type;
+    void *scratch;              /* act [T, 2 I] */
+    int rows, in_dim, dim;
+};
+
 struct shape_query {
     int dim, mlp_dim, heads, vocab;
     struct kv_shape kv;
@@ -282,6 +293,7 @@ struct backend_ops {
     void (*attend_selected)(struct stream *s, const struct attend_selected_args *a);
     void (*attend_two_level)(struct stream *s, const struct attend_two_level_args *a);
     void (*silu_mul)(struct stream *s, const struct silu_mul_args *a);
+    void (*linear_gated)(struct stream *s, const struct linear_gated_args *a);
     void (*sample)(struct stream *s, const struct sample_args *a);
 
     /* Scratch sizes for the largest call; the same functions lay it out. */

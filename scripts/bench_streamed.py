@@ -41,7 +41,8 @@ def complete(server, prompt, n, timeout):
 
 def measure(args, options, prompt):
     server = Server(args.bin / "asynctlsd", args.model,
-                    ["--max-model-len", str(args.prompt + args.tokens), *options], args.log)
+                    ["--max-model-len", str(args.prompt + args.tokens), "--step-tokens",
+                     str(args.step_tokens), *options], args.log)
     try:
         complete(server, prompt[:300], 2, args.seconds)      # whatever is made at first use
         while options[-2] == "--host-kv-bytes" and not server.metrics().get("host_kv_blocks"):
@@ -60,6 +61,7 @@ def main():
     ap.add_argument("--model", type=Path, required=True)
     ap.add_argument("--prompt", type=int, default=98304)
     ap.add_argument("--tokens", type=int, default=64)
+    ap.add_argument("--step-tokens", type=int, default=1024)
     ap.add_argument("--pool", default="6gb")
     ap.add_argument("--host", default="20gb", help="host tier")
     ap.add_argument("--ample", default="20gb", help="pool that holds the prompt")

@@ -260,17 +260,13 @@ static void project_qkv(struct pass *p, const struct layer_weights *l, int rows)
     linear(p, column(p, out, q + kv), p->w->h, l->v, l->v_bias, rows, hidden, kv, stride);
 }
 
+/* silu(gate) * up */
 static void project_gate_up(struct pass *p, const struct layer_weights *l, int rows)
 {
-    const int hidden = p->g->hidden, mlp = p->g->mlp;
-    void *out = p->w->gate_up;
-
-    if (l->gate_up_joined) {
-        linear(p, out, p->w->h, l->gate, no_weight, rows, hidden, 2 * mlp, 2 * mlp);
-        return;
-    }
-    linear(p, out, p->w->h, l->gate, no_weight, rows, hidden, mlp, 2 * mlp);
-    linear(p, column(p, out, mlp), p->w->h, l->up, no_weight, rows, hidden, mlp, 2 * mlp);
+    p->ops->linear_gated(p->s, &(struct linear_gated_args){
+        .out = p->w->mid, .x = p->w->h, .gate = l->gate.data, .up = l->up.data,
+        .weight_type = l->gate.type, .scratch = p->w->gate_up, .rows = rows,
+        .in_dim = p->g->hidden, .dim = p->g->mlp });
 }
 
 /* Norm, projections, rotation; K and V into the pool. */
@@ -322,9 +318,6 @@ static void finish_layer(struct pass *p, int layer, void *x, const void *attn, i
            hidden);
     norm(p, x, w->delta, l->mlp_norm, rows);
     project_gate_up(p, l, rows);
-    p->ops->silu_mul(p->s, &(struct silu_mul_args){
-        .out = w->mid, .gate = w->gate_up, .up = column(p, w->gate_up, mlp), .rows = rows,
-        .dim = mlp, .in_stride = 2 * mlp });
     linear(p, w->delta, w->mid, l->down, no_weight, rows, mlp, hidden, hidden);
 }
 

@@ -143,7 +143,8 @@ static enum status bind(struct binder *b, struct weight *slot, const char *name,
     return ST_OK;
 }
 
-/* A linear layer reads weight and bias as one type, the rotary step both norms. */
+/* A linear layer reads weight and bias as one type, the rotary step both norms, and a gated one
+ * both of its matrices. */
 static enum status check_pair(const struct binder *b, int layer, const struct weight *x,
                               const struct weight *y, const char *names)
 {
@@ -170,6 +171,7 @@ static enum status bind_layer(struct binder *b, int layer)
     TRY(check_pair(b, layer, &l->q, &l->q_bias, "q_proj.weight and q_proj.bias"));
     TRY(check_pair(b, layer, &l->k, &l->k_bias, "k_proj.weight and k_proj.bias"));
     TRY(check_pair(b, layer, &l->v, &l->v_bias, "v_proj.weight and v_proj.bias"));
+    TRY(check_pair(b, layer, &l->gate, &l->up, "gate_proj.weight and up_proj.weight"));
     return check_pair(b, layer, &l->q_norm, &l->k_norm, "q_norm.weight and k_norm.weight");
 }
 
@@ -320,7 +322,6 @@ static void find_joined(struct weights *w, const struct model_config *c)
         l->qkv_joined = follows(l->q, l->k, q, c->hidden) && follows(l->k, l->v, kv, c->hidden) &&
                         follows(l->q_bias, l->k_bias, q, 0) &&
                         follows(l->k_bias, l->v_bias, kv, 0);
-        l->gate_up_joined = follows(l->gate, l->up, c->mlp, c->hidden);
     }
 }
 

@@ -33,8 +33,8 @@ struct layer_weights {
     struct weight attn_norm, q, k, v, o;
     struct weight q_bias, k_bias, v_bias;   /* of the type of q, k and v */
     struct weight q_norm, k_norm;           /* of one type */
-    struct weight mlp_norm, gate, up, down;
-    bool qkv_joined, gate_up_joined;
+    struct weight mlp_norm, gate, up, down; /* gate and up of one type */
+    bool qkv_joined;
 };
 
 struct weights;

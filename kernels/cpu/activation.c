@@ -35,3 +35,19 @@ void cpu_silu_mul(struct stream *s, const struct silu_mul_args *a)
     if (s->failed == ST_OK)
         workers_run(s->be->workers, a->rows * act.pieces_a_row, silu_task, &act);
 }
+
+void cpu_linear_gated(struct stream *s, const struct linear_gated_args *a)
+{
+    float *gate = a->scratch, *up = gate + a->dim;
+    struct linear_args product = {
+        .out = gate, .x = a->x, .weight = a->gate, .weight_type = a->weight_type,
+        .rows = a->rows, .in_dim = a->in_dim, .out_dim = a->dim, .out_stride = 2 * a->dim };
+
+    cpu_linear(s, &product);
+    product.out = up;
+    product.weight = a->up;
+    cpu_linear(s, &product);
+    cpu_silu_mul(s, &(struct silu_mul_args){ .out = a->out, .gate = gate, .up = up,
+                                             .rows = a->rows, .dim = a->dim,
+                                             .in_stride = 2 * a->dim });
+}

@@ -59,6 +59,7 @@ void cpu_token_select(struct stream *s, const struct token_select_args *a);
 void cpu_attend_selected(struct stream *s, const struct attend_selected_args *a);
 void cpu_attend_two_level(struct stream *s, const struct attend_two_level_args *a);
 void cpu_silu_mul(struct stream *s, const struct silu_mul_args *a);
+void cpu_linear_gated(struct stream *s, const struct linear_gated_args *a);
 void cpu_sample(struct stream *s, const struct sample_args *a);
 size_t cpu_block_filter_scratch(const struct kv_shape *shape, int max_seqs, int heads,
                                 int max_blocks);

@@ -60,6 +60,7 @@ static const struct backend_ops cpu_ops = {
     .attend_selected = cpu_attend_selected,
     .attend_two_level = cpu_attend_two_level,
     .silu_mul = cpu_silu_mul,
+    .linear_gated = cpu_linear_gated,
     .sample = cpu_sample,
     .block_filter_scratch = cpu_block_filter_scratch,
     .token_select_scratch = cpu_token_select_scratch,

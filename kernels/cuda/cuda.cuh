@@ -144,6 +144,7 @@ void cuda_token_select(struct stream *s, const struct token_select_args *a);
 void cuda_attend_selected(struct stream *s, const struct attend_selected_args *a);
 void cuda_attend_two_level(struct stream *s, const struct attend_two_level_args *a);
 void cuda_silu_mul(struct stream *s, const struct silu_mul_args *a);
+void cuda_linear_gated(struct stream *s, const struct linear_gated_args *a);
 void cuda_sample(struct stream *s, const struct sample_args *a);
 /* The sequences of attend_dense with one row, and those with more. */
 void cuda_attend_one_row(struct stream *s, const struct attend_dense_args *a);
@@ -206,6 +207,11 @@ static __device__ __forceinline__ unsigned pack_bf16(float low, float high)
     __nv_bfloat162 v = __floats2bfloat162_rn(low, high);
 
     return *(unsigned *)&v;
+}
+
+static __device__ __forceinline__ float silu_mul(float gate, float up)
+{
+    return gate / (1 + __expf(-gate)) * up;
 }
 
 /* A weight of either stored type. */

@@ -393,6 +393,7 @@ extern "C" enum status cuda_backend_open(struct backend **out, int device, struc
     be->ops.attend_selected = cuda_attend_selected;
     be->ops.attend_two_level = cuda_attend_two_level;
     be->ops.silu_mul = cuda_silu_mul;
+    be->ops.linear_gated = cuda_linear_gated;
     be->ops.sample = cuda_sample;
     be->ops.block_filter_scratch = cuda_block_filter_scratch;
     be->ops.token_select_scratch = cuda_token_select_scratch;

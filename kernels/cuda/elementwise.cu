@@ -139,7 +139,7 @@ __global__ void rope_table(struct rope_table_args a)
     out[half] = s * a.factor;
 }
 
-__global__ void silu_mul(struct silu_mul_args a)
+__global__ void silu_mul_rows(struct silu_mul_args a)
 {
     size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * VECTOR;
 
@@ -151,7 +151,7 @@ __global__ void silu_mul(struct silu_mul_args a)
     vector gate = load_vector((const __nv_bfloat16 *)a.gate + at);
     vector up = load_vector((const __nv_bfloat16 *)a.up + at);
     for (int j = 0; j < VECTOR; j++)
-        gate.v[j] = gate.v[j] / (1 + __expf(-gate.v[j])) * up.v[j];
+        gate.v[j] = silu_mul(gate.v[j], up.v[j]);
     store_vector((__nv_bfloat16 *)a.out + i, gate);
 }
 
@@ -188,6 +188,6 @@ void cuda_silu_mul(struct stream *s, const struct silu_mul_args *a)
     enum { THREADS = 128 };
 
     if (a->rows > 0)
-        launch_early(s, "silu_mul", silu_mul,
+        launch_early(s, "silu_mul", silu_mul_rows,
                      blocks_of((size_t)a->rows * a->dim / VECTOR, THREADS), THREADS, 0, *a);
 }

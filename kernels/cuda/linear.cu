@@ -32,6 +32,7 @@ enum {
 struct product {
     void *out;                   /* [rows, out_stride] */
     const __nv_bfloat16 *x, *weight, *bias;
+    const __nv_bfloat16 *up;     /* of linear_gated, whose gate is weight */
     int rows, in_dim, out_dim, out_stride;
 };
 
@@ -59,14 +60,17 @@ __device__ __forceinline__ void store(__nv_bfloat16 *to, float v)
  * A thread block makes TILES * HALVES * HALF outputs of every row; its warps take every
  * WARPS-th step of the inputs, and their sums are added in the order of the warps, so a result
  * does not depend on the number of rows.  The order of inputs inside a product is free, and so
- * each thread loads 16 bytes in a row of both operands, which are two products' worth. */
-template <int COLUMN_TILES, int TILES, int HALVES, typename T>
+ * each thread loads 16 bytes in a row of both operands, which are two products' worth.
+ *
+ * GATED: of its two tiles the one is the gate's and the other the same rows' of up, and out is
+ * what silu_mul() makes of them. */
+template <int COLUMN_TILES, int TILES, int HALVES, bool GATED, typename T>
 __global__ void __launch_bounds__(THREADS, 2) multiply_few(product p)
 {
     enum { TILE = HALVES * HALF };
     __shared__ float part[WARPS][COLUMN_TILES * COLUMNS][TILE];
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, c = lane % 4;
-    int first = blockIdx.x * TILES * TILE;
+    int first = blockIdx.x * (GATED ? TILE : TILES * TILE);
     float acc[TILES][COLUMN_TILES][4] = {};
     uint4 w[TILES][HALVES][STEP_LOADS];
 
@@ -75,8 +79,9 @@ __global__ void __launch_bounds__(THREADS, 2) multiply_few(product p)
         for (int t = 0; t < TILES; t++)
 #pragma unroll
             for (int half = 0; half < HALVES; half++) {
-                int row = min(first + t * TILE + half * HALF + g, p.out_dim - 1);
-                const __nv_bfloat16 *base = p.weight + (size_t)row * p.in_dim;
+                int row = first + (GATED ? 0 : t * TILE) + half * HALF + g;
+                const __nv_bfloat16 *base = (GATED && t > 0 ? p.up : p.weight) +
+                                            (size_t)min(row, p.out_dim - 1) * p.in_dim;
 #pragma unroll
                 for (int i = 0; i < STEP_LOADS; i++) {
                     int at = from + i * 32 + c * 8;
@@ -117,6 +122,8 @@ __global__ void __launch_bounds__(THREADS, 2) multiply_few(product p)
                 }
             }
     }
+    float gate = 0;              /* of GATED: a thread has one output at most */
+    static_assert(!GATED || (TILES == 2 && COLUMN_TILES * COLUMNS * TILE <= THREADS), "");
 #pragma unroll
     for (int t = 0; t < TILES; t++) {
         if (t > 0)
@@ -128,12 +135,20 @@ __global__ void __launch_bounds__(THREADS, 2) multiply_few(product p)
                 part[warp][n * COLUMNS + 2 * c + i % 2][g + i / 2 * HALF] = acc[t][n][i];
         __syncthreads();
         for (int i = threadIdx.x; i < COLUMN_TILES * COLUMNS * TILE; i += THREADS) {
-            int row = i / TILE, at = first + t * TILE + i % TILE;
+            int row = i / TILE, at = first + (GATED ? 0 : t * TILE) + i % TILE;
             float sum = 0;
             for (int k = 0; k < WARPS; k++)
                 sum += part[k][row][i % TILE];
             if (row >= p.rows || at >= p.out_dim)
                 continue;
+            if (GATED) {
+                sum = __bfloat162float(__float2bfloat16_rn(sum));
+                if (t == 0)
+                    gate = sum;
+                else
+                    store((T *)p.out + (size_t)row * p.out_stride + at, silu_mul(gate, sum));
+                continue;
+            }
             if (p.bias)
                 sum += __bfloat162float(p.bias[at]);
             store((T *)p.out + (size_t)row * p.out_stride + at, sum);
@@ -148,8 +163,8 @@ void launch_tiles(struct stream *s, const product &p)
     dim3 grid((p.out_dim + per_block - 1) / per_block);
 
     launch_early(s, "linear",
-                 p.rows <= COLUMNS ? multiply_few<1, TILES, HALVES, T>
-                                   : multiply_few<2, TILES, HALVES, T>,
+                 p.rows <= COLUMNS ? multiply_few<1, TILES, HALVES, false, T>
+                                   : multiply_few<2, TILES, HALVES, false, T>,
                  grid, THREADS, 0, p);
 }
 
@@ -166,6 +181,18 @@ void launch_few(struct stream *s, const product &p)
         launch_tiles<1, 2, T>(s, p);
     else
         launch_tiles<1, 1, T>(s, p);
+}
+
+template <int HALVES>
+void launch_gated(struct stream *s, const product &p)
+{
+    const int per_block = HALVES * HALF;
+    dim3 grid((p.out_dim + per_block - 1) / per_block);
+
+    launch_early(s, "linear_gated",
+                 p.rows <= COLUMNS ? multiply_few<1, 2, HALVES, true, __nv_bfloat16>
+                                   : multiply_few<2, 2, HALVES, true, __nv_bfloat16>,
+                 grid, THREADS, 0, p);
 }
 
 /* Any number of rows, FEW_ROWS at a time. */
@@ -417,7 +444,7 @@ void multiply(struct stream *s, const product &p, enum dtype weight_type, bool t
 void cuda_linear(struct stream *s, const struct linear_args *a)
 {
     product p = { a->out, (const __nv_bfloat16 *)a->x, (const __nv_bfloat16 *)a->weight,
-                  (const __nv_bfloat16 *)a->bias, a->rows, a->in_dim, a->out_dim,
+                  (const __nv_bfloat16 *)a->bias, NULL, a->rows, a->in_dim, a->out_dim,
                   a->out_stride };
 
     multiply(s, p, a->weight_type, false);
@@ -426,7 +453,54 @@ void cuda_linear(struct stream *s, const struct linear_args *a)
 void cuda_logits(struct stream *s, const struct logits_args *a)
 {
     product p = { a->out, (const __nv_bfloat16 *)a->x, (const __nv_bfloat16 *)a->weight, NULL,
-                  a->rows, a->dim, a->vocab, a->vocab };
+                  NULL, a->rows, a->dim, a->vocab, a->vocab };
 
     multiply(s, p, a->weight_type, true);
+}
+
+/* Both products one after the other, in one where up follows gate in memory. */
+static void gate_in_parts(struct stream *s, const struct linear_gated_args *a)
+{
+    __nv_bfloat16 *gate = (__nv_bfloat16 *)a->scratch, *up = gate + a->dim;
+    size_t bytes = (size_t)a->dim * a->in_dim * dtype_bytes(a->weight_type);
+    bool joined = (const char *)a->gate + bytes == a->up;
+    struct linear_args product = {};
+    struct silu_mul_args last = {};
+
+    product.out = gate;
+    product.x = a->x;
+    product.weight = a->gate;
+    product.weight_type = a->weight_type;
+    product.rows = a->rows;
+    product.in_dim = a->in_dim;
+    product.out_dim = joined ? 2 * a->dim : a->dim;
+    product.out_stride = 2 * a->dim;
+    cuda_linear(s, &product);
+    if (!joined) {
+        product.out = up;
+        product.weight = a->up;
+        cuda_linear(s, &product);
+    }
+    last.out = a->out;
+    last.gate = gate;
+    last.up = up;
+    last.rows = a->rows;
+    last.dim = a->dim;
+    last.in_stride = 2 * a->dim;
+    cuda_silu_mul(s, &last);
+}
+
+void cuda_linear_gated(struct stream *s, const struct linear_gated_args *a)
+{
+    product p = { a->out, (const __nv_bfloat16 *)a->x, (const __nv_bfloat16 *)a->gate, NULL,
+                  (const __nv_bfloat16 *)a->up, a->rows, a->in_dim, a->dim, a->dim };
+
+    if (!stream_enter(s) || p.rows == 0)
+        return;
+    if (p.rows > FEW_ROWS || a->weight_type == DTYPE_F32)
+        gate_in_parts(s, a);
+    else if (p.out_dim > 2 * 2 * HALF * s->be->info.sm_count)
+        launch_gated<2>(s, p);
+    else
+        launch_gated<1>(s, p);
 }

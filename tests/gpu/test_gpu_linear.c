@@ -372,6 +372,56 @@ START_TEST(nan_rows_spoil_no_other)
 }
 END_TEST
 
+/* The gated product in one kernel, or in parts, is its parts: two products and silu_mul. */
+START_TEST(gated_is_its_parts)
+{
+    static const struct { int in_dim, dim; enum dtype type; } shapes[] = {
+        { 8, 8, DTYPE_BF16 },      { 64, 24, DTYPE_BF16 },      { 576, 1536, DTYPE_BF16 },
+        { 1024, 3072, DTYPE_BF16 }, { 4096, 12288, DTYPE_BF16 }, { 800, 136, DTYPE_F32 },
+    };
+    static const int rows[] = { 1, 2, 7, 8, 9, 16, 33 };
+    const size_t in = (size_t)shapes[_i].in_dim, dim = (size_t)shapes[_i].dim;
+    struct test_random r = test_random(170 + (uint64_t)_i);
+    const void *w[2];
+
+    if (!gpu_backend())
+        return;
+    float *x = random_acts(&r, 33 * in, 1);
+    const void *gpu_x = gpu_put_act(x, 33 * in);
+    for (int i = 0; i < 2; i++) {
+        void *weights = random_weights(&r, in * dim, shapes[_i].type, 0.1f);
+        w[i] = gpu_put_weights(weights, in * dim, shapes[_i].type, 0);
+        mem_free(weights);
+    }
+    bf16 *both = gpu_put(NULL, 33 * 2 * dim * sizeof *both);
+    bf16 *scratch = gpu_put(NULL, 33 * 2 * dim * sizeof *scratch);
+    bf16 *out[2] = { gpu_put(NULL, 33 * dim * sizeof *both), gpu_put(NULL, 33 * dim * 2) };
+    bf16 *got = mem_alloc(33 * dim * sizeof *got), *want = mem_alloc(33 * dim * sizeof *want);
+    for (size_t k = 0; k < sizeof rows / sizeof rows[0]; k++) {
+        char text[100];
+        for (int i = 0; i < 2; i++)
+            gpu_ops()->linear(gpu_stream(), &(struct linear_args){
+                .out = both + (size_t)i * dim, .x = gpu_x, .weight = w[i],
+                .weight_type = shapes[_i].type, .rows = rows[k], .in_dim = (int)in,
+                .out_dim = (int)dim, .out_stride = 2 * (int)dim });
+        gpu_ops()->silu_mul(gpu_stream(), &(struct silu_mul_args){
+            .out = out[0], .gate = both, .up = both + dim, .rows = rows[k], .dim = (int)dim,
+            .in_stride = 2 * (int)dim });
+        gpu_ops()->linear_gated(gpu_stream(), &(struct linear_gated_args){
+            .out = out[1], .x = gpu_x, .gate = w[0], .up = w[1], .weight_type = shapes[_i].type,
+            .scratch = scratch, .rows = rows[k], .in_dim = (int)in, .dim = (int)dim });
+        gpu_get(want, out[0], (size_t)rows[k] * dim * sizeof *want);
+        gpu_get(got, out[1], (size_t)rows[k] * dim * sizeof *got);
+        snprintf(text, sizeof text, "gated, %d rows of %zu, %zu outputs", rows[k], in, dim);
+        assert_same_bits(text, got, want, (size_t)rows[k], dim);
+    }
+    mem_free(got);
+    mem_free(want);
+    mem_free(x);
+    gpu_forget();
+}
+END_TEST
+
 TCase *gpu_linear_case(void)
 {
     TCase *c = tcase_create("gpu_linear");
@@ -385,6 +435,7 @@ TCase *gpu_linear_case(void)
     tcase_add_loop_test(c, linear_rows_are_independent, 0, N_BIT_SETUPS);
     tcase_add_loop_test(c, logits_rows_are_independent, 0, N_LOGITS_SETUPS);
     tcase_add_loop_test(c, runs_repeat, 0, N_BIT_SETUPS);
+    tcase_add_loop_test(c, gated_is_its_parts, 0, 6);
     tcase_add_loop_test(c, logits_repeat, 0, N_LOGITS_SETUPS);
     tcase_add_test(c, nan_rows_spoil_no_other);
     return c;

@@ -91,6 +91,33 @@ START_TEST(every_magnitude)
 }
 END_TEST
 
+/* linear_gated is two products and this. */
+START_TEST(gated_product_is_its_parts)
+{
+    enum { IN = 96, DIM = 200 };
+    static float x[ROWS * IN], both[ROWS * 2 * DIM], want[ROWS * DIM], out[ROWS * DIM];
+    static float weight[2][DIM * IN], scratch[ROWS * 2 * DIM];
+    struct backend *be = test_backend("auto");
+    const struct backend_ops *ops = backend_ops(be);
+    struct stream *s = stream_create(be);
+    struct test_random r = test_random(2);
+
+    random_floats(&r, x, sizeof x / sizeof x[0], 1);
+    random_floats(&r, weight[0], 2 * DIM * IN, 0.5f);
+    for (int i = 0; i < 2; i++)
+        ops->linear(s, &(struct linear_args){
+            .out = both + i * DIM, .x = x, .weight = weight[i], .weight_type = DTYPE_F32,
+            .rows = ROWS, .in_dim = IN, .out_dim = DIM, .out_stride = 2 * DIM });
+    ops->silu_mul(s, &(struct silu_mul_args){ .out = want, .gate = both, .up = both + DIM,
+                                              .rows = ROWS, .dim = DIM, .in_stride = 2 * DIM });
+    ops->linear_gated(s, &(struct linear_gated_args){
+        .out = out, .x = x, .gate = weight[0], .up = weight[1], .weight_type = DTYPE_F32,
+        .scratch = scratch, .rows = ROWS, .in_dim = IN, .dim = DIM });
+    stream_destroy(s);
+    ck_assert_mem_eq(out, want, sizeof out);
+}
+END_TEST
+
 TCase *silu_mul_case(void)
 {
     TCase *c = tcase_create("silu_mul");
@@ -98,5 +125,6 @@ TCase *silu_mul_case(void)
     tcase_add_test(c, scalar_is_right);
     tcase_add_loop_test(c, vectors_equal_scalar, 0, N_DIMS * TEST_N_ISAS);
     tcase_add_loop_test(c, every_magnitude, 0, 3);
+    tcase_add_test(c, gated_product_is_its_parts);
     return c;
 }
