@@ -328,7 +328,9 @@ __global__ void __launch_bounds__(THREADS, 2) attend(decode a)
     int warp = threadIdx.x / WARP, kv_head = blockIdx.y, seq = blockIdx.z;
     int group = a.heads / a.kv_heads;
 
-    let_next_start();
+    /* The next kernel does not start before this one ends: with the output projection beside it a
+     * step of Qwen3-8B at batch 1 and 1,024 tokens takes 4.49 ms on an H200 instead of 4.19. */
+
     /* Lengths and tables come from the host: they can be read, and the tiles of rows that lie
      * there since earlier steps started, while the kernels before this one end. */
     bool waited = TOKENS != CONTEXT || !a.only_last_is_new;
