@@ -284,7 +284,7 @@ static void bring_back(struct engine *e, struct step_plan *plan)
         return;
     for (struct sequence *q = scheduler_oldest(e->scheduler); q; q = q->younger) {
         uint32_t headroom = 2 * running + q->n_blocks / 16;
-        if (q->residency != OFFLOADED)
+        if (q->residency != OFFLOADED || q->too_long)
             continue;
         if (q->n_blocks - q->n_held + headroom <= spare)
             residency_return(&e->residency, q);
@@ -387,7 +387,10 @@ static void wait_for_blocks(struct engine *e, struct step_plan *plan)
     if (host_tier_under_way(e->residency.tier) > 0 || host_tier_grows(e->residency.tier)) {
         engine_publish(e);           /* who looks meanwhile sees that they wait */
         sleep_until_woken(e);
-    } else if (scheduler_running(e->scheduler) > 1)
+        return;
+    }
+    ASSERT(scheduler_running(e->scheduler) > 0);
+    if (scheduler_running(e->scheduler) > 1)
         scheduler_put_back(e->scheduler, plan);
     else
         fail_for_room(e, scheduler_oldest(e->scheduler));

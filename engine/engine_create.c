@@ -234,6 +234,9 @@ static enum status plan_sets(const struct engine *e, const struct engine_config 
     uint32_t kept = (uint32_t)e->select.max_keep_tokens;
     uint32_t rows = cfg->hot_rows ? cfg->hot_rows : 4 * kept;
 
+    if (kept > HOT_MOST_ROWS)
+        return error_set(err, ST_INVALID, "a host tier works with up to %d kept tokens, not %u",
+                         HOT_MOST_ROWS, kept);
     if (rows < kept)
         return error_set(err, ST_INVALID, "hot-rows is %u; a step reads up to %u", rows, kept);
     d->sets = (struct hot_sets_config){

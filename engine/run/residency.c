@@ -7,10 +7,10 @@ static bool is_whole(const struct sequence *q)
     return q->residency == ON_DEVICE || q->residency == RETURNING;
 }
 
-bool residency_can_offload(const struct residency_context *r, const struct sequence *q)
+/* It has a hot set or can get one. */
+static bool can_have_set(const struct residency_context *r, const struct sequence *q)
 {
-    return r->sets && sequence_is_sparse_only(q) &&
-           (q->hot_set >= 0 || hot_sets_free(r->sets) > 0);
+    return r->sets && (q->hot_set >= 0 || hot_sets_free(r->sets) > 0);
 }
 
 static void get_set(struct residency_context *r, struct sequence *q)
@@ -45,7 +45,7 @@ static bool has_copies(const struct residency_context *r, const struct sequence 
 
 bool residency_offload(struct residency_context *r, struct sequence *q)
 {
-    if (!is_whole(q) || !residency_can_offload(r, q) || !has_copies(r, q))
+    if (!is_whole(q) || !sequence_is_sparse_only(q) || !can_have_set(r, q) || !has_copies(r, q))
         return false;
     get_set(r, q);
     release_sealed(r, q);
@@ -97,7 +97,7 @@ static enum residency off_device(const struct sequence *q)
 
 bool residency_leave_early(struct residency_context *r, struct sequence *q)
 {
-    if (!r->sets || (q->hot_set < 0 && hot_sets_free(r->sets) == 0))
+    if (!can_have_set(r, q))
         return false;
     get_set(r, q);
     q->residency = has_index(r, q) ? off_device(q) : LOADING_INDEX;

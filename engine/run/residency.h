@@ -37,9 +37,6 @@ struct residency_context {
     uint64_t n_offloads, n_returns;
 };
 
-/* It needs sparse rows alone, and has a hot set or can get one. */
-bool residency_can_offload(const struct residency_context *r, const struct sequence *q);
-
 /* ON_DEVICE or RETURNING to OFFLOADED.  False, and nothing happens, where that cannot be or would
  * free nothing. */
 bool residency_offload(struct residency_context *r, struct sequence *q);
