@@ -21,7 +21,7 @@
 /* A history comes in two sizes: all lengths and pools are so many times these. */
 enum { SMALL = 1, LARGE = 4 };
 enum {
-    N_REQUESTS = 20, MOST_INSIDE = 16,
+    N_REQUESTS = 15, MOST_INSIDE = 13,
     MAX_PROMPT = 430, MAX_OUTPUT = 210, MAX_LEN = 640, MAX_BLOCKS = MAX_LEN / 64,
 };
 
@@ -512,7 +512,7 @@ static bool fail_at(void *arg, uint64_t number)
 /* Everybody learns that the device is lost, those who wait for blocks and those in the queue. */
 START_TEST(a_failed_copy_ends_all)
 {
-    static const uint64_t at[] = { 0, 1, 5, 12, 20, 30 };
+    static const uint64_t at[] = { 0, 1, 4, 9, 14, 20 };
     static const struct history h = { 3, SMALL };
     struct engine_config c = small_tier_config();
     struct request *r[N_REQUESTS];
