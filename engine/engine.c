@@ -396,10 +396,19 @@ static void wait_for_blocks(struct engine *e, struct step_plan *plan)
         fail_for_room(e, scheduler_oldest(e->scheduler));
 }
 
+/* Only one sequence runs, and streams. */
+static bool streams_alone(const struct engine *e)
+{
+    const struct sequence *q = scheduler_oldest(e->scheduler);
+
+    return q && !q->younger && q->residency == STREAMED;
+}
+
 static void step(struct engine *e)
 {
     struct step_budget budget = {
-        .tokens = e->step_tokens, .logit_rows = e->max_logit_rows,
+        .tokens = streams_alone(e) ? e->alone_tokens : e->step_tokens,
+        .logit_rows = e->max_logit_rows,
         .blocks = kv_pool_available(e->pool), .drop = drop_preempted,
         .offload = e->residency.sets ? offload : NULL, .arg = e,
     };

@@ -13,6 +13,7 @@
 
 enum {
     LOGIT_BYTES = 64 << 20,            /* scoring a prompt may use that much for its logits */
+    STREAM_TOKENS = 2048,              /* a step that streams hides its copies behind as many */
     MAX_PATH_BYTES = 4096
 };
 
@@ -133,6 +134,17 @@ static uint32_t logit_rows(const struct engine_config *cfg, int vocab)
     return (uint32_t)rows;
 }
 
+/* Each step of a streamed prompt brings all that is not on the device across the bus, so it takes
+ * many tokens at a time where no other sequence has to wait for that; but what it computes must fit
+ * half of the pool, since the step before is on its way to the host meanwhile. */
+static uint32_t alone_tokens(const struct engine_config *cfg, const struct kv_pool_config *pool)
+{
+    uint32_t half = pool->blocks / 2, room = half > 2 ? (half - 2) * BLOCK_TOKENS : 0;
+    uint32_t tokens = room < STREAM_TOKENS ? room : STREAM_TOKENS;
+
+    return pool->staged_blocks && tokens > cfg->step_tokens ? tokens : cfg->step_tokens;
+}
+
 static struct model_limits step_limits(const struct engine_config *cfg, uint32_t logit_rows,
                                        uint32_t max_model_len)
 {
@@ -179,6 +191,8 @@ static enum status pool_bytes(const struct engine *e, const struct engine_config
         return ST_OK;
     uint32_t longest = cfg->max_model_len ? cfg->max_model_len : (uint32_t)m->max_position;
     struct model_limits limits = step_limits(cfg, logit_rows(cfg, m->vocab), longest);
+    if (cfg->host_kv_bytes && cfg->max_model_len && limits.max_rows < STREAM_TOKENS)
+        limits.max_rows = STREAM_TOKENS;         /* it may stream */
     uint64_t share = info->mem_bytes / 1000 * cfg->gpu_memory_thousandths;
     uint64_t used = info->mem_bytes - backend_memory_free(e->be);
     uint64_t scratch = model_scratch_bytes(e->model, &limits, &e->select);
@@ -352,6 +366,8 @@ static enum status carve_memory(struct engine *e, const struct engine_config *cf
     e->max_logit_rows = logit_rows(cfg, m->vocab);
     struct model_limits limits = step_limits(cfg, e->max_logit_rows, e->max_model_len);
     limits.staged_blocks = (int)d.pool.staged_blocks;
+    e->alone_tokens = alone_tokens(cfg, &d.pool);
+    limits.max_rows = (int)e->alone_tokens;
     TRY(kv_pool_create(&e->pool, e->be, &d.pool, err));
     TRY(open_tier(e, cfg, &d, err));
     if (cfg->check_invariants && backend_info(e->be)->host_visible)

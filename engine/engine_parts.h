@@ -32,6 +32,7 @@ struct engine {
     struct select_plan select;
     int16_t *channels;
     uint32_t max_model_len, step_tokens, max_logit_rows;
+    uint32_t alone_tokens;               /* budget of a step that streams and disturbs nobody */
     bool check_invariants;
     struct mailbox *to_loop;
 
