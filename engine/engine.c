@@ -83,9 +83,10 @@ void engine_stats(const struct engine *e, struct engine_stats *out)
 
 static void count_residency(struct engine *e)
 {
-    e->stats.offloaded = e->stats.loading = 0;
+    e->stats.offloaded = e->stats.streamed = e->stats.loading = 0;
     for (const struct sequence *q = scheduler_oldest(e->scheduler); q; q = q->younger) {
         e->stats.offloaded += q->residency == OFFLOADED || q->residency == RETURNING;
+        e->stats.streamed += q->residency == STREAMED;
         e->stats.loading += !sequence_is_ready(q);
     }
 }

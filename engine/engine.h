@@ -103,7 +103,7 @@ struct engine_stats {
     uint64_t preemptions, recomputed_tokens;
     bool host_tier;                  /* there is one; without, the following are 0 */
     uint32_t host_blocks, host_blocks_used, host_blocks_cached;
-    uint32_t offloaded, loading;     /* running sequences; the latter wait for blocks */
+    uint32_t offloaded, streamed, loading; /* running sequences; the last wait for blocks */
     uint64_t n_offloads, n_returns, bytes_stored, bytes_loaded, load_wait_ns;
     struct hot_counts hot[SELECT_MAX_LAYERS]; /* rows that offloaded sequences read, by layer */
     uint64_t finished[5];            /* by enum finish */

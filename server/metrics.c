@@ -226,6 +226,8 @@ static void print_host_tier(struct printer *p, const struct engine_stats *s, int
           s->host_blocks_cached },
         { "num_requests_offloaded", "gauge", "Running choices that decode out of the host tier.",
           s->offloaded },
+        { "num_requests_streamed", "gauge", "Running choices too long for the KV pool.",
+          s->streamed },
         { "num_requests_loading", "gauge", "Running choices that wait for blocks to be loaded.",
           s->loading },
         { "offloads_total", "counter", "Choices that left the device.", (double)s->n_offloads },

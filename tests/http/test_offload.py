@@ -74,7 +74,7 @@ class Offload(unittest.TestCase):
         names = self.check()
         self.assertGreater(len(names), 8)
         for name in names:
-            self.assertRegex(name, "host_kv|offload|hot_row|loading")
+            self.assertRegex(name, "host_kv|offload|hot_row|streamed|loading")
 
     def test_always(self):
         self.check(offload="always", kv_cache_bytes="64mb")
@@ -97,7 +97,37 @@ class Offload(unittest.TestCase):
             self.assertEqual(first["choices"], again["choices"])
             self.assertEqual(d.gauge("host_kv_loaded_bytes_total") - loaded, 14 * BLOCK)
 
+    def test_longer_than_the_pool(self):
+        """45 blocks or so hold neither prompt; one at a time streams through them."""
+        ask = {"prompt": text(3, 3500), "max_tokens": 60, "temperature": 0, "ignore_eos": True,
+               "logprobs": 1}
+        asks = [ask, dict(ask, prompt=text(2, 3400), attention="full", max_tokens=5),
+                dict(ask, prompt=text(1, 100))]
+        with Daemon(**SPARSE) as d:
+            want = [d.complete(**a)["choices"] for a in asks]
+        with Daemon(**dict(SPARSE, kv_cache_bytes="37mb", host_kv_bytes="80mb", hot_rows="384",
+                           max_model_len="4096", offload_sequences="1")) as d:
+            self.assertLess(d.gauge("kv_cache_blocks"), 3400 // 64)
+            got = [None] * len(asks)
+
+            def run(i):
+                got[i] = d.complete(**asks[i])["choices"]
+            threads = [threading.Thread(target=run, args=(i,)) for i in range(len(asks))]
+            for t in threads:
+                t.start()
+            self.assertTrue(d.wait_until(lambda: d.gauge("num_requests_streamed") == 1))
+            for t in threads:
+                t.join()
+            if ON_CPU:
+                self.assertEqual(got, want)
+            self.assertTrue(d.wait_until(lambda: d.gauge("num_requests_streamed") == 0))
+
     # ---- what is refused
+
+    def test_a_tier_must_hold_the_longest(self):
+        self.assert_refused("max-model-len is 4096; the host tier holds",
+                            **dict(SPARSE, kv_cache_bytes="37mb", host_kv_bytes="20mb",
+                                   max_model_len="4096", offload_sequences="1"))
 
     def assert_refused(self, want, **options):
         d = Daemon(wait=False, **options)
