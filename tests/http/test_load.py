@@ -86,11 +86,11 @@ class Client(threading.Thread):
 
 
 class Load(unittest.TestCase):
-    def test_load(self):
+    def load(self, **options):
+        """All clients on a daemon with these options; its metrics at the end."""
         print(f"load: {CLIENTS} clients, {SECONDS:g} s, seed {SEED}")
         requests = make_requests()
-        # A pool for about ten of them: the others wait or are put back.
-        with Daemon(max_running="40", kv_cache_bytes="16mb", log_level="warn") as d:
+        with Daemon(max_running="40", log_level="warn", **options) as d:
             want = [texts_of(d.request("POST", "/v1/completions", r)[2]) for r in requests]
             before = d.gauge("generation_tokens_total")
             end = time.monotonic() + SECONDS
@@ -113,6 +113,21 @@ class Load(unittest.TestCase):
                   f"{d.gauge('num_preemptions_total'):.0f} preemptions, "
                   f"{d.gauge('prefix_cache_hits_total'):.0f} cached tokens")
             self.assertEqual(d.request("GET", "/health")[0], 200)
+            return metrics
+
+    def test_load(self):
+        # A pool for about ten of them: the others wait or are put back.
+        self.load(kv_cache_bytes="16mb")
+
+    def test_load_with_a_host_tier(self):
+        # Nearly all decode sparsely, and so leave the device for the others to come in.
+        metrics = self.load(kv_cache_bytes="26mb", host_kv_bytes="60mb", max_model_len="512",
+                            crossover="64", keep_blocks="3", keep_tokens="80", recent_tokens="16",
+                            hot_rows="80", offload_sequences="12")
+        for name in ("offloads_total", "host_kv_stored_bytes_total"):
+            self.assertGreater(sum(metrics["asynctlsd:" + name].values()), 0, name)
+        for name in ("num_requests_offloaded", "num_requests_loading", "host_kv_blocks_used"):
+            self.assertEqual(sum(metrics["asynctlsd:" + name].values()), 0, name)
 
 
 if __name__ == "__main__":
