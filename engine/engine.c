@@ -102,10 +102,10 @@ static void publish_offload(struct engine *e)
     count_residency(e);
     s->n_offloads = r->n_offloads;
     s->n_returns = r->n_returns;
-    struct host_tier_counts tier = host_tier_counts(r->tier);
-    s->bytes_stored = tier.copies.bytes_stored;
-    s->bytes_loaded = tier.copies.bytes_loaded;
-    s->load_wait_ns = tier.copies.load_wait_ns;
+    struct copy_counts copies = host_tier_counts(r->tier);
+    s->bytes_stored = copies.bytes_stored;
+    s->bytes_loaded = copies.bytes_loaded;
+    s->load_wait_ns = copies.load_wait_ns;
     for (int layer = 0; r->sets && layer < model_config(e->model)->layers; layer++)
         s->hot[layer] = hot_sets_counts(r->sets, layer);
 }
@@ -278,11 +278,10 @@ static void admit(struct engine *e, struct step_plan *plan)
 /* The oldest that is offloaded comes back when nobody waits for what it needs. */
 static void bring_back(struct engine *e, struct step_plan *plan)
 {
-    uint32_t running = scheduler_running(e->scheduler);
-    uint32_t spare = scheduler_spare_blocks(e->scheduler, plan);
-
     if (!e->residency.sets || e->residency.always || scheduler_waiting(e->scheduler) > 0)
         return;
+    uint32_t running = scheduler_running(e->scheduler);
+    uint32_t spare = scheduler_spare_blocks(e->scheduler, plan);
     for (struct sequence *q = scheduler_oldest(e->scheduler); q; q = q->younger) {
         uint32_t headroom = 2 * running + q->n_blocks / 16;
         if (q->residency != OFFLOADED || q->too_long)

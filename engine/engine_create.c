@@ -206,14 +206,6 @@ static enum status pool_bytes(const struct engine *e, const struct engine_config
     return ST_OK;
 }
 
-static bool has_dense_layer(const struct select_plan *plan)
-{
-    for (int i = 0; i < plan->n_layers; i++)
-        if (plan->layer[i].dense)
-            return true;
-    return false;
-}
-
 /* How the memory of the pool is divided: kv slots, and with a host tier the index of blocks whose K
  * and V are not on the device, and hot rows.  max_blocks: of the longest context. */
 struct division {
@@ -281,7 +273,7 @@ static enum status set_aside(const struct engine *e, const struct engine_config 
     const struct kv_pool_config *pool = &d->pool;
     uint32_t longest = longest_blocks(e, cfg, bytes / block + 1);
 
-    if (has_dense_layer(&e->select)) {
+    if (!select_is_everywhere(&e->select)) {
         log_info("engine", "a layer is dense: no sequence can leave the device, and the host tier "
                  "is a prefix cache alone");
         return ST_OK;

@@ -130,12 +130,9 @@ static void move(struct stream *s, enum copy_kind kind, char *device, char *host
         stream_copy(s, device, host, bytes);
 }
 
-/* Bytes from a host address to the end of the piece that it was registered with. */
 static size_t left_in_piece(const struct copy_engine *c, const char *host)
 {
-    const size_t piece = (size_t)HOST_MEMORY_PIECE_MB << 20;
-
-    return piece - (size_t)(host - (const char *)c->cfg.host) % piece;
+    return host_memory_left_in_piece((size_t)(host - (const char *)c->cfg.host));
 }
 
 /* All layers of one part of a block: stride bytes apart on the device, neighbours on the host.

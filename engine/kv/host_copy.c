@@ -3,8 +3,6 @@
 #include "engine/kv/host_memory.h"
 #include "kernels/backend.h"
 
-static const size_t piece = (size_t)HOST_MEMORY_PIECE_MB << 20;
-
 struct parts {
     const char *tier;
     size_t slot_bytes, offset, bytes;
@@ -18,25 +16,24 @@ static size_t start_of(const struct parts *p, int32_t slot)
 /* The part of a slot ends in the piece that it begins in. */
 static bool is_in_one_piece(const struct parts *p, int32_t slot)
 {
-    size_t from = start_of(p, slot);
-
-    return from / piece == (from + p->bytes - 1) / piece;
+    return p->bytes <= host_memory_left_in_piece(start_of(p, slot));
 }
 
 /* How many slots from the first on can go in one copy. */
 static int run_of(const struct parts *p, const int32_t *slots, int n)
 {
+    size_t first = start_of(p, slots[0]), left = host_memory_left_in_piece(first);
     int run = 1;
 
-    while (run < n && slots[run] == slots[0] + run && is_in_one_piece(p, slots[run]) &&
-           start_of(p, slots[run]) / piece == start_of(p, slots[0]) / piece)
+    while (run < n && slots[run] == slots[0] + run &&
+           start_of(p, slots[run]) + p->bytes <= first + left)
         run++;
     return run;
 }
 
 static void copy_across(struct stream *s, char *to, const struct parts *p, int32_t slot)
 {
-    size_t from = start_of(p, slot), n = piece - from % piece;
+    size_t from = start_of(p, slot), n = host_memory_left_in_piece(from);
 
     stream_copy(s, to, p->tier + from, n);
     stream_copy(s, to + n, p->tier + from + n, p->bytes - n);

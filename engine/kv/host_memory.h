@@ -30,6 +30,15 @@ enum {
     HOST_MEMORY_PIECE_MB = 1024      /* registered at a time */
 };
 
+/* A copy stays within what was registered at a time: bytes from `at`, counted from the base, to the
+ * end of its piece. */
+static inline size_t host_memory_left_in_piece(size_t at)
+{
+    const size_t piece = (size_t)HOST_MEMORY_PIECE_MB << 20;
+
+    return piece - at % piece;
+}
+
 /* bytes > 0.  ready() is called on the background thread whenever the ready bytes have grown or
  * growth has ended; NULL is fine. */
 enum status host_memory_create(struct host_memory **out, struct backend *be, size_t bytes,

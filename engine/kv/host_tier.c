@@ -5,8 +5,6 @@
 #include "engine/base/mem.h"
 #include "engine/kv/host_memory.h"
 
-#include <stdatomic.h>
-
 struct host_tier {
     struct host_tier_config cfg;
     size_t stride;
@@ -161,11 +159,7 @@ enum status host_tier_failure(const struct host_tier *t, struct error *err)
     return copy_engine_failure(t->copies, err);
 }
 
-struct host_tier_counts host_tier_counts(const struct host_tier *t)
+struct copy_counts host_tier_counts(const struct host_tier *t)
 {
-    return (struct host_tier_counts){
-        .copies = copy_engine_counts(t->copies),
-        .ready_bytes = host_memory_ready_bytes(t->memory),
-        .under_way = t->under_way,
-    };
+    return copy_engine_counts(t->copies);
 }

@@ -33,12 +33,6 @@ struct host_tier_config {
     void *before_copy_arg;
 };
 
-struct host_tier_counts {
-    struct copy_counts copies;
-    size_t ready_bytes;          /* of the tier's memory */
-    uint32_t under_way;          /* transfers */
-};
-
 enum status host_tier_create(struct host_tier **out, struct backend *be,
                              const struct host_tier_config *cfg, struct error *err) MUST_USE;
 /* Ends what is under way.  NULL is fine. */
@@ -62,6 +56,6 @@ bool host_tier_grows(const struct host_tier *t);
 
 /* Other than ST_OK once a copy has failed: the device is lost. */
 enum status host_tier_failure(const struct host_tier *t, struct error *err);
-struct host_tier_counts host_tier_counts(const struct host_tier *t);
+struct copy_counts host_tier_counts(const struct host_tier *t);
 
 #endif

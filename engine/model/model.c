@@ -207,14 +207,6 @@ void model_use_hot_sets(struct model *m, struct hot_sets *h)
     m->hot = h;
 }
 
-static bool all_layers_select(const struct select_plan *plan)
-{
-    for (int i = 0; i < plan->n_layers; i++)
-        if (plan->layer[i].dense)
-            return false;
-    return true;
-}
-
 /* The kernels find a set's parts by the sizes of the model's calls. */
 static void check_hot_sets(const struct model *m, const struct model_limits *limits,
                            const struct select_plan *plan)
@@ -294,7 +286,7 @@ enum status model_prepare(struct model *m, const struct model_limits *limits,
                          host + device);
     m->limits = *limits;
     m->plan = *plan;
-    m->selects_everywhere = all_layers_select(plan);
+    m->selects_everywhere = select_is_everywhere(plan);
     carve_host(&m->batch, &m->host_arrays, m->host.base, limits, hot);
     if (backend_info(m->be)->host_visible)
         m->arrays = m->host_arrays;

@@ -121,6 +121,16 @@ static void pack_slice(const struct step_context *cx, struct model_batch *b,
     pack_logits(b, s, first_row);
 }
 
+/* In the order in which a batch has them (model.h). */
+enum { SPARSE_SLICE, DENSE_SLICE, STREAMED_SLICE, SLICE_KINDS };
+
+static int kind_of(const struct step_slice *s)
+{
+    if (slice_is_sparse(s))
+        return SPARSE_SLICE;
+    return s->seq->residency == STREAMED ? STREAMED_SLICE : DENSE_SLICE;
+}
+
 enum status step_run(const struct step_context *cx, struct step_plan *plan, struct error *err)
 {
     struct model_batch *b = model_batch(cx->model);
@@ -130,16 +140,13 @@ enum status step_run(const struct step_context *cx, struct step_plan *plan, stru
         const struct step_slice *s = &plan->slices[i];
         sequence_grow(s->seq, cx->pool, s->seq->n_computed + s->n_tokens);
     }
-    for (uint32_t i = 0; i < plan->n_slices; i++)
-        if (slice_is_sparse(&plan->slices[i]))
-            pack_slice(cx, b, &plan->slices[i]);
-    b->sparse_seqs = b->seqs;
-    for (uint32_t i = 0; i < plan->n_slices; i++)
-        if (!slice_is_sparse(&plan->slices[i]) && plan->slices[i].seq->residency != STREAMED)
-            pack_slice(cx, b, &plan->slices[i]);
-    for (uint32_t i = 0; i < plan->n_slices; i++)
-        if (!slice_is_sparse(&plan->slices[i]) && plan->slices[i].seq->residency == STREAMED)
-            pack_slice(cx, b, &plan->slices[i]);
+    for (int kind = 0; kind < SLICE_KINDS; kind++) {
+        for (uint32_t i = 0; i < plan->n_slices; i++)
+            if (kind_of(&plan->slices[i]) == kind)
+                pack_slice(cx, b, &plan->slices[i]);
+        if (kind == SPARSE_SLICE)
+            b->sparse_seqs = b->seqs;
+    }
     return model_step(cx->model, cx->stream, cx->pool, err);
 }
 

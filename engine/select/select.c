@@ -246,6 +246,14 @@ bool select_is_sparse(const struct select_plan *plan, bool sparse_allowed, uint3
 
 /* Sparse positions of a sequence are all those from one on, so the offset of
  * the first in the block tells dense from sparse for each of its tokens. */
+bool select_is_everywhere(const struct select_plan *plan)
+{
+    for (int i = 0; i < plan->n_layers; i++)
+        if (plan->layer[i].dense)
+            return false;
+    return true;
+}
+
 uint64_t select_provenance(const struct select_plan *plan, bool sparse_allowed,
                            uint32_t n_prompt, uint32_t first)
 {

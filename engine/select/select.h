@@ -57,6 +57,9 @@ enum status select_plan_init(struct select_plan *plan, const struct select_confi
                              const struct kv_shape *shape, int n_layers,
                              const int16_t *channels, struct error *err) MUST_USE;
 
+/* No layer is dense by plan: K and V of a sparse row are only read where they are chosen. */
+bool select_is_everywhere(const struct select_plan *plan);
+
 /* Provenance (kv_pool.h) of the block that holds positions first ..
  * first + BLOCK_TOKENS - 1 of a sequence whose prompt has n_prompt tokens: 0 when all
  * were computed dense; otherwise a value that two sequences share only if each

@@ -7,6 +7,7 @@
 #include "tests/support/gpu_compare.h"
 #include "tests/support/gpu_fixture.h"
 #include "tests/support/kernel_reference.h"
+#include "tests/support/token_store.h"
 
 #include <check.h>
 #include <math.h>
@@ -79,33 +80,11 @@ static void store_sequence(struct history *h, int seq, int n)
 {
     struct backend *cpu = test_backend("auto");
     struct stream *stream = stream_create(cpu);
-    int dim = h->s.head_dim, kv_dim = h->s.kv_heads * dim, q_dim = h->heads * dim;
-    float *k = random_acts(&h->r, (size_t)(n * kv_dim), 1);
-    float *v = random_acts(&h->r, (size_t)(n * kv_dim), 1);
-    float *q = mem_calloc((size_t)(n * q_dim), sizeof *q);
-    float *cos_sin = mem_alloc((size_t)(n * dim) * sizeof *cos_sin);
-    int32_t *positions = mem_alloc((size_t)n * sizeof *positions);
-    int32_t *blocks = mem_alloc((size_t)n * sizeof *blocks);
 
-    for (int i = 0; i < n; i++) {
-        positions[i] = i;
-        blocks[i] = h->ids[seq * h->max_blocks + i / BLOCK_TOKENS];
-        for (int d = 0; d < dim; d++)
-            cos_sin[i * dim + d] = d < dim / 2;
-    }
-    backend_ops(cpu)->rope_store(stream, &(struct rope_store_args){
-        .q = q, .k = k, .v = v, .qkv_stride_q = q_dim, .qkv_stride_k = kv_dim,
-        .qkv_stride_v = kv_dim, .cos_sin = cos_sin, .positions = positions,
-        .kv_block = blocks, .index_block = blocks, .kv = h->truth, .index = h->index,
-        .channels = h->channels, .shape = h->shape, .rows = n, .heads = h->heads,
-        .eps = 1e-6f });
+    store_random_tokens(cpu, stream, &(struct token_store){
+        .kv = h->truth, .index = h->index, .table = h->ids + seq * h->max_blocks,
+        .channels = h->channels, .shape = h->shape, .heads = h->heads, .n = n }, &h->r);
     stream_destroy(stream);
-    mem_free(k);
-    mem_free(v);
-    mem_free(q);
-    mem_free(cos_sin);
-    mem_free(positions);
-    mem_free(blocks);
 }
 
 static struct books make_books(const struct history *h)

@@ -4,6 +4,7 @@
 #include "tests/support/backend_fixture.h"
 #include "tests/support/gpu_fixture.h"
 #include "tests/support/random_data.h"
+#include "tests/support/token_store.h"
 
 #include <check.h>
 #include <math.h>
@@ -42,36 +43,12 @@ static void store_sequence(struct problem *p, int seq, struct test_random *r)
     const struct setup *s = &p->s;
     struct backend *cpu = test_backend("auto");
     struct stream *stream = stream_create(cpu);
-    int n = s->n_tokens[seq], kv_dim = s->shape.kv_heads * s->shape.head_dim;
-    int q_dim = s->heads * s->shape.head_dim, dim = s->shape.head_dim;
-    float *k = mem_alloc((size_t)(n * kv_dim) * sizeof *k);
-    float *v = mem_alloc((size_t)(n * kv_dim) * sizeof *v);
-    float *q = mem_calloc((size_t)(n * q_dim), sizeof *q);
-    float *cos_sin = mem_alloc((size_t)(n * dim) * sizeof *cos_sin);
-    int32_t *positions = mem_alloc((size_t)n * sizeof *positions);
-    int32_t *blocks = mem_alloc((size_t)n * sizeof *blocks);
 
-    random_floats(r, k, (size_t)(n * kv_dim), 1);
-    random_floats(r, v, (size_t)(n * kv_dim), 1);
-    for (int i = 0; i < n; i++) {
-        positions[i] = i;
-        blocks[i] = p->table[seq * s->max_blocks + i / BLOCK_TOKENS];
-        for (int d = 0; d < dim; d++)
-            cos_sin[i * dim + d] = d < dim / 2;
-    }
-    backend_ops(cpu)->rope_store(stream, &(struct rope_store_args){
-        .q = q, .k = k, .v = v, .qkv_stride_q = q_dim, .qkv_stride_k = kv_dim,
-        .qkv_stride_v = kv_dim, .cos_sin = cos_sin, .positions = positions,
-        .kv_block = blocks, .index_block = blocks, .kv = p->kv, .index = p->index,
-        .channels = p->channels, .shape = s->shape, .rows = n, .heads = s->heads,
-        .eps = 1e-6f });
+    store_random_tokens(cpu, stream, &(struct token_store){
+        .kv = p->kv, .index = p->index, .table = p->table + seq * s->max_blocks,
+        .channels = p->channels, .shape = s->shape, .heads = s->heads,
+        .n = s->n_tokens[seq] }, r);
     stream_destroy(stream);
-    mem_free(k);
-    mem_free(v);
-    mem_free(q);
-    mem_free(cos_sin);
-    mem_free(positions);
-    mem_free(blocks);
 }
 
 /* Blocks lie scattered, from both ends of the pool by turns. */

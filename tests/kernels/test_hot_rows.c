@@ -5,6 +5,7 @@
 #include "tests/support/closeness.h"
 #include "tests/support/kernel_reference.h"
 #include "tests/support/random_data.h"
+#include "tests/support/token_store.h"
 
 #include <check.h>
 #include <string.h>
@@ -163,35 +164,10 @@ static void end_history(struct history *h)
 /* Positions from..n - 1 of a sequence, through rope_store without rotation. */
 static void store_tokens(struct history *h, int seq, int from, int n)
 {
-    int rows = n - from, dim = h->s.head_dim, kv_dim = h->s.kv_heads * dim;
-    int q_dim = h->heads * dim;
-    float *k = mem_alloc((size_t)(rows * kv_dim) * sizeof *k);
-    float *v = mem_alloc((size_t)(rows * kv_dim) * sizeof *v);
-    float *q = mem_calloc((size_t)(rows * q_dim), sizeof *q);
-    float *cos_sin = mem_alloc((size_t)(rows * dim) * sizeof *cos_sin);
-    int32_t *positions = mem_alloc((size_t)rows * sizeof *positions);
-    int32_t *blocks = mem_alloc((size_t)rows * sizeof *blocks);
-
-    random_floats(&h->r, k, (size_t)(rows * kv_dim), 1);
-    random_floats(&h->r, v, (size_t)(rows * kv_dim), 1);
-    for (int i = 0; i < rows; i++) {
-        positions[i] = from + i;
-        blocks[i] = h->ids[seq * h->max_blocks + (from + i) / BLOCK_TOKENS];
-        for (int d = 0; d < dim; d++)
-            cos_sin[i * dim + d] = d < dim / 2;
-    }
-    backend_ops(h->be)->rope_store(h->stream, &(struct rope_store_args){
-        .q = q, .k = k, .v = v, .qkv_stride_q = q_dim, .qkv_stride_k = kv_dim,
-        .qkv_stride_v = kv_dim, .cos_sin = cos_sin, .positions = positions,
-        .kv_block = blocks, .index_block = blocks, .kv = h->truth, .index = h->index,
-        .channels = h->channels, .shape = h->shape, .rows = rows, .heads = h->heads,
-        .eps = 1e-6f });
-    mem_free(k);
-    mem_free(v);
-    mem_free(q);
-    mem_free(cos_sin);
-    mem_free(positions);
-    mem_free(blocks);
+    store_random_tokens(h->be, h->stream, &(struct token_store){
+        .kv = h->truth, .index = h->index, .table = h->ids + seq * h->max_blocks,
+        .channels = h->channels, .shape = h->shape, .heads = h->heads, .from = from,
+        .n = n - from }, &h->r);
 }
 
 static bf16 *block_at(const struct history *h, bf16 *pool, int32_t id)

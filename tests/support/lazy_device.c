@@ -53,11 +53,12 @@ static unsigned draw(struct stream *s, unsigned n)
     return (unsigned)(s->random >> 33) % n;
 }
 
-static void copy_piece(const struct backend *be, char *dst, const char *src, size_t bytes)
+/* All that a copy spans, gaps between its pieces included. */
+static void assert_beside_fence(const struct backend *be, const void *from, size_t bytes)
 {
-    ASSERT(!be->fence || dst >= be->fence || dst + bytes <= be->fence);
-    ASSERT(!be->fence || src >= be->fence || src + bytes <= be->fence);
-    memcpy(dst, src, bytes);
+    const char *at = from;
+
+    ASSERT(!be->fence || at >= be->fence || at + bytes <= be->fence);
 }
 
 /* False where it has to wait. */
@@ -73,8 +74,8 @@ static bool run_step(struct stream *s, const struct step *t)
         return true;
     if (t->kind == STEP_COPY)
         for (size_t i = 0; i < t->n; i++)
-            copy_piece(s->be, (char *)t->dst + i * t->dst_stride,
-                       (const char *)t->src + i * t->src_stride, t->bytes);
+            memcpy((char *)t->dst + i * t->dst_stride,
+                   (const char *)t->src + i * t->src_stride, t->bytes);
     if (t->kind == STEP_FILL)
         memset(t->dst, t->value, t->bytes);
     return true;
@@ -169,6 +170,10 @@ static enum status lazy_stream_sync(struct stream *s, struct error *err)
 static void lazy_copy_pieces(struct stream *s, void *dst, size_t dst_stride, const void *src,
                              size_t src_stride, size_t bytes, size_t n)
 {
+    if (n > 0) {
+        assert_beside_fence(s->be, dst, (n - 1) * dst_stride + bytes);
+        assert_beside_fence(s->be, src, (n - 1) * src_stride + bytes);
+    }
     queue(s, &(struct step){ .kind = STEP_COPY, .dst = dst, .src = src, .bytes = bytes, .n = n,
                              .dst_stride = dst_stride, .src_stride = src_stride });
 }

@@ -1,0 +1,21 @@
+#ifndef TESTS_SUPPORT_TOKEN_STORE_H
+#define TESTS_SUPPORT_TOKEN_STORE_H
+
+#include "kernels/ops.h"
+#include "tests/support/random_data.h"
+
+/* Random keys and values of one sequence's positions [from, from + n), through rope_store without
+ * rotation or norm, on a back end whose memory the host sees. */
+struct token_store {
+    bf16 *kv;
+    uint8_t *index;
+    const int32_t *table;        /* the sequence's blocks, in kv and in index */
+    const int16_t *channels;
+    struct kv_shape shape;
+    int heads, from, n;
+};
+
+void store_random_tokens(struct backend *be, struct stream *s, const struct token_store *t,
+                         struct test_random *r);
+
+#endif
