@@ -9,6 +9,10 @@ $B/bench-attention: $B/tests/bench/bench_attention.o $B/tests/support/random_dat
 bench-cpu: $B/bench-cpu $B/bench-attention
 	$B/bench-cpu $(ARGS)
 	$B/bench-attention
+$B/bench-locality: $B/tests/bench/bench_locality.o $B/tests/support/model_runner.o \
+                   $B/tests/support/backend_fixture.o $(LIB)
+	$(call say,LD,$@)
+	$Q$(CC) $(LDFLAGS) -o $@ $^ $(LDLIBS) -lcheck -lsubunit -lrt -lm
 .PHONY: bench-cpu
 
 # Speed of the CUDA back end; where there is no GPU these say so.
