@@ -49,7 +49,8 @@ struct engine_config {
     uint32_t offload_sequences; /* that can be without their K and V on the device at a time; 0: as
                                many of the longest contexts as the host tier holds, and half of
                                the pool's memory their hot rows and index */
-    uint32_t hot_rows;      /* of such a one, a layer and KV head; 0: four times the tokens kept */
+    uint32_t hot_rows;      /* of such a one, a layer and KV head; 0: 4 to 16 times the tokens kept,
+                               by what that leaves to the pool */
     enum offload_policy offload;
     bool prefix_cache;
     struct progress *progress;  /* of the weights' way to the device, or NULL; outlives the call */

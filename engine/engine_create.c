@@ -14,6 +14,7 @@
 enum {
     LOGIT_BYTES = 64 << 20,            /* scoring a prompt may use that much for its logits */
     STREAM_TOKENS = 2048,              /* a step that streams hides its copies behind as many */
+    HOT_ROWS_LEAST = 4, HOT_ROWS_GROWN = 16, /* by default, times the tokens kept */
     MAX_PATH_BYTES = 4096
 };
 
@@ -156,7 +157,7 @@ static struct model_limits step_limits(const struct engine_config *cfg, uint32_t
 }
 
 static void log_memory(const struct engine *e, const struct kv_pool_config *pool,
-                       size_t scratch_bytes, size_t sets_bytes)
+                       size_t scratch_bytes, const struct hot_sets_config *sets)
 {
     const struct device_info *info = backend_info(e->be);
     size_t kv = (size_t)pool->layers * kv_block_bytes(&pool->shape);
@@ -170,9 +171,11 @@ static void log_memory(const struct engine *e, const struct kv_pool_config *pool
              (unsigned long long)pool->blocks * BLOCK_TOKENS);
     if (pool->host_blocks)
         log_info("engine", "host tier %zu MB: %u blocks, %llu tokens; index of %u blocks more and "
-                 "%zu MB of hot rows on the device", (pool->host_blocks * (kv + index)) >> 20,
-                 pool->host_blocks, (unsigned long long)pool->host_blocks * BLOCK_TOKENS,
-                 pool->index_blocks - pool->blocks, sets_bytes >> 20);
+                 "%zu MB of hot rows on the device, %d sets of %d a head",
+                 (pool->host_blocks * (kv + index)) >> 20, pool->host_blocks,
+                 (unsigned long long)pool->host_blocks * BLOCK_TOKENS,
+                 pool->index_blocks - pool->blocks,
+                 sets->sets ? hot_sets_bytes(sets) >> 20 : 0, sets->sets, sets->rows_per_head);
     log_info("engine", "contexts up to %u tokens, sparse beyond %d", e->max_model_len,
              e->select.config.crossover_tokens);
 }
@@ -233,12 +236,42 @@ static int count_sets(const struct engine_config *cfg, const struct division *d,
     return (int)at_most(n ? n : 1, cfg->max_running);
 }
 
+/* Device memory of the sets and the index of such contexts. */
+static uint64_t aside_bytes(const struct division *d, int rows)
+{
+    struct hot_sets_config sets = d->sets;
+    uint64_t index = (uint64_t)d->pool.layers * index_block_bytes(&d->pool.shape);
+    uint64_t blocks = (uint64_t)sets.sets * (uint64_t)sets.max_blocks;
+
+    sets.rows_per_head = rows;
+    return hot_sets_bytes(&sets) + at_most(blocks, d->pool.host_blocks) * index;
+}
+
+/* More hot rows find more (docs/PERFORMANCE.md): as many as leave half of the memory to the pool,
+ * and room in it for the longest context where there was. */
+static uint32_t grow_hot_rows(const struct division *d, uint32_t kept, uint64_t bytes)
+{
+    uint64_t longest = (uint64_t)d->sets.max_blocks *
+                       kv_pool_bytes_per_block(&d->pool.shape, d->pool.layers);
+    uint64_t least = bytes / 2, rows = (uint64_t)d->sets.rows_per_head;
+    uint64_t most = at_most(HOT_ROWS_GROWN * (uint64_t)kept, HOT_MOST_ROWS);
+
+    if (least < longest && aside_bytes(d, (int)rows) + longest <= bytes)
+        least = longest;
+    for (uint64_t more = rows + kept; more <= most; more += kept) {
+        if (aside_bytes(d, (int)more) + least > bytes)
+            break;
+        rows = more;
+    }
+    return (uint32_t)rows;
+}
+
 static enum status plan_sets(const struct engine *e, const struct engine_config *cfg,
                              uint32_t max_blocks, uint64_t bytes, struct division *d,
                              struct error *err)
 {
     uint32_t kept = (uint32_t)e->select.max_keep_tokens;
-    uint32_t rows = cfg->hot_rows ? cfg->hot_rows : 4 * kept;
+    uint32_t rows = cfg->hot_rows ? cfg->hot_rows : HOT_ROWS_LEAST * kept;
 
     if (kept > HOT_MOST_ROWS)
         return error_set(err, ST_INVALID, "a host tier works with up to %d kept tokens, not %u",
@@ -250,6 +283,8 @@ static enum status plan_sets(const struct engine *e, const struct engine_config 
         .rows_per_head = (int)at_most(rows, HOT_MOST_ROWS),
     };
     d->sets.sets = count_sets(cfg, d, bytes);
+    if (!cfg->hot_rows)
+        d->sets.rows_per_head = (int)grow_hot_rows(d, kept, bytes);
     return ST_OK;
 }
 
@@ -372,7 +407,7 @@ static enum status carve_memory(struct engine *e, const struct engine_config *cf
         .eos = m->eos, .n_eos = m->n_eos, .max_blocks = (uint32_t)limits.max_blocks,
         .only_held = cfg->offload == OFFLOAD_ALWAYS,
     };
-    log_memory(e, &d.pool, scratch_bytes, d.sets.sets ? hot_sets_bytes(&d.sets) : 0);
+    log_memory(e, &d.pool, scratch_bytes, &d.sets);
     return ST_OK;
 }
 

@@ -46,6 +46,9 @@ struct hot_rows {
     uint32_t *used;             /* [C, G, N] step that last used the row; empty: anything */
     const uint32_t *step;       /* [1] of this step; ascends from 1 */
     uint64_t *counts;           /* [HOT_COUNTS] added to, for sequences with a set */
+    uint64_t *stall;            /* [1] of the last step that fetched: its number in the upper 32
+                                   bits, and the ns for which whoever waited longest in it waited
+                                   for rows of the host tier */
     int rows_per_head;          /* >= keep_tokens, at most HOT_MOST_ROWS */
 };
 

@@ -60,7 +60,8 @@ static const struct option table[] = {
     { .key = "hot-rows", .type = OPTION_U32, AT(engine.hot_rows), .initial = "0",
       .max = 65535,
       .help = "Rows of K and V that such a sequence keeps on the device for each layer and KV "
-              "head, at least keep-tokens. 0: four times keep-tokens." },
+              "head, at least keep-tokens. 0: 4 to 16 times keep-tokens, as many as leave half "
+              "of that memory, and room for a longest context, to the pool." },
 
     { .group = "Scheduling",
       .key = "max-running", .type = OPTION_U32, AT(engine.max_running), .initial = "64",

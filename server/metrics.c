@@ -206,6 +206,11 @@ static void print_hot_rows(struct printer *p, const struct engine_stats *s, int 
           offsetof(struct hot_counts, resident) },
     };
 
+    print_head(p, "hot_row_stall_seconds_total", "counter",
+               "Time that attention waited for rows of the host tier.");
+    for (int layer = 0; layer < layers; layer++)
+        strbuf_printf(p->out, PREFIX "hot_row_stall_seconds_total{%s,layer=\"%d\"} %.9f\n",
+                      p->labels.data, layer, (double)s->hot[layer].stalled_ns / 1e9);
     for (size_t i = 0; i < sizeof rows / sizeof rows[0]; i++) {
         print_head(p, rows[i].name, "counter", rows[i].help);
         for (int layer = 0; layer < layers; layer++)

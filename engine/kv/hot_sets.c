@@ -21,14 +21,16 @@ struct hot_sets {
     struct buffer device;
     struct buffer fetched;       /* pinned: the counters as they were last fetched */
     struct layer_parts *layers;  /* [layers] */
-    uint64_t *counts;            /* device [layers, HOT_COUNTS] */
+    uint64_t *counts;            /* device [layers, HOT_COUNTS], then stalls [layers] */
+    struct hot_counts *counted;  /* [layers] */
+    uint64_t *last_stall;        /* [layers] as it was when it was last added */
     bool *taken;                 /* [sets] */
     int n_free;
 };
 
 static size_t counts_bytes(const struct hot_sets_config *cfg)
 {
-    return (size_t)cfg->layers * HOT_COUNTS * sizeof(uint64_t);
+    return (size_t)cfg->layers * (HOT_COUNTS + 1) * sizeof(uint64_t);
 }
 
 /* ---- carving.  With a NULL base the same code measures. */
@@ -104,6 +106,8 @@ enum status hot_sets_create(struct hot_sets **out, struct backend *be,
                          cfg->sets, hot_sets_bytes(cfg) >> 20);
     }
     h->layers = mem_calloc((size_t)cfg->layers, sizeof *h->layers);
+    h->counted = mem_calloc((size_t)cfg->layers, sizeof *h->counted);
+    h->last_stall = mem_calloc((size_t)cfg->layers, sizeof *h->last_stall);
     h->taken = mem_calloc((size_t)cfg->sets, sizeof *h->taken);
     h->n_free = cfg->sets;
     carve_all(cfg, h->device.base, h->layers, &h->counts);
@@ -119,6 +123,8 @@ void hot_sets_destroy(struct hot_sets *h)
     buffer_free(h->be, &h->device);
     buffer_free(h->be, &h->fetched);
     mem_free(h->layers);
+    mem_free(h->counted);
+    mem_free(h->last_stall);
     mem_free(h->taken);
     mem_free(h);
 }
@@ -177,6 +183,7 @@ struct hot_rows hot_sets_layer(const struct hot_sets *h, int layer)
         .host = (const bf16 *)(const void *)((const char *)cfg->host + in_slot),
         .host_stride = cfg->host_stride, .rows = l->rows, .row_of = l->row_of,
         .position = l->position, .used = l->used, .counts = h->counts + layer * HOT_COUNTS,
+        .stall = h->counts + cfg->layers * HOT_COUNTS + layer,
         .rows_per_head = cfg->rows_per_head,
     };
 }
@@ -188,11 +195,24 @@ void hot_sets_fetch_counts(struct hot_sets *h, struct stream *s)
     stream_copy(s, h->fetched.base, h->counts, counts_bytes(&h->cfg));
 }
 
+void hot_sets_take_counts(struct hot_sets *h)
+{
+    const uint64_t *counts = h->fetched.base, *stalls = counts + h->cfg.layers * HOT_COUNTS;
+
+    for (int layer = 0; layer < h->cfg.layers; layer++) {
+        const uint64_t *c = counts + layer * HOT_COUNTS;
+        struct hot_counts *to = &h->counted[layer];
+        to->hits = c[HOT_HITS];
+        to->misses = c[HOT_MISSES];
+        to->resident = c[HOT_RESIDENT];
+        if (stalls[layer] != h->last_stall[layer])   /* of another step: it has its number */
+            to->stalled_ns += (uint32_t)stalls[layer];
+        h->last_stall[layer] = stalls[layer];
+    }
+}
+
 struct hot_counts hot_sets_counts(const struct hot_sets *h, int layer)
 {
     ASSERT(layer >= 0 && layer < h->cfg.layers);
-    const uint64_t *c = (const uint64_t *)h->fetched.base + layer * HOT_COUNTS;
-
-    return (struct hot_counts){ .hits = c[HOT_HITS], .misses = c[HOT_MISSES],
-                                .resident = c[HOT_RESIDENT] };
+    return h->counted[layer];
 }

@@ -24,9 +24,10 @@ struct hot_sets_config {
     size_t host_stride;          /* K and V at l * kv_block_bytes() */
 };
 
-/* Rows since create, of one layer. */
+/* Of one layer since create: rows, and the time for which its attention waited for missing ones. */
 struct hot_counts {
     uint64_t hits, misses, resident;
+    uint64_t stalled_ns;
 };
 
 /* Bytes of device memory that hot_sets_create() takes; the same code lays it out. */
@@ -46,9 +47,10 @@ int hot_sets_free(const struct hot_sets *h);
  * fills in (device memory). */
 struct hot_rows hot_sets_layer(const struct hot_sets *h, int layer);
 
-/* Queue the copy of all layers' counters to the host; after the next stream_sync() they are what
- * hot_sets_counts() gives. */
+/* Queue the copy of all layers' counters to the host, behind a step; hot_sets_take_counts() after
+ * the next stream_sync(): from then on they are what hot_sets_counts() gives. */
 void hot_sets_fetch_counts(struct hot_sets *h, struct stream *s);
+void hot_sets_take_counts(struct hot_sets *h);
 struct hot_counts hot_sets_counts(const struct hot_sets *h, int layer);
 
 #endif

@@ -445,5 +445,7 @@ enum status model_step(struct model *m, struct stream *s, struct kv_pool *pool,
     uint64_t from_ns = clock_now_ns();
     enum status st = stream_sync(s, err);
     m->waited_ns += clock_now_ns() - from_ns;
+    if (has_sets && st == ST_OK)
+        hot_sets_take_counts(m->hot);
     return st == ST_OK ? streaming_failure(m, err) : st;
 }

@@ -1,5 +1,6 @@
 #include "kernels/cpu/resolve.h"
 
+#include "engine/base/clock.h"
 #include "engine/base/invariant.h"
 #include "kernels/cpu/top.h"
 
@@ -103,6 +104,7 @@ static void resolve_task(void *arg, int task, int worker)
     struct hot_head h = { 0 };
 
     memset(counts, 0, HOT_COUNTS * sizeof *counts);
+    a->stalled_ns[task] = 0;
     if (has_set)
         h = hot_head_of(a, seq, kv_head);
     size_t n_space = (size_t)a->hot->rows_per_head + 2 * (size_t)a->keep_tokens;
@@ -128,8 +130,22 @@ static void resolve_task(void *arg, int task, int worker)
         }
     }
     counts[HOT_MISSES] = n_missing;
-    if (n_missing > 0)
-        fetch(r, &h, kv_head, chosen, rows, missing, n_missing, space);
+    if (n_missing == 0)
+        return;
+    uint64_t from_ns = clock_now_ns();
+    fetch(r, &h, kv_head, chosen, rows, missing, n_missing, space);
+    a->stalled_ns[task] = clock_now_ns() - from_ns;
+}
+
+static void report_stall(const struct resolve_args *a, int lists)
+{
+    uint64_t longest = 0;
+
+    for (int i = 0; i < lists; i++)
+        longest = a->stalled_ns[i] > longest ? a->stalled_ns[i] : longest;
+    if (longest > 0)
+        *a->hot->stall = (uint64_t)*a->hot->step << 32 |
+                         (longest < UINT32_MAX ? longest : UINT32_MAX);
 }
 
 void cpu_resolve(struct stream *s, const struct resolve_args *a)
@@ -143,4 +159,5 @@ void cpu_resolve(struct stream *s, const struct resolve_args *a)
     workers_run(s->be->workers, lists, resolve_task, &r);
     for (int i = 0; i < lists * HOT_COUNTS; i++)
         a->hot->counts[i % HOT_COUNTS] += (uint64_t)a->counts[i];
+    report_stall(a, lists);
 }

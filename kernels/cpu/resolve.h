@@ -7,7 +7,8 @@
  * row sets (hot_rows.h); private to kernels/cpu. */
 struct resolve_args {
     const bf16 **rows;           /* [S, G, keep_tokens] */
-    int32_t *counts;             /* [S, G, HOT_COUNTS] work space */
+    int32_t *counts;             /* [S, G, HOT_COUNTS] work space, as the next */
+    uint64_t *stalled_ns;        /* [S, G] */
     const int32_t *chosen;       /* [S, G, keep_tokens] */
     const int32_t *n_chosen;     /* [S, G] */
     const bf16 *kv;

@@ -5,6 +5,7 @@
  * passes between them is carved from the scratch. */
 struct parts {
     int32_t *kept, *n_kept, *chosen, *n_chosen, *counts;
+    uint64_t *stalled_ns;
     const bf16 **rows;
     void *scratch;
     size_t bytes;
@@ -31,6 +32,7 @@ static struct parts carve_parts(void *base, const struct kv_shape *shape, int se
     p.chosen = carve(base, &at, lists * (size_t)keep_tokens * sizeof *p.chosen);
     p.n_chosen = carve(base, &at, lists * sizeof *p.n_chosen);
     p.counts = carve(base, &at, lists * HOT_COUNTS * sizeof *p.counts);
+    p.stalled_ns = carve(base, &at, lists * sizeof *p.stalled_ns);
     p.rows = carve(base, &at, lists * (size_t)keep_tokens * sizeof *p.rows);
     p.scratch = carve(base, &at, filter > select ? filter : select);
     p.bytes = at;
@@ -65,9 +67,10 @@ void cpu_attend_two_level(struct stream *s, const struct attend_two_level_args *
         .sink_tokens = a->sink_tokens, .recent_tokens = a->recent_tokens });
     if (a->hot)
         cpu_resolve(s, &(struct resolve_args){
-            .rows = p.rows, .counts = p.counts, .chosen = p.chosen, .n_chosen = p.n_chosen,
-            .kv = a->kv, .table = a->kv_table, .hot = a->hot, .shape = a->shape,
-            .seqs = a->seqs, .max_blocks = a->max_blocks, .keep_tokens = a->keep_tokens });
+            .rows = p.rows, .counts = p.counts, .stalled_ns = p.stalled_ns, .chosen = p.chosen,
+            .n_chosen = p.n_chosen, .kv = a->kv, .table = a->kv_table, .hot = a->hot,
+            .shape = a->shape, .seqs = a->seqs, .max_blocks = a->max_blocks,
+            .keep_tokens = a->keep_tokens });
     cpu_attend_rows(s, &(struct attend_selected_args){
         .out = a->out, .q = a->q, .q_stride = a->q_stride, .kv = a->kv, .table = a->kv_table,
         .chosen = p.chosen, .n_chosen = p.n_chosen, .shape = a->shape, .seqs = a->seqs,

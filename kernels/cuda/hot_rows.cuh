@@ -247,6 +247,22 @@ static __device__ __forceinline__ void write_books(const unsigned *place, int n,
     }
 }
 
+static __device__ __forceinline__ uint64_t now_ns()
+{
+    uint64_t ns;
+
+    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(ns));
+    return ns;
+}
+
+/* This thread waited so long for rows of the host tier. */
+static __device__ __forceinline__ void report_stall(const struct hot_rows &all, uint64_t ns)
+{
+    unsigned long long value = (unsigned long long)*all.step << 32 | min(ns, (uint64_t)UINT_MAX);
+
+    atomicMax((unsigned long long *)all.stall, value);
+}
+
 /* By one thread. */
 static __device__ __forceinline__ void add_counts(const struct hot_rows &all, int hits,
                                                   int misses, int resident)

@@ -78,7 +78,11 @@ __global__ void __launch_bounds__(THREADS) resolve(resolution a)
         choose_rows(into, missing, 0, n_missing, n_missing, h, seen, &c);
     __syncthreads();
     write_books(place, n, missing, n_missing, into, h);
+    uint64_t from_ns = now_ns();
     fetch<DIM>(place, missing, n_missing, into, h);
+    __syncthreads();
+    if (n_missing > 0 && threadIdx.x == 0)
+        report_stall(a.hot_rows, now_ns() - from_ns);
     for (int i = threadIdx.x; i < n; i += THREADS)
         rows[i] = row_at<DIM>(h, kv, place[i] < IN_HOST ? place[i] : IN_SET + into[i]);
     if (h.there && threadIdx.x == 0)

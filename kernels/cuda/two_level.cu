@@ -312,6 +312,15 @@ __device__ __forceinline__ void keep_rows(const unsigned char *rows, const int *
                 *(const uint4 *)(rows + i * row_bytes<DIM> + swizzled(i, piece));
 }
 
+/* Whether a row of a warp's tile comes out of host memory. */
+__device__ __forceinline__ bool has_missing(const int *list, int n)
+{
+    int lane = threadIdx.x % WARP;
+
+    return __any_sync(0xffffffffu,
+                      lane < min(n, (int)TILE) && (unsigned)list[lane] >= hot::IN_HOST);
+}
+
 /* While the first rows are on their way: which rows of the set the missing ones get, and the
  * books of the set. */
 __device__ __forceinline__ void settle(const arrays &r, const hot_share &h, int n, counts *c)
@@ -434,7 +443,8 @@ __device__ void send_sums(const two_level &a, shared<DIM> *sh, const float *part
 /* Attention of this block's n tokens of the list. */
 template <int DIM, bool HOT>
 __device__ void attend_own(const two_level &a, shared<DIM> *sh, const arrays &r, int n,
-                           int kv_head, int rank, int size, const hot_share &h)
+                           int kv_head, int rank, int size, const hot_share &h,
+                           const struct hot_rows &hot_rows)
 {
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4;
     const __nv_bfloat16 *kv = a.kv + (size_t)kv_head * BLOCK_TOKENS * 2 * DIM;
@@ -442,6 +452,7 @@ __device__ void attend_own(const two_level &a, shared<DIM> *sh, const arrays &r,
     float *parts = (float *)r.rows; /* [WARPS][ROWS][part_row], over the rows */
     int used = min((n + TILE - 1) / TILE, (int)WARPS);
     heads_softmax<DIM> s = { -INFINITY, 0, {} };
+    uint64_t stalled_ns = 0;
 
     if (HOT) {
         start_rows<DIM, HOT>(rows, kv, r.list + warp * TILE, n - warp * TILE, h.head);
@@ -459,9 +470,13 @@ __device__ void attend_own(const two_level &a, shared<DIM> *sh, const arrays &r,
 #pragma unroll 1
         for (; from < n; from += WARPS * TILE) {
             int next = from + WARPS * TILE;
+            bool waits = HOT && has_missing(r.list + from, n - from);
+            uint64_t from_ns = waits ? hot::now_ns() : 0;
             copy_wait<0>();
             __syncwarp();
-            if (HOT)
+            if (waits)
+                stalled_ns += hot::now_ns() - from_ns;
+            if (waits)
                 keep_rows<DIM>(r.rows + warp * TILE * row_bytes<DIM>, r.list + from,
                                r.into + from, n - from, h.head);
             attend_tile<DIM>(&s, q, rows, n - from, a.softmax_scale);
@@ -471,6 +486,8 @@ __device__ void attend_own(const two_level &a, shared<DIM> *sh, const arrays &r,
             sh->max[warp][g] = s.max;
             sh->sum[warp][g] = s.sum;
         }
+        if (HOT && stalled_ns > 0 && lane == 0)
+            hot::report_stall(hot_rows, stalled_ns);
     }
     __syncthreads();             /* nobody needs rows any more */
     if (warp < used) {
@@ -710,13 +727,13 @@ __device__ __forceinline__ void attend_unit(const two_level &a, const struct hot
         if (size > 1)
             barrier_expect(&sh->sums_arrived, size * 4 * (own + 2 * a.group));
     }
-    barrier_wait(&sh->keys_arrived);
     hot_share h;
     if (HOT)
         h.head = hot::head_of<DIM>(hot_rows, seq, kv_head, a.kv_heads, a.max_blocks);
+    barrier_wait(&sh->keys_arrived);
     int n_list = HOT ? resolve_tokens<DIM>(a, sh, r, n_kept, first, end, hot_rows, &h)
                      : choose_tokens<DIM>(a, sh, r, n_kept, first, end);
-    attend_own<DIM, HOT>(a, sh, r, n_list, kv_head, rank, size, h);
+    attend_own<DIM, HOT>(a, sh, r, n_list, kv_head, rank, size, h, hot_rows);
     finish<DIM>(a, sh, a.out + (size_t)unit * a.group * DIM, rank, size);
 }
 

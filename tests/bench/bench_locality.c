@@ -7,7 +7,7 @@
  * recently used ones, of several sizes, with rows fetched ahead by several rules.  Fetched ahead
  * are rows that the head did not choose but nearly did, after the step that nearly chose them.
  *
- * CPU back end.  Printed are shares of the chosen rows outside of the newest block, and rows fetched
+ * CPU back end.  Printed are shares of the chosen rows outside the newest block, and rows fetched
  * ahead a step and head, with the share of them that was asked for before it was replaced. */
 
 #include "engine/kv/kv_pool.h"
@@ -50,7 +50,7 @@ static struct {
     struct cache *cache[N_RULES][N_SIZES];   /* [layers * heads] */
     struct tally tally[N_RULES][N_SIZES];
     double again, chosen;
-    char *before;                            /* [layers * heads, positions] chosen by the last step */
+    char *before;                /* [layers * heads, positions] chosen by the last step */
     void *scratch;
     int32_t *kept, *n_kept, *chosen_ids, *n_chosen, *near_ids, *n_near;
 } b;

@@ -45,7 +45,8 @@ struct history {
     uint8_t *index;
     float *q;
     uint32_t step;
-    uint64_t counts[HOT_COUNTS];
+    uint64_t counts[HOT_COUNTS], stall;
+    int n_stalls;
     struct books before, after;
     struct attend_two_level_args args; /* device, without sets */
     struct hot_rows hot;         /* device */
@@ -143,7 +144,8 @@ static void put_device(struct history *h)
         .row_of = gpu_put(h->after.row_of, h->n_positions * sizeof(uint16_t)),
         .position = gpu_put(h->after.position, h->n_rows * sizeof(int32_t)),
         .used = gpu_put(h->after.used, h->n_rows * sizeof(uint32_t)),
-        .counts = gpu_put(h->counts, sizeof h->counts), .rows_per_head = s->rows_per_head };
+        .counts = gpu_put(h->counts, sizeof h->counts),
+        .stall = gpu_put(&h->stall, sizeof h->stall), .rows_per_head = s->rows_per_head };
 }
 
 static void start_history(struct history *h, const struct setup *s, uint64_t seed)
@@ -424,6 +426,11 @@ static void check_step(struct history *h, const char *name)
                       (unsigned long long)want[i]);
         h->counts[i] = counts[i];
     }
+    gpu_get(&h->stall, h->hot.stall, sizeof h->stall);
+    bool stalled = h->stall >> 32 == h->step && (uint32_t)h->stall > 0;
+    ck_assert_msg(!stalled || want[HOT_MISSES] > 0, "%s: step %u waited for nothing", name,
+                  h->step);
+    h->n_stalls += stalled;      /* not every one: the clock is as coarse as a microsecond */
 }
 
 /* As in test_gpu_two_level.c: with next to no scale a list with one token that differs is far
@@ -469,8 +476,10 @@ static void run_history(const struct setup *s, const char *name, uint64_t seed)
            "%llu resident\n", name, h.heads, s->kv_heads, s->head_dim, s->seqs,
            s->rows_per_head, (unsigned long long)h.counts[HOT_HITS],
            (unsigned long long)h.counts[HOT_MISSES], (unsigned long long)h.counts[HOT_RESIDENT]);
-    if (s->away > 0)
+    if (s->away > 0) {
         ck_assert_uint_gt(h.counts[HOT_MISSES], 0);
+        ck_assert_int_gt(h.n_stalls, 0);
+    }
     end_history(&h);
 }
 

@@ -47,7 +47,7 @@ struct history {
     int32_t *kept, *n_kept, *chosen, *n_chosen;
     void *scratch;
     uint32_t step;
-    uint64_t counts[HOT_COUNTS], model_counts[HOT_COUNTS];
+    uint64_t counts[HOT_COUNTS], model_counts[HOT_COUNTS], stall, misses_before;
     bf16 *rows;                  /* [seqs, kv_heads, N, 2 head_dim] */
     struct books books, model;
 };
@@ -301,7 +301,7 @@ static void run_both(struct history *h)
         .host = h->tier, .host_stride = kv_block_bytes(&h->shape), .host_table = h->host_table,
         .set = h->set, .rows = h->rows, .row_of = h->books.row_of,
         .position = h->books.position, .used = h->books.used, .step = &h->step,
-        .counts = h->counts, .rows_per_head = h->s.rows_per_head };
+        .counts = h->counts, .stall = &h->stall, .rows_per_head = h->s.rows_per_head };
 
     backend_ops(h->be)->attend_two_level(h->stream, &a);
     a.out = h->got;
@@ -428,6 +428,10 @@ static void check_step(struct history *h)
         ck_assert_msg(h->counts[i] == h->model_counts[i], "step %u: count %d is %llu, not %llu",
                       h->step, i, (unsigned long long)h->counts[i],
                       (unsigned long long)h->model_counts[i]);
+    bool fetched = h->model_counts[HOT_MISSES] > h->misses_before;
+    ck_assert_msg((h->stall >> 32 == h->step) == fetched, "step %u: a stall of step %llu", h->step,
+                  (unsigned long long)(h->stall >> 32));
+    h->misses_before = h->model_counts[HOT_MISSES];
 }
 
 static void run_history(const struct setup *s, const char *isa, int threads, uint64_t seed)

@@ -56,7 +56,7 @@ struct part {
     char *at;
     size_t bytes;
 };
-enum { PARTS = 5 };
+enum { PARTS = 6 };
 
 static void parts_of(int layer, struct part *out)
 {
@@ -68,6 +68,7 @@ static void parts_of(int layer, struct part *out)
     out[2] = (struct part){ (char *)r.position, heads * ROWS * sizeof *r.position };
     out[3] = (struct part){ (char *)r.used, heads * ROWS * sizeof *r.used };
     out[4] = (struct part){ (char *)r.counts, HOT_COUNTS * sizeof *r.counts };
+    out[5] = (struct part){ (char *)r.stall, sizeof *r.stall };
 }
 
 static bool all_are(const struct part *p, uint8_t value)
@@ -211,12 +212,32 @@ START_TEST(counts_are_those_of_the_last_fetch)
     ck_assert(counts_are(0, 0));
     hot_sets_fetch_counts(sets, stream);
     finish();
+    hot_sets_take_counts(sets);
     ck_assert(counts_are(1, 10));
     add_counts(1ull << 40);
     ck_assert(counts_are(1, 10));
     hot_sets_fetch_counts(sets, stream);
     finish();
+    hot_sets_take_counts(sets);
     ck_assert(counts_are(2, (1ull << 40) + 10));
+}
+END_TEST
+
+/* What a step leaves is there until another fetches, and is added once. */
+START_TEST(stalls_are_added_step_by_step)
+{
+    static const struct { uint64_t step, ns, sum; } stalls[] = {
+        { 7, 100, 100 }, { 7, 100, 100 }, { 8, 100, 200 }, { 11, UINT32_MAX, 200ull + UINT32_MAX },
+    };
+
+    for (size_t i = 0; i < sizeof stalls / sizeof stalls[0]; i++) {
+        *hot_sets_layer(sets, 1).stall = stalls[i].step << 32 | stalls[i].ns;
+        hot_sets_fetch_counts(sets, stream);
+        finish();
+        hot_sets_take_counts(sets);
+        ck_assert_uint_eq(hot_sets_counts(sets, 0).stalled_ns, 0);
+        ck_assert_uint_eq(hot_sets_counts(sets, 1).stalled_ns, stalls[i].sum);
+    }
 }
 END_TEST
 
@@ -234,6 +255,8 @@ START_TEST(emptying_and_fetching_are_queued)
     hot_sets_fetch_counts(sets, stream);
     ck_assert(positions_are(a, 3) && counts_are(0, 0));
     finish();
+    ck_assert(counts_are(0, 0));
+    hot_sets_take_counts(sets);
     ck_assert(positions_are(a, 0xff) && counts_are(1, 7));
     hot_sets_release(sets, a);
     teardown();
@@ -276,6 +299,7 @@ TCase *hot_sets_case(void)
     tcase_add_test(c, sets_come_and_go);
     tcase_add_test(c, an_acquired_set_is_empty_in_every_layer);
     tcase_add_test(c, counts_are_those_of_the_last_fetch);
+    tcase_add_test(c, stalls_are_added_step_by_step);
     tcase_add_test(c, emptying_and_fetching_are_queued);
     tcase_add_test_raise_signal(c, releasing_twice, SIGABRT);
     tcase_add_test_raise_signal(c, releasing_what_was_never_acquired, SIGABRT);
