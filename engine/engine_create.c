@@ -406,6 +406,7 @@ static enum status carve_memory(struct engine *e, const struct engine_config *cf
         .model = e->model, .stream = e->stream, .pool = e->pool, .select = &e->select,
         .eos = m->eos, .n_eos = m->n_eos, .max_blocks = (uint32_t)limits.max_blocks,
         .only_held = cfg->offload == OFFLOAD_ALWAYS,
+        .packed = mem_calloc(cfg->max_running, sizeof *e->step.packed),
     };
     log_memory(e, &d.pool, scratch_bytes, &d.sets);
     return ST_OK;
@@ -474,6 +475,7 @@ void engine_destroy(struct engine *e)
     backend_close(e->be);
     mailbox_destroy(e->inbox);
     mem_free(e->channels);
+    mem_free(e->step.packed);
     close(e->wake_fd);
     mem_free(e);
 }

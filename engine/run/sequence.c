@@ -212,6 +212,7 @@ void sequence_drop_blocks(struct sequence *q, struct kv_pool *pool)
         kv_pool_unpin(pool, q->table[last]);
     }
     q->n_sealed = q->n_stored = q->n_computed = 0;
+    q->n_drops++;
 }
 
 void sequence_grow(struct sequence *q, struct kv_pool *pool, uint32_t n)

@@ -54,6 +54,7 @@ struct sequence {
     kv_block *table;             /* [max_blocks] */
     bool *held;                  /* [max_blocks] */
     uint32_t max_blocks, n_sealed, n_scored;
+    uint32_t n_drops;            /* while it stays, the first n_sealed entries of the table do */
     uint32_t n_held;             /* blocks; n_blocks when ON_DEVICE */
     uint32_t n_stored;           /* blocks that the host tier has been asked to store */
     enum residency residency;

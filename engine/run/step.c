@@ -85,6 +85,29 @@ static void pack_staged(const struct step_context *cx, struct model_batch *b,
     }
 }
 
+/* Leading blocks whose places the batch's tables have.  Asking the pool for each block of long
+ * contexts takes longer than all else that the host does in a step. */
+static uint32_t packed_before(const struct step_context *cx, const struct sequence *q, int at)
+{
+    const struct packed_table *p = &cx->packed[at];
+    bool known = p->n > 0 && p->order == q->order && p->n_drops == q->n_drops &&
+                 p->version == kv_pool_version(cx->pool) && p->with_host == (q->hot_set >= 0);
+
+    return known ? p->n : 0;
+}
+
+/* What is sealed stays the same block.  Where a block is read also depends on whether it is held
+ * with only_held, and what streams has other numbers in its table. */
+static void remember_packed(const struct step_context *cx, const struct sequence *q, int at)
+{
+    bool stays = !cx->only_held && q->residency != STREAMED;
+
+    cx->packed[at] = (struct packed_table){
+        .order = q->order, .version = kv_pool_version(cx->pool), .n_drops = q->n_drops,
+        .n = stays ? q->n_sealed : 0, .with_host = q->hot_set >= 0,
+    };
+}
+
 static void pack_tables(const struct step_context *cx, struct model_batch *b,
                         const struct sequence *q, int at)
 {
@@ -92,7 +115,7 @@ static void pack_tables(const struct step_context *cx, struct model_batch *b,
 
     if (b->hot_set)
         b->hot_set[at] = q->residency == STREAMED ? -1 : q->hot_set;
-    for (uint32_t i = 0; i < q->n_blocks; i++) {
+    for (uint32_t i = packed_before(cx, q, at); i < q->n_blocks; i++) {
         struct block_place place = kv_pool_place(cx->pool, q->table[i]);
         bool there = q->held[i] || (place.kv >= 0 && !(cx->only_held && place.host >= 0));
         ASSERT(there || (q->hot_set >= 0 && place.host >= 0));
@@ -101,6 +124,7 @@ static void pack_tables(const struct step_context *cx, struct model_batch *b,
         if (q->hot_set >= 0)
             b->host_table[table + i] = place.host;
     }
+    remember_packed(cx, q, at);
     if (q->residency == STREAMED)
         pack_staged(cx, b, q, b->kv_table + table);
 }

@@ -15,6 +15,13 @@
  *
  * Nothing is allocated.  Engine thread. */
 
+/* Whose places the tables of one sequence of the batch hold, from earlier steps. */
+struct packed_table {
+    uint64_t order, version;     /* sequence's; kv_pool_version() */
+    uint32_t n_drops, n;         /* sequence's; leading blocks */
+    bool with_host;              /* its host slots too */
+};
+
 struct step_context {
     struct model *model;
     struct stream *stream;
@@ -25,6 +32,7 @@ struct step_context {
     uint32_t max_blocks;         /* width of the batch's tables */
     bool only_held;              /* K and V that are not held are read out of the host tier, once
                                     they are there */
+    struct packed_table *packed; /* [max_seqs], zeroed at first */
 };
 
 struct step_counts {

@@ -20,6 +20,7 @@
 
 /* A history comes in two sizes: all lengths and pools are so many times these. */
 enum { SMALL = 1, LARGE = 4 };
+enum { KEPT = 96 };              /* tokens: small_config() */
 enum {
     N_REQUESTS = 15, MOST_INSIDE = 13,
     MAX_PROMPT = 430, MAX_OUTPUT = 210, MAX_LEN = 640, MAX_BLOCKS = MAX_LEN / 64,
@@ -254,7 +255,8 @@ static struct engine_config config_of(const struct history *h, const struct kind
     const uint32_t longest = MAX_BLOCKS * h->scale, contexts = host_blocks / longest;
     uint32_t sets = at_most(k->sequences ? k->sequences : contexts ? contexts : 1, c.max_running);
     struct hot_sets_config hot = {
-        .sets = (int)sets, .layers = 8, .rows_per_head = (int)(k->hot_rows ? k->hot_rows : 384),
+        .sets = (int)sets, .layers = 8,
+        .rows_per_head = (int)(k->hot_rows ? k->hot_rows : 4 * KEPT),
         .max_blocks = (int)longest,
         .shape = { .kv_heads = 2, .head_dim = 128, .filter = FILTER_COARSE,
                    .index = INDEX_ROTATED },
@@ -268,7 +270,7 @@ static struct engine_config config_of(const struct history *h, const struct kind
     c.step_tokens = k->step_tokens ? k->step_tokens * h->scale : c.step_tokens;
     c.offload = k->offload;
     c.offload_sequences = sets;
-    c.hot_rows = k->hot_rows;
+    c.hot_rows = (uint32_t)hot.rows_per_head;
     c.prefix_cache = !k->no_prefix_cache;
     return c;
 }
@@ -600,6 +602,35 @@ START_TEST(a_failed_copy_is_noticed_by_an_idle_engine)
 }
 END_TEST
 
+/* Where hot rows are not asked for, they and the index take half of the memory, unless that is less
+ * than 4 times the kept tokens or more than 16 times. */
+START_TEST(hot_rows_grow_into_half_of_the_memory)
+{
+    const struct history h = { .scale = SMALL };
+    const struct kind few = { "few", 30, 120, OFFLOAD_AUTO, .sequences = 2, .hot_rows = 4 * KEPT };
+    const struct kind many = { "many", 30, 120, OFFLOAD_AUTO, .sequences = 2,
+                               .hot_rows = 16 * KEPT };
+    const uint64_t block = BUNDLED_BLOCK_BYTES, of_pool = few.blocks * block;
+    const uint64_t least = config_of(&h, &few).kv_bytes - of_pool;
+    const uint64_t most = config_of(&h, &many).kv_bytes - of_pool, unit = (most - least) / 12;
+    const struct { uint64_t bytes, aside; } cases[] = {
+        { 2 * least + unit, least }, { 2 * (least + 5 * unit), least + 5 * unit },
+        { 2 * (least + 5 * unit) + unit, least + 5 * unit }, { 3 * most, most },
+    };
+
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        struct engine_config c = config_of(&h, &few);
+        struct engine_stats s;
+        c.kv_bytes = cases[i].bytes;
+        c.hot_rows = 0;
+        start(&c);
+        engine_stats(engine, &s);
+        ck_assert_uint_eq(s.kv_blocks, (cases[i].bytes - cases[i].aside) / block);
+        stop();
+    }
+}
+END_TEST
+
 TCase *engine_offload_case(void)
 {
     const char *seeds = getenv("OFFLOAD_SEEDS");
@@ -614,6 +645,7 @@ TCase *engine_offload_case(void)
     tcase_add_test(tc, destroying_does_not_wait_for_copies);
     tcase_add_loop_test(tc, a_failed_copy_ends_all, 0, 6);
     tcase_add_test(tc, a_failed_copy_is_noticed_by_an_idle_engine);
+    tcase_add_test(tc, hot_rows_grow_into_half_of_the_memory);
     tcase_add_loop_test(tc, no_answer_changes_in_small_histories, 1, 2 + 10 * more);
     tcase_add_loop_test(tc, no_answer_changes_in_large_histories, 1, 1 + 2 * more);
     return tc;
