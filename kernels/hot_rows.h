@@ -12,7 +12,7 @@ extern "C" {
  * A sequence whose blocks have (partly) left the device has a set: for each layer and KV head
  * `rows_per_head` rows of device memory.  Where kv_table has no slot for a block, its rows come
  * out of the set, and what the set lacks is read out of the host tier and put into it, in place
- * of the row that was used longest ago.  A row is an exact copy, so the cache changes the time
+ * of a row that was not used for some time.  A row is an exact copy, so the cache changes the time
  * of an answer and never the answer.
  *
  * What a set holds is checked at use: row_of[p] may be anything, and means "position p is
@@ -24,9 +24,11 @@ extern "C" {
  *   most keep_tokens <= rows_per_head, so the rows that are no hits suffice for the misses
  *   however the hits lie.  That holds for a set as a whole and for no part of it: whoever
  *   divides the work of one KV head must choose among all its rows.
- * 2 Replaced are empty rows, then those used longest ago; of equal ones the lowest row.
- *   Missing tokens in ascending order get these rows in ascending order.  CUDA takes all
- *   last used more than 253 steps ago for equal; else it does the same to the last entry.
+ * 2 The rows of a head are a ring.  Replaced are, from its hand on, those that are empty or were
+ *   last used hot_idle_steps() ago or before: of I such steps I - 1 and this one have used at most
+ *   I * keep_tokens <= rows_per_head rows, so there are enough.  Missing tokens in ascending order
+ *   get these rows in that order, and the hand moves behind the last.  This keeps nearly what
+ *   replacing the row used longest ago does (docs/PERFORMANCE.md) and looks at few rows.
  * 3 A row whose block is in kv is read there, counted as resident, and neither looked up nor
  *   put into the set.  What the set still has of it stays and ages: K and V of a position must
  *   not change while a set that is not reset names it.
@@ -44,6 +46,7 @@ struct hot_rows {
     uint16_t *row_of;           /* [C, G, P] */
     int32_t *position;          /* [C, G, N] -1: the row is empty */
     uint32_t *used;             /* [C, G, N] step that last used the row; empty: anything */
+    int32_t *hand;              /* [C, G] in [0, N) */
     const uint32_t *step;       /* [1] of this step; ascends from 1 */
     uint64_t *counts;           /* [HOT_COUNTS] added to, for sequences with a set */
     uint64_t *stall;            /* [1] of the last step that fetched: its number in the upper 32
@@ -55,6 +58,12 @@ struct hot_rows {
 enum { HOT_HITS, HOT_MISSES, HOT_RESIDENT, HOT_COUNTS }; /* rows: in the set, fetched, in kv */
 enum { HOT_MOST_ROWS = 65535 };
 
+/* A row that so many steps did not use is replaced before others. */
+LAYOUT_FN int hot_idle_steps(int rows_per_head, int keep_tokens)
+{
+    return rows_per_head / keep_tokens;
+}
+
 /* Bytes of device memory of one set in one layer, by part. */
 LAYOUT_FN size_t hot_rows_bytes(const struct kv_shape *s, int rows_per_head)
 {
@@ -64,7 +73,8 @@ LAYOUT_FN size_t hot_rows_bytes(const struct kv_shape *s, int rows_per_head)
 LAYOUT_FN size_t hot_books_bytes(const struct kv_shape *s, int rows_per_head, int max_blocks)
 {
     return (size_t)s->kv_heads * ((size_t)rows_per_head * (sizeof(int32_t) + sizeof(uint32_t)) +
-                                  (size_t)max_blocks * BLOCK_TOKENS * sizeof(uint16_t));
+                                  (size_t)max_blocks * BLOCK_TOKENS * sizeof(uint16_t) +
+                                  sizeof(int32_t));
 }
 
 #ifdef __cplusplus

@@ -13,6 +13,7 @@ struct layer_parts {
     uint16_t *row_of;
     int32_t *position;
     uint32_t *used;
+    int32_t *hand;
 };
 
 struct hot_sets {
@@ -55,6 +56,7 @@ static struct layer_parts carve_layer(const struct hot_sets_config *cfg, char *b
     l.row_of = carve(base, at, positions, sizeof *l.row_of);
     l.position = carve(base, at, rows, sizeof *l.position);
     l.used = carve(base, at, rows, sizeof *l.used);
+    l.hand = carve(base, at, heads, sizeof *l.hand);
     return l;
 }
 
@@ -182,7 +184,8 @@ struct hot_rows hot_sets_layer(const struct hot_sets *h, int layer)
     return (struct hot_rows){
         .host = (const bf16 *)(const void *)((const char *)cfg->host + in_slot),
         .host_stride = cfg->host_stride, .rows = l->rows, .row_of = l->row_of,
-        .position = l->position, .used = l->used, .counts = h->counts + layer * HOT_COUNTS,
+        .position = l->position, .used = l->used, .hand = l->hand,
+        .counts = h->counts + layer * HOT_COUNTS,
         .stall = h->counts + cfg->layers * HOT_COUNTS + layer,
         .rows_per_head = cfg->rows_per_head,
     };

@@ -2,7 +2,6 @@
 
 #include "engine/base/clock.h"
 #include "engine/base/invariant.h"
-#include "kernels/cpu/top.h"
 
 #include <string.h>
 
@@ -12,6 +11,9 @@ struct hot_head {
     uint16_t *row_of;            /* [P] */
     int32_t *position;           /* [N] */
     uint32_t *used;              /* [N] */
+    int32_t *hand;
+    int n;                       /* rows */
+    uint32_t idle_steps;
     const int32_t *host_table;   /* [max_blocks] */
     uint32_t step;
 };
@@ -34,6 +36,9 @@ static struct hot_head hot_head_of(const struct resolve_args *a, int seq, int kv
         .row_of = hot->row_of + positions,
         .position = hot->position + rows,
         .used = hot->used + rows,
+        .hand = hot->hand + head,
+        .n = hot->rows_per_head,
+        .idle_steps = (uint32_t)hot_idle_steps(hot->rows_per_head, a->keep_tokens),
         .host_table = hot->host_table + (size_t)seq * (size_t)a->max_blocks,
         .step = *hot->step,
     };
@@ -57,28 +62,26 @@ static const bf16 *host_row(const struct resolution *r, const struct hot_head *h
            row_in_block(r, kv_head, position);
 }
 
-/* Rows for n missing tokens, ascending.  Empty ones are older than all others, and those of
- * this step younger. */
-static void choose_rows(const struct hot_head *h, int rows_per_head, uint32_t *age,
-                        int32_t *chosen, int n)
+/* Rows for n > 0 missing tokens: hot_rows.h, rule 2. */
+static void choose_rows(const struct hot_head *h, int32_t *chosen, int n)
 {
-    for (int row = 0; row < rows_per_head; row++)
-        age[row] = h->position[row] < 0 ? UINT32_MAX : h->step - h->used[row];
-    int n_rows = choose_top(chosen, age, rows_per_head, n);
-    ASSERT(n_rows == n);
-    for (int i = 0; i < n; i++)
-        ASSERT(age[chosen[i]] > 0);
+    int n_chosen = 0;
+
+    for (int i = 0; i < h->n && n_chosen < n; i++) {
+        int row = (*h->hand + i) % h->n;
+        if (h->position[row] < 0 || h->step - h->used[row] >= h->idle_steps)
+            chosen[n_chosen++] = row;
+    }
+    ASSERT(n_chosen == n);
+    *h->hand = (chosen[n - 1] + 1) % h->n;
 }
 
 /* Put the missing tokens, given by their place in the list, into the set. */
 static void fetch(const struct resolution *r, const struct hot_head *h, int kv_head,
                   const int32_t *chosen, const bf16 **rows, const int32_t *missing, int n,
-                  int32_t *space)
+                  int32_t *into)
 {
-    int rows_per_head = r->a->hot->rows_per_head;
-    int32_t *into = space + rows_per_head;
-
-    choose_rows(h, rows_per_head, (uint32_t *)space, into, n);
+    choose_rows(h, into, n);
     for (int i = 0; i < n; i++) {
         int position = chosen[missing[i]], row = into[i];
         bf16 *to = h->rows + (size_t)row * r->row;
@@ -107,9 +110,8 @@ static void resolve_task(void *arg, int task, int worker)
     a->stalled_ns[task] = 0;
     if (has_set)
         h = hot_head_of(a, seq, kv_head);
-    size_t n_space = (size_t)a->hot->rows_per_head + 2 * (size_t)a->keep_tokens;
-    int32_t *space = cpu_scratch(r->s, worker, n_space * sizeof *space);
-    int32_t *missing = space + a->hot->rows_per_head + a->keep_tokens;
+    int32_t *into = cpu_scratch(r->s, worker, 2 * (size_t)a->keep_tokens * sizeof *into);
+    int32_t *missing = into + a->keep_tokens;
     for (int i = 0; i < a->n_chosen[task]; i++) {
         int position = chosen[i];
         int32_t slot = table[position / BLOCK_TOKENS];
@@ -133,7 +135,7 @@ static void resolve_task(void *arg, int task, int worker)
     if (n_missing == 0)
         return;
     uint64_t from_ns = clock_now_ns();
-    fetch(r, &h, kv_head, chosen, rows, missing, n_missing, space);
+    fetch(r, &h, kv_head, chosen, rows, missing, n_missing, into);
     a->stalled_ns[task] = clock_now_ns() - from_ns;
 }
 

@@ -29,14 +29,15 @@ struct head {
     uint16_t *row_of;            /* [P] */
     int32_t *position;           /* [n] */
     uint32_t *used;              /* [n] */
+    int32_t *hand;
     unsigned step;
-    int n;
+    int n, idle_steps;           /* rows; hot_rows.h */
     bool there;                  /* else all of the sequence is in kv */
 };
 
 template <int DIM>
 static __device__ __forceinline__ head head_of(const struct hot_rows &all, int seq, int kv_head,
-                                               int kv_heads, int max_blocks)
+                                               int kv_heads, int max_blocks, int keep_tokens)
 {
     int set = all.set[seq];
     size_t i = (size_t)max(set, 0) * kv_heads + kv_head, rows = i * all.rows_per_head;
@@ -49,8 +50,10 @@ static __device__ __forceinline__ head head_of(const struct hot_rows &all, int s
     h.row_of = all.row_of + i * max_blocks * BLOCK_TOKENS;
     h.position = all.position + rows;
     h.used = all.used + rows;
+    h.hand = all.hand + i;
     h.step = *all.step;
     h.n = all.rows_per_head;
+    h.idle_steps = hot_idle_steps(h.n, keep_tokens);
     h.there = set >= 0;
     return h;
 }
@@ -138,95 +141,39 @@ static __device__ __forceinline__ void add_up(int (&value)[3], counts *c)
         value[j] = __reduce_add_sync(0xffffffffu, lane < n_warps ? c->warp[1][lane][j] : 0);
 }
 
-/* How long ago a row was used, as a bin: 0 in this step, the last one for an empty row, the one
- * before for all that is older than there are bins. */
-static __device__ __forceinline__ int age_of(const head &h, const unsigned *seen, int row)
-{
-    int position = __ldcg(h.position + row);
-    unsigned age = h.step - __ldcg(h.used + row);
-
-    if (seen[row / 32] >> row % 32 & 1)
-        return 0;
-    return position < 0 ? BINS - 1 : (int)min(max(age, 1u), (unsigned)BINS - 2);
-}
-
-/* A histogram of ages.  Ages crowd in few bins, so equal ones of a warp are added at once. */
-static __device__ __forceinline__ void count_ages(const head &h, const unsigned *seen, counts *c)
-{
-    int lane = threadIdx.x % WARP;
-
-#pragma unroll 4
-    for (int first = threadIdx.x - lane; first < h.n; first += blockDim.x) {
-        int age = first + lane < h.n ? age_of(h, seen, first + lane) : 0;
-        unsigned same = __match_any_sync(0xffffffffu, age);
-        if (age > 0 && lane == __ffs(same) - 1)
-            atomicAdd(&c->bins[age], __popc(same));
-    }
-}
-
-/* Rows for the `wanted` tokens that all blocks miss: the oldest, of equally old ones the first.
- * In ascending order they go to the missing tokens in ascending order, of which those from
- * number `from` on are this block's n: token missing[i] of its list gets into[missing[i]].
- * Synchronises the block before it reads `seen`; synchronise before `into` is read. */
-static __device__ __noinline__ void choose_rows(uint16_t *into, const int *missing, int from,
-                                                int n, int wanted, const head &h,
-                                                const unsigned *seen, counts *c)
+/* Rows for the `wanted` tokens that all blocks miss: hot_rows.h, rule 2.  The missing ones from
+ * number `from` on are this block's n: token missing[i] of its list gets into[missing[i]].  Where
+ * the hand moves.  Synchronise before, for `seen`, and after, for `into`. */
+static __device__ __noinline__ int choose_rows(uint16_t *into, const int *missing, int from,
+                                               int n, int wanted, const head &h,
+                                               const unsigned *seen, counts *c)
 {
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, n_warps = blockDim.x / WARP;
-    int older = 0, equal = 0;    /* rows before: older than the border, and as old */
+    int hand = __ldcg(h.hand), chosen = 0;
 
-    clear_bins(c);
-    __syncthreads();
-    count_ages(h, seen, c);
-    __syncthreads();
-    bin b = find_bin(wanted, c); /* there are as many rows: hot_rows.h, rule 1 */
-    int rest = wanted - b.above;
-
-    /* As in list_chosen(): a warp takes neighbouring rows, 32 a turn, and lane i remembers
-     * turn i until it is known what is before. */
-    for (int begin = 0; begin < h.n; begin += WARP * (int)blockDim.x) {
-        int turns = min((h.n - begin + (int)blockDim.x - 1) / (int)blockDim.x, (int)WARP);
-        int first = begin + warp * turns * WARP, own_older = 0, own_equal = 0;
-        unsigned older_masks = 0, equal_masks = 0;
-
-#pragma unroll 4
-        for (int i = 0; i < turns; i++) {
-            int row = first + i * WARP + lane;
-            int age = row < h.n ? age_of(h, seen, row) : 0;
-            unsigned is_older = __ballot_sync(0xffffffffu, age > b.number);
-            unsigned is_equal = __ballot_sync(0xffffffffu, age == b.number);
-            older_masks = lane == i ? is_older : older_masks;
-            equal_masks = lane == i ? is_equal : equal_masks;
-            own_older += __popc(is_older);
-            own_equal += __popc(is_equal);
-        }
-        if (begin > 0)
-            __syncthreads();     /* all have read what is written next */
-        if (lane == 0) {
-            c->warp[0][warp][0] = own_older;
-            c->warp[0][warp][1] = own_equal;
-        }
-        __syncthreads();
-        int part_older = lane < n_warps ? c->warp[0][lane][0] : 0;
-        int part_equal = lane < n_warps ? c->warp[0][lane][1] : 0;
-        int o = older + __reduce_add_sync(0xffffffffu, lane < warp ? part_older : 0);
-        int e = equal + __reduce_add_sync(0xffffffffu, lane < warp ? part_equal : 0);
-        older += __reduce_add_sync(0xffffffffu, part_older);
-        equal += __reduce_add_sync(0xffffffffu, part_equal);
 #pragma unroll 1
-        for (int i = 0; i < turns; i++) {
-            unsigned is_older = __shfl_sync(0xffffffffu, older_masks, i);
-            unsigned is_equal = __shfl_sync(0xffffffffu, equal_masks, i);
-            unsigned before = (1u << lane) - 1;
-            int equal_before = e + __popc(is_equal & before);
-            int number = o + __popc(is_older & before) + min(equal_before, rest) - from;
-            bool mine = is_older >> lane & 1 || (is_equal >> lane & 1 && equal_before < rest);
-            if (mine && number >= 0 && number < n)
-                into[missing[number]] = (uint16_t)(first + i * WARP + lane);
-            o += __popc(is_older);
-            e += __popc(is_equal);
-        }
+    for (int first = 0; chosen < wanted && first < h.n; first += blockDim.x) {
+        int i = first + threadIdx.x, row = hand + i;
+        bool free = false;
+        row -= row >= h.n ? h.n : 0;
+        if (i < h.n && !(seen[row / 32] >> row % 32 & 1))
+            free = __ldcg(h.position + row) < 0 ||
+                   h.step - __ldcg(h.used + row) >= (unsigned)h.idle_steps;
+        unsigned mask = __ballot_sync(0xffffffffu, free);
+        if (lane == 0)
+            c->warp[0][warp][0] = __popc(mask);
+        __syncthreads();
+        int part = lane < n_warps ? c->warp[0][lane][0] : 0;
+        int number = chosen + __reduce_add_sync(0xffffffffu, lane < warp ? part : 0) +
+                     __popc(mask & ((1u << lane) - 1));
+        chosen += __reduce_add_sync(0xffffffffu, part);
+        if (free && number == wanted - 1)
+            c->warp[1][0][0] = row + 1 < h.n ? row + 1 : 0;
+        if (free && number >= from && number < from + n)
+            into[missing[number - from]] = (uint16_t)row;
+        __syncthreads();
     }
+    return c->warp[1][0][0];
 }
 
 /* The step uses the places of the list; the n_missing missing ones are where `into` says. */

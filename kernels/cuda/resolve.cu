@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(THREADS) resolve(resolution a)
 
     if (n == 0)
         return;
-    head h = head_of<DIM>(a.hot_rows, seq, kv_head, a.kv_heads, a.max_blocks);
+    head h = head_of<DIM>(a.hot_rows, seq, kv_head, a.kv_heads, a.max_blocks, a.keep_tokens);
     clear_seen(seen, h.n);
     for (int i = threadIdx.x; i < n; i += THREADS) {
         int id = table[chosen[i] / BLOCK_TOKENS];
@@ -74,8 +74,11 @@ __global__ void __launch_bounds__(THREADS) resolve(resolution a)
     add_up(sums, &c);
     int n_missing = list_missing(missing, place, n, &c);
     __syncthreads();
-    if (n_missing > 0)
-        choose_rows(into, missing, 0, n_missing, n_missing, h, seen, &c);
+    if (n_missing > 0) {
+        int hand = choose_rows(into, missing, 0, n_missing, n_missing, h, seen, &c);
+        if (threadIdx.x == 0)
+            *h.hand = hand;
+    }
     __syncthreads();
     write_books(place, n, missing, n_missing, into, h);
     uint64_t from_ns = now_ns();

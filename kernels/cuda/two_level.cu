@@ -323,11 +323,15 @@ __device__ __forceinline__ bool has_missing(const int *list, int n)
 
 /* While the first rows are on their way: which rows of the set the missing ones get, and the
  * books of the set. */
-__device__ __forceinline__ void settle(const arrays &r, const hot_share &h, int n, counts *c)
+__device__ __forceinline__ void settle(const arrays &r, const hot_share &h, int n, int rank,
+                                       counts *c)
 {
     if (h.n_missing > 0) {       /* so it is in all blocks of the cluster */
-        hot::choose_rows(r.into, r.missing, h.before, h.own, h.n_missing, h.head, r.seen, c);
+        int hand = hot::choose_rows(r.into, r.missing, h.before, h.own, h.n_missing, h.head,
+                                    r.seen, c);
         cluster_barrier();       /* all have read the books */
+        if (rank == 0 && threadIdx.x == 0)
+            *h.head.hand = hand;
     }
     hot::write_books((const unsigned *)r.list, n, r.missing, h.own, r.into, h.head);
 }
@@ -456,7 +460,7 @@ __device__ void attend_own(const two_level &a, shared<DIM> *sh, const arrays &r,
 
     if (HOT) {
         start_rows<DIM, HOT>(rows, kv, r.list + warp * TILE, n - warp * TILE, h.head);
-        settle(r, h, n, &sh->count);
+        settle(r, h, n, rank, &sh->count);
     }
     if (warp < used) {
         unsigned q[DIM / 16][2];
@@ -729,7 +733,8 @@ __device__ __forceinline__ void attend_unit(const two_level &a, const struct hot
     }
     hot_share h;
     if (HOT)
-        h.head = hot::head_of<DIM>(hot_rows, seq, kv_head, a.kv_heads, a.max_blocks);
+        h.head = hot::head_of<DIM>(hot_rows, seq, kv_head, a.kv_heads, a.max_blocks,
+                                   a.keep_tokens);
     barrier_wait(&sh->keys_arrived);
     int n_list = HOT ? resolve_tokens<DIM>(a, sh, r, n_kept, first, end, hot_rows, &h)
                      : choose_tokens<DIM>(a, sh, r, n_kept, first, end);

@@ -7,7 +7,7 @@
  * rows; without it a case is measured at several.  It is exact: a step chooses the same tokens
  * every time, because nothing changes, and before it the first rows of every set are emptied.
  * Empty rows are filled first and in order (hot_rows.h, rule 2), so the same tokens miss every
- * time.  Emptying is over when the clock of a step starts.
+ * time; the hand of the ring is put before them.  Emptying is over when the clock of a step starts.
  *
  * Host memory is the host tier's own, slots as in kv_pool.h, filled with random K and V.  All
  * blocks of an offloaded context but its last one are there alone.  Contexts that need more
@@ -218,15 +218,18 @@ static void empty(void *arg)
     const struct bench *b = arg;
     const struct hot_sets_config *cfg = hot_sets_config(b->sets);
     struct empty_rows_args a = {
-        .position = hot_sets_layer(b->sets, 0).position, .layers = cfg->layers,
+        .position = hot_sets_layer(b->sets, 0).position,
+        .hand = hot_sets_layer(b->sets, 0).hand, .layers = cfg->layers,
         .lists = cfg->sets * cfg->shape.kv_heads, .rows_per_head = cfg->rows_per_head,
         .n = b->empty,
     };
 
     if (b->empty == 0)
         return;
-    if (cfg->layers > 1)
+    if (cfg->layers > 1) {
         a.layer_stride = (size_t)(hot_sets_layer(b->sets, 1).position - a.position);
+        a.hand_stride = (size_t)(hot_sets_layer(b->sets, 1).hand - a.hand);
+    }
     for (int layer = 0; layer < cfg->layers; layer++)
         ASSERT(hot_sets_layer(b->sets, layer).position
                == a.position + (size_t)layer * a.layer_stride);

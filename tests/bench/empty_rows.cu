@@ -15,6 +15,8 @@ static __global__ void __launch_bounds__(THREADS) empty_rows_kernel(struct empty
 
     for (int i = threadIdx.x; i < a.n; i += THREADS)
         position[i] = -1;
+    if (threadIdx.x == 0)
+        a.hand[blockIdx.y * a.hand_stride + blockIdx.x] = 0;
 }
 
 extern "C" bool empty_rows(const struct empty_rows_args *args)

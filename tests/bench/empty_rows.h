@@ -9,11 +9,13 @@
 extern "C" {
 #endif
 
-/* Hot rows (kernels/hot_rows.h) whose first n rows become empty in every layer, set and KV head.
+/* Hot rows (kernels/hot_rows.h) whose first n rows become empty in every layer, set and KV head,
+ * and the next ones to be replaced.
  * Sets are the same distance from each other in every layer, and layers from each other. */
 struct empty_rows_args {
     int32_t *position;           /* of layer 0, device: [lists, rows_per_head] */
-    size_t layer_stride;         /* elements from layer to layer */
+    int32_t *hand;               /* of layer 0, device: [lists] */
+    size_t layer_stride, hand_stride; /* elements from layer to layer */
     int layers, lists;           /* lists: sets times KV heads */
     int rows_per_head, n;
 };

@@ -29,6 +29,7 @@ struct books {                   /* of all sets, on the host */
     uint16_t *row_of;
     int32_t *position;
     uint32_t *used;
+    int32_t *hand;
 };
 
 struct history {
@@ -95,6 +96,7 @@ static struct books make_books(const struct history *h)
         .row_of = nothing(h->n_positions * sizeof(uint16_t)),
         .position = nothing(h->n_rows * sizeof(int32_t)),
         .used = nothing(h->n_rows * sizeof(uint32_t)),
+        .hand = mem_calloc((size_t)h->lists, sizeof(int32_t)),
     };
 }
 
@@ -104,6 +106,7 @@ static void free_books(struct books *b)
     mem_free(b->row_of);
     mem_free(b->position);
     mem_free(b->used);
+    mem_free(b->hand);
 }
 
 /* Every third sequence has no set, every seventh is padding. */
@@ -144,6 +147,7 @@ static void put_device(struct history *h)
         .row_of = gpu_put(h->after.row_of, h->n_positions * sizeof(uint16_t)),
         .position = gpu_put(h->after.position, h->n_rows * sizeof(int32_t)),
         .used = gpu_put(h->after.used, h->n_rows * sizeof(uint32_t)),
+        .hand = gpu_put(h->after.hand, (size_t)h->lists * sizeof(int32_t)),
         .counts = gpu_put(h->counts, sizeof h->counts),
         .stall = gpu_put(&h->stall, sizeof h->stall), .rows_per_head = s->rows_per_head };
 }
@@ -281,6 +285,7 @@ static void get_books(const struct history *h, struct books *b)
     gpu_get(b->row_of, h->hot.row_of, h->n_positions * sizeof *b->row_of);
     gpu_get(b->position, h->hot.position, h->n_rows * sizeof *b->position);
     gpu_get(b->used, h->hot.used, h->n_rows * sizeof *b->used);
+    gpu_get(b->hand, h->hot.hand, (size_t)h->lists * sizeof *b->hand);
 }
 
 static void run_both(struct history *h)
@@ -336,61 +341,73 @@ static float *run_cpu(const struct history *h)
 
 /* ---- what must hold */
 
-/* The larger, the sooner replaced; ages of less than 254 steps are exact. */
-static uint64_t age_before(const struct history *h, size_t row)
+struct change { int hits, misses; };
+
+/* One row that is not empty: K and V of its position, and found by it. */
+static void check_row(const struct history *h, int seq, int g, int i)
 {
-    if (h->before.position[row] < 0)
-        return UINT64_MAX;
-    return h->step - h->before.used[row];
+    int head = h->set[seq] * h->s.kv_heads + g;
+    size_t row = (size_t)head * (size_t)h->s.rows_per_head + (size_t)i;
+    size_t row_bytes = 4 * (size_t)h->s.head_dim;
+    size_t positions = (size_t)head * (size_t)(h->max_blocks * BLOCK_TOKENS);
+    int32_t p = h->after.position[row];
+    int32_t id = h->ids[seq * h->max_blocks + p / BLOCK_TOKENS];
+    const char *want = (const char *)h->truth + (size_t)id * kv_block_bytes(&h->shape) +
+                       (size_t)(g * BLOCK_TOKENS + p % BLOCK_TOKENS) * row_bytes;
+
+    ck_assert_msg(memcmp((const char *)h->after.rows + row * row_bytes, want, row_bytes) == 0,
+                  "step %u: row %d of sequence %d, head %d is not position %d", h->step, i, seq, g,
+                  p);
+    ck_assert_int_eq(h->after.row_of[positions + (size_t)p], i);
 }
 
-struct change { int hits, misses; };
+/* Rows that the step replaced, as rule 2 of hot_rows.h has them one after the other. */
+static struct change check_replaced(const struct history *h, int seq, int g, int n_replaced)
+{
+    int head = h->set[seq] * h->s.kv_heads + g, n = h->s.rows_per_head, last = -1, hand;
+    const int32_t *before = h->before.position + (size_t)head * (size_t)n;
+    const int32_t *after = h->after.position + (size_t)head * (size_t)n;
+    const uint32_t *used_before = h->before.used + (size_t)head * (size_t)n;
+    const uint32_t *used = h->after.used + (size_t)head * (size_t)n;
+    struct change c = { 0, 0 };
+
+    hand = h->before.hand[head];
+    for (int i = 0; i < n; i++) {
+        int row = (h->before.hand[head] + i) % n;
+        bool hit = after[row] >= 0 && after[row] == before[row] && used[row] == h->step;
+        bool replaced = after[row] != before[row];
+        bool idle = before[row] < 0 ||
+                    h->step - used_before[row] >= (uint32_t)(n / h->s.keep_tokens);
+        c.hits += hit;
+        ck_assert_msg(hit ? !replaced : replaced == (idle && c.misses < n_replaced),
+                      "step %u: sequence %d, head %d: row %d of %d was not the next", h->step, seq,
+                      g, row, n);
+        if (!replaced)
+            continue;
+        ck_assert_uint_eq(used[row], h->step);
+        ck_assert_int_lt(h->table[seq * h->max_blocks + after[row] / BLOCK_TOKENS], 0);
+        ck_assert_int_gt(after[row], last);      /* both ascend */
+        last = after[row];
+        hand = (row + 1) % n;
+        c.misses++;
+    }
+    ck_assert_int_eq(c.misses, n_replaced);
+    ck_assert_int_eq(h->after.hand[head], hand);
+    return c;
+}
 
 /* One head of a set: what is in it, and that the right rows were replaced. */
 static struct change check_set(const struct history *h, int seq, int g)
 {
-    int head = h->set[seq] * h->s.kv_heads + g, n = h->s.rows_per_head, last = -1, border = -1;
-    size_t first = (size_t)head * (size_t)n, row_bytes = 4 * (size_t)h->s.head_dim;
-    size_t positions = (size_t)head * (size_t)(h->max_blocks * BLOCK_TOKENS);
-    uint64_t youngest = UINT64_MAX;      /* of the replaced; border: the last of those */
-    struct change c = { 0, 0 };
+    int n = h->s.rows_per_head, n_replaced = 0;
+    size_t first = (size_t)(h->set[seq] * h->s.kv_heads + g) * (size_t)n;
 
     for (int i = 0; i < n; i++) {
-        size_t row = first + (size_t)i;
-        int32_t p = h->after.position[row];
-        if (p < 0)
-            continue;
-        int32_t id = h->ids[seq * h->max_blocks + p / BLOCK_TOKENS];
-        const char *want = (const char *)h->truth + (size_t)id * kv_block_bytes(&h->shape) +
-                           (size_t)(g * BLOCK_TOKENS + p % BLOCK_TOKENS) * row_bytes;
-        ck_assert_msg(memcmp((const char *)h->after.rows + row * row_bytes, want, row_bytes) == 0,
-                      "step %u: row %d of sequence %d, head %d is not position %d", h->step, i,
-                      seq, g, p);
-        ck_assert_int_eq(h->after.row_of[positions + (size_t)p], i);
-        if (p == h->before.position[row]) {
-            c.hits += h->after.used[row] == h->step;
-            continue;
-        }
-        ck_assert_uint_eq(h->after.used[row], h->step);
-        ck_assert_int_lt(h->table[seq * h->max_blocks + p / BLOCK_TOKENS], 0);
-        ck_assert_int_gt(p, last);       /* both ascend */
-        last = p;
-        c.misses++;
-        if (age_before(h, row) <= youngest) {
-            youngest = age_before(h, row);
-            border = i;
-        }
+        if (h->after.position[first + (size_t)i] >= 0)
+            check_row(h, seq, g, i);
+        n_replaced += h->after.position[first + (size_t)i] != h->before.position[first + (size_t)i];
     }
-    for (int i = 0; i < n; i++) {
-        size_t row = first + (size_t)i;
-        bool stays = h->after.position[row] == h->before.position[row];
-        if (stays && (h->after.position[row] < 0 || h->after.used[row] != h->step) && c.misses)
-            ck_assert_msg(age_before(h, row) < youngest ||
-                          (age_before(h, row) == youngest && i > border),
-                          "step %u: row %d of sequence %d, head %d was older than row %d",
-                          h->step, i, seq, g, border);
-    }
-    return c;
+    return check_replaced(h, seq, g, n_replaced);
 }
 
 /* Tokens that a sequence chooses; the last block is always kept. */

@@ -27,6 +27,7 @@ struct books {                   /* as of struct hot_rows */
     uint16_t *row_of;
     int32_t *position;
     uint32_t *used;
+    int32_t *hand;
 };
 
 struct history {
@@ -79,6 +80,7 @@ static struct books make_books(const struct history *h)
         .row_of = mem_alloc(heads * (size_t)(h->max_blocks * BLOCK_TOKENS) * sizeof(uint16_t)),
         .position = nothing(rows * sizeof(int32_t)),
         .used = mem_alloc(rows * sizeof(uint32_t)),
+        .hand = mem_calloc(heads, sizeof(int32_t)),
     };
 }
 
@@ -151,7 +153,8 @@ static void end_history(struct history *h)
     void *all[] = { h->ids, h->table, h->host_table, h->truth, h->kv, h->tier, h->index, h->q,
                     h->want, h->got, h->kept, h->n_kept, h->chosen, h->n_chosen, h->scratch,
                     h->rows, h->books.row_of, h->books.position, h->books.used,
-                    h->model.row_of, h->model.position, h->model.used };
+                    h->books.hand, h->model.row_of, h->model.position, h->model.used,
+                    h->model.hand };
 
     for (size_t i = 0; i < sizeof all / sizeof all[0]; i++)
         mem_free(all[i]);
@@ -300,7 +303,8 @@ static void run_both(struct history *h)
     struct hot_rows hot = {
         .host = h->tier, .host_stride = kv_block_bytes(&h->shape), .host_table = h->host_table,
         .set = h->set, .rows = h->rows, .row_of = h->books.row_of,
-        .position = h->books.position, .used = h->books.used, .step = &h->step,
+        .position = h->books.position, .used = h->books.used, .hand = h->books.hand,
+        .step = &h->step,
         .counts = h->counts, .stall = &h->stall, .rows_per_head = h->s.rows_per_head };
 
     backend_ops(h->be)->attend_two_level(h->stream, &a);
@@ -322,20 +326,19 @@ static int row_with(const int32_t *position, int n, int32_t p)
     return -1;
 }
 
-/* The one to replace: empty, else used longest ago, and not taken already. */
-static int oldest(const int32_t *position, const uint32_t *used, const bool *taken, int n)
+/* The next one to replace, from the hand on: empty or idle, and not taken already. */
+static int next_row(const struct history *h, int head, const bool *taken)
 {
-    int best = -1;
+    int n = h->s.rows_per_head, idle_steps = n / h->s.keep_tokens;
+    const int32_t *position = h->model.position + head * n;
+    const uint32_t *used = h->model.used + head * n;
 
-    for (int row = 0; row < n; row++) {
-        if (taken[row])
-            continue;
-        bool empty = position[row] < 0;
-        if (best < 0 || (empty && position[best] >= 0) ||
-            (empty == (position[best] < 0) && !empty && used[row] < used[best]))
-            best = row;
+    for (int i = 0; i < n; i++) {
+        int row = (h->model.hand[head] + i) % n;
+        if (!taken[row] && (position[row] < 0 || used[row] + (uint32_t)idle_steps <= h->step))
+            return row;
     }
-    return best;
+    return -1;
 }
 
 static void model_list(struct history *h, int seq, int g)
@@ -347,7 +350,7 @@ static void model_list(struct history *h, int seq, int g)
     const int32_t *chosen = h->chosen + list * h->s.keep_tokens;
     int32_t *missing = mem_alloc((size_t)h->s.keep_tokens * sizeof *missing);
     bool *taken = mem_calloc((size_t)n, sizeof *taken);    /* used by this step */
-    bool *replaced = mem_calloc((size_t)n, sizeof *replaced);
+    int *replaced = mem_calloc((size_t)h->s.keep_tokens, sizeof *replaced);
 
     for (int i = 0; i < h->n_chosen[list]; i++) {
         int32_t p = chosen[i];
@@ -366,15 +369,15 @@ static void model_list(struct history *h, int seq, int g)
     }
     h->model_counts[HOT_MISSES] += (uint64_t)n_missing;
     for (int i = 0; i < n_missing; i++) {
-        int row = oldest(position, used, taken, n);
-        ck_assert_int_ge(row, 0);
-        taken[row] = replaced[row] = true;
+        replaced[i] = next_row(h, head, taken);
+        ck_assert_int_ge(replaced[i], 0);
+        taken[replaced[i]] = true;
     }
-    for (int row = 0, next = 0; row < n; row++)
-        if (replaced[row]) {
-            position[row] = missing[next++];
-            used[row] = h->step;
-        }
+    for (int i = 0; i < n_missing; i++) {
+        position[replaced[i]] = missing[i];
+        used[replaced[i]] = h->step;
+        h->model.hand[head] = (replaced[i] + 1) % n;
+    }
     mem_free(missing);
     mem_free(taken);
     mem_free(replaced);
@@ -424,6 +427,8 @@ static void check_step(struct history *h)
             ck_abort_msg("step %u: row %zu has position %d of step %u, not %d of step %u",
                          h->step, i, h->books.position[i], h->books.used[i],
                          h->model.position[i], h->model.used[i]);
+    for (int i = 0; i < h->lists; i++)
+        ck_assert_int_eq(h->books.hand[i], h->model.hand[i]);
     for (int i = 0; i < HOT_COUNTS; i++)
         ck_assert_msg(h->counts[i] == h->model_counts[i], "step %u: count %d is %llu, not %llu",
                       h->step, i, (unsigned long long)h->counts[i],

@@ -56,7 +56,7 @@ struct part {
     char *at;
     size_t bytes;
 };
-enum { PARTS = 6 };
+enum { PARTS = 7 };
 
 static void parts_of(int layer, struct part *out)
 {
@@ -69,6 +69,7 @@ static void parts_of(int layer, struct part *out)
     out[3] = (struct part){ (char *)r.used, heads * ROWS * sizeof *r.used };
     out[4] = (struct part){ (char *)r.counts, HOT_COUNTS * sizeof *r.counts };
     out[5] = (struct part){ (char *)r.stall, sizeof *r.stall };
+    out[6] = (struct part){ (char *)r.hand, heads * sizeof *r.hand };
 }
 
 static bool all_are(const struct part *p, uint8_t value)
