@@ -29,8 +29,7 @@ CHUNK = 1 << 16      # elements computed at once
 PIECE = 1 << 23      # elements that a process writes at once
 
 SCORE_STD = 1.5      # of q.k / sqrt(head_dim)
-LOGIT_STD = 1.5
-ATTN_GAIN = 1.0      # more of any of these and keys rounded to bf16 alone move logprobs by 0.02
+LOGIT_STD = 1.5      # more of these and keys rounded to bf16 alone move logprobs by 0.02
 MLP_GAIN = 1.0
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -40,7 +39,8 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 # layout: of config.json, 4 or 5 for the major version of transformers that
 # writes it.  head_dim None leaves the key out.
 DEFAULTS = dict(layers=2, kv_heads=2, head_dim=None, vocab=TOKENIZER_IDS, tied=False, dtype="bf16",
-                shards=1, layout=4, theta=10000.0, rope=None, max_position=8192, eps=1e-6, seed=1)
+                shards=1, layout=4, theta=10000.0, rope=None, max_position=8192, eps=1e-6, seed=1,
+                attn_gain=1.0)   # less, and what attention finds changes less from step to step
 TEST_MODELS = {
     "qwen3": dict(family="qwen3", hidden=96, mlp=192, heads=4, head_dim=64, tied=True,
                   theta=1e6),
@@ -88,7 +88,7 @@ def tensors(m):
         yield at + "self_attn.q_proj.weight", (q, hidden), 0, qk * hidden ** -0.5
         yield at + "self_attn.k_proj.weight", (kv, hidden), 0, qk * hidden ** -0.5
         yield at + "self_attn.v_proj.weight", (kv, hidden), 0, hidden ** -0.5
-        gain = ATTN_GAIN * (min(1.0, 2 * embed) if n == 0 else 1.0)
+        gain = m["attn_gain"] * (min(1.0, 2 * embed) if n == 0 else 1.0)
         yield at + "self_attn.o_proj.weight", (hidden, q), 0, gain * q ** -0.5
         if m["family"] == "qwen2":
             yield at + "self_attn.q_proj.bias", (q,), 0, 0.5
@@ -257,6 +257,7 @@ def main():
     ap.add_argument("--dtype", choices=("bf16", "f32"))
     ap.add_argument("--family", choices=ARCHITECTURES)
     ap.add_argument("--theta", type=float)
+    ap.add_argument("--attn-gain", type=float)
     ap.add_argument("--rope", type=json.loads, help="rope scaling as a JSON object")
     ap.add_argument("--tied", type=lambda s: s == "true", metavar="true|false")
     args = ap.parse_args()

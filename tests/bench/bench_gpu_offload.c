@@ -224,8 +224,6 @@ static void empty(void *arg)
         .n = b->empty,
     };
 
-    if (b->empty == 0)
-        return;
     if (cfg->layers > 1) {
         a.layer_stride = (size_t)(hot_sets_layer(b->sets, 1).position - a.position);
         a.hand_stride = (size_t)(hot_sets_layer(b->sets, 1).hand - a.hand);

@@ -493,10 +493,10 @@ static void run_history(const struct setup *s, const char *name, uint64_t seed)
            "%llu resident\n", name, h.heads, s->kv_heads, s->head_dim, s->seqs,
            s->rows_per_head, (unsigned long long)h.counts[HOT_HITS],
            (unsigned long long)h.counts[HOT_MISSES], (unsigned long long)h.counts[HOT_RESIDENT]);
-    if (s->away > 0) {
+    if (s->away > 0)
         ck_assert_uint_gt(h.counts[HOT_MISSES], 0);
+    if (h.counts[HOT_MISSES] > 1000)
         ck_assert_int_gt(h.n_stalls, 0);
-    }
     end_history(&h);
 }
 
