@@ -200,13 +200,6 @@ static void open_sets(struct bench *b, const struct options *o)
     model_use_hot_sets(s->model, b->sets);
 }
 
-/* Sequence s has set s, and all sets are empty. */
-static void take_sets(struct bench *b)
-{
-    for (int s = 0; s < b->d.batch; s++)
-        ASSERT(hot_sets_acquire(b->sets, gpu_bench_stream()) == s);
-}
-
 static void give_sets(struct bench *b)
 {
     for (int s = 0; s < b->d.batch; s++)
@@ -233,6 +226,15 @@ static void empty(void *arg)
                == a.position + (size_t)layer * a.layer_stride);
     if (!empty_rows(&a))
         fail("the device failed while hot rows were emptied");
+}
+
+/* Sequence s has set s, and all sets are empty, with the first row as the next. */
+static void take_sets(struct bench *b)
+{
+    for (int s = 0; s < b->d.batch; s++)
+        ASSERT(hot_sets_acquire(b->sets, gpu_bench_stream()) == s);
+    b->empty = 0;
+    empty(b);
 }
 
 /* Of all layers since create. */
