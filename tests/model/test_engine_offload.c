@@ -28,6 +28,7 @@ enum {
 struct history {
     uint64_t seed;
     uint32_t scale;
+    enum selection selection;
 };
 
 struct answer {
@@ -156,6 +157,7 @@ static struct engine_config history_config(const struct history *h)
     struct engine_config c = small_config();
 
     c.max_model_len = h->scale * MAX_LEN;
+    c.select.selection = h->selection;
     c.select.crossover_tokens = 100;
     c.max_running = 12;
     return c;
@@ -329,13 +331,20 @@ static void no_answer_changes(const struct history *h)
 
 START_TEST(no_answer_changes_in_small_histories)
 {
-    no_answer_changes(&(struct history){ (uint64_t)_i, SMALL });
+    no_answer_changes(&(struct history){ (uint64_t)_i, SMALL, SELECTION_EXACT });
+}
+END_TEST
+
+/* Which blocks a step chooses from is known a step before, wherever these are. */
+START_TEST(no_answer_changes_in_lagged_histories)
+{
+    no_answer_changes(&(struct history){ (uint64_t)_i, SMALL, SELECTION_LAGGED });
 }
 END_TEST
 
 START_TEST(no_answer_changes_in_large_histories)
 {
-    no_answer_changes(&(struct history){ (uint64_t)_i, LARGE });
+    no_answer_changes(&(struct history){ (uint64_t)_i, LARGE, SELECTION_EXACT });
 }
 END_TEST
 
@@ -346,7 +355,7 @@ enum { PREFIX = 600 };
 /* A pool of 14 blocks and a tier of 100, contexts of up to 10. */
 static struct engine_config small_tier_config(void)
 {
-    static const struct history h = { 0, SMALL };
+    static const struct history h = { 0, SMALL, SELECTION_EXACT };
     static const struct kind k = { .name = "single", .blocks = 14, .host_blocks = 100 };
 
     return config_of(&h, &k);
