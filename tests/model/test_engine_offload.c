@@ -557,7 +557,7 @@ static bool fail_at(void *arg, uint64_t number)
 START_TEST(a_failed_copy_ends_all)
 {
     static const uint64_t at[] = { 0, 1, 4, 9, 14, 20 };
-    static const struct history h = { 3, SMALL };
+    static const struct history h = { 3, SMALL, SELECTION_EXACT };
     struct engine_config c = small_tier_config();
     struct request *r[N_REQUESTS];
     uint64_t number = at[_i];
@@ -624,6 +624,7 @@ TCase *engine_offload_case(void)
     tcase_add_loop_test(tc, a_failed_copy_ends_all, 0, 6);
     tcase_add_test(tc, a_failed_copy_is_noticed_by_an_idle_engine);
     tcase_add_loop_test(tc, no_answer_changes_in_small_histories, 1, 2 + 10 * more);
+    tcase_add_loop_test(tc, no_answer_changes_in_lagged_histories, 1, 2 + 10 * more);
     tcase_add_loop_test(tc, no_answer_changes_in_large_histories, 1, 1 + 2 * more);
     return tc;
 }
