@@ -164,6 +164,46 @@ START_TEST(batch_chunks_cache_and_preemption_change_nothing)
 }
 END_TEST
 
+/* Two texts that outgrow the pool: the younger yields, most of its blocks stay in the cache, and
+ * when it is alone it goes on from there.  What it computes again is not sampled, but has a say in
+ * what is. */
+START_TEST(who_yields_goes_on_as_if_it_had_not)
+{
+    enum { PROMPT = 70, OUTPUT = 500 };
+    struct engine_config c = small_config();
+    struct request *r[2], *alone[2];
+    int32_t prompt[PROMPT];
+    struct engine_stats s;
+
+    c.select.selection = (enum selection)_i;
+    c.select.crossover_tokens = 100;
+    for (int small = 0; small < 2; small++) {
+        struct request **here = small ? r : alone;
+        if (small)
+            c.kv_bytes = 12 * BUNDLED_BLOCK_BYTES;
+        start(&c);
+        for (int i = 0; i < 2; i++) {
+            random_prompt(prompt, PROMPT, (uint64_t)i);
+            here[i] = new_request(prompt, PROMPT, OUTPUT);
+            ck_assert_int_eq(engine_submit(engine, here[i]), ST_OK);
+        }
+        wait_for(2);
+        engine_stats(engine, &s);
+        ck_assert((s.preemptions > 0) == small);
+        stop();
+    }
+    ck_assert_uint_gt(r[1]->n_preempted, 0);
+    for (int i = 0; i < 2; i++) {
+        for (int k = 0; k < OUTPUT; k++)
+            ck_assert_msg(r[i]->output[k] == alone[i]->output[k] &&
+                          r[i]->chosen[k].logprob == alone[i]->chosen[k].logprob,
+                          "request %d differs at token %d", i, k);
+        free_request(r[i]);
+        free_request(alone[i]);
+    }
+}
+END_TEST
+
 /* Lagged selection with room for all blocks, and with room for few, against exact selection. */
 START_TEST(lagged_is_exact_while_all_blocks_are_kept)
 {
@@ -418,6 +458,8 @@ TCase *engine_case(void)
 
     tcase_add_test(tc, greedy_tokens_are_the_reference_s);
     tcase_add_loop_test(tc, batch_chunks_cache_and_preemption_change_nothing, SELECTION_EXACT,
+                        SELECTION_LAGGED + 1);
+    tcase_add_loop_test(tc, who_yields_goes_on_as_if_it_had_not, SELECTION_EXACT,
                         SELECTION_LAGGED + 1);
     tcase_add_test(tc, lagged_is_exact_while_all_blocks_are_kept);
     tcase_add_test(tc, a_budget_above_the_context_is_full_attention);
