@@ -117,7 +117,7 @@ static void assert_same(const struct answer *a, const struct answer *b, const ch
         }
 }
 
-/* With lagged selection a sequence that was preempted computes its sparse rows again, all of them. */
+/* With lagged selection who was preempted computes its sparse rows again, all of them. */
 START_TEST(batch_chunks_cache_and_preemption_change_nothing)
 {
     static struct answer alone[N_REQUESTS], other[N_REQUESTS];
