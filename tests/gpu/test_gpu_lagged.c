@@ -369,7 +369,7 @@ END_TEST
  * than a thread block has threads, and than fit a bin of keys; a batch. */
 START_TEST(budgets)
 {
-    static const struct { int blocks, tokens, sinks, recent, seqs, n_tokens, steps; } budgets[] = {
+    static const struct { int blocks, tokens, sinks, recent, seqs, n_tokens, steps; } rows[] = {
         { 3, 192, 4, 64, 5, 1500, STEPS }, { 2, 128, 100, 300, 5, 1500, STEPS },
         { 5, 256, 0, 1, 5, 1500, STEPS }, { 7, 256, 130, 65, 5, 1500, STEPS },
         { 64, 1024, 4, 64, 1, 33333, 8 }, { 300, 1024, 4, 64, 1, 33333, 8 },
@@ -381,13 +381,13 @@ START_TEST(budgets)
     for (int kind = 0; kind < 2; kind++) {
         struct setup s = base_setup(4, 2, 128);
         s.kind = kind;
-        s.keep_blocks = budgets[_i].blocks;
-        s.keep_tokens = budgets[_i].tokens;
-        s.sinks = budgets[_i].sinks;
-        s.recent = budgets[_i].recent;
-        s.seqs = budgets[_i].seqs;
-        s.n_tokens = budgets[_i].n_tokens;
-        s.steps = budgets[_i].steps;
+        s.keep_blocks = rows[_i].blocks;
+        s.keep_tokens = rows[_i].tokens;
+        s.sinks = rows[_i].sinks;
+        s.recent = rows[_i].recent;
+        s.seqs = rows[_i].seqs;
+        s.n_tokens = rows[_i].n_tokens;
+        s.steps = rows[_i].steps;
         run_history(&s, "budgets", 6e-3f, 40 + (uint64_t)_i);
     }
 }
