@@ -8,9 +8,9 @@
  * The fused kernels choose blocks by the filter's keys.  Here they find keys that leave them no
  * choice: the largest for each block of the list, and 0, which is no key, for all others.  Without
  * a list that counts the keys stay as they are, and so does every bit of the result.  That costs a
- * launch and one more choice of blocks, some 5 us a layer, which could be saved by choosing the
- * next step's blocks while this one's tokens are scored; but then the fused kernels would need
- * variants of their own, and lagging is there to be measured. */
+ * launch and one more choice of blocks a layer, which could be saved by choosing the next step's
+ * blocks while this one's tokens are scored; but then the fused kernels would need variants of
+ * their own, and lagging is there to be measured. */
 
 #include "kernels/cuda/lag.cuh"
 #include "kernels/cuda/select.cuh"
@@ -68,13 +68,11 @@ __device__ lagged_merge merge(const lag &a, const unit &u)
     return merge_lagged(f, below_sinks, below_recent, a.keep_blocks);
 }
 
-/* When nobody reads what is stored any more.  Its length and context come last: others of this
- * thread block may still be reading them, until all have met. */
+/* When all threads have read what is stored. */
 __device__ void store(const lag &a, const unit &u, const int32_t *kept, int n_kept)
 {
     for (int i = threadIdx.x; i < a.keep_blocks; i += THREADS)
         u.stored[i] = i < n_kept ? kept[i] : -1;
-    __syncthreads();
     if (threadIdx.x == 0) {
         *u.n_stored = n_kept;
         *u.stored_for = u.n_tokens;
@@ -102,7 +100,7 @@ __global__ void __launch_bounds__(THREADS) swap_lists(lag a, lag_lists lists)
         from[i] = -1;
     if (threadIdx.x == 0)
         lists.n_from[u.list] = n;
-    __syncthreads();             /* the stored list has been read */
+    __syncthreads();             /* all have read what is stored */
     if (u.stores)
         store(a, u, kept, n_kept);
 }
@@ -131,7 +129,7 @@ __global__ void __launch_bounds__(THREADS) swap_keys(lag a, unsigned *keys, int3
         for (int i = threadIdx.x; i < m.n; i += THREADS)
             keys[merged_block(m, u.stored, i)] = (unsigned)FORCED_KEY;
     }
-    __syncthreads();             /* the stored list has been read */
+    __syncthreads();             /* all have read what is stored */
     store(a, u, kept, n_kept);
 }
 
