@@ -153,6 +153,7 @@ static void end_sequence(struct engine *e, struct sequence *q)
     else if (q->state == SEQ_WAITING)
         e->n_put_back--;
     scheduler_remove(e->scheduler, q);
+    step_release(&e->step, q);
     residency_end(&e->residency, q);
     sequence_drop_blocks(q, e->pool);
     sequence_destroy(q);
@@ -211,6 +212,7 @@ static uint32_t drop_preempted(void *arg, struct sequence *q)
     e->n_put_back++;
     e->stats.recomputed_tokens += q->n_computed;
     q->req->n_preempted++;
+    step_release(&e->step, q);
     residency_end(&e->residency, q);
     sequence_drop_blocks(q, e->pool);
     return kv_pool_available(e->pool);

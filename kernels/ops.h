@@ -3,6 +3,7 @@
 
 #include "kernels/backend.h"
 #include "kernels/hot_rows.h"
+#include "kernels/lagged_blocks.h"
 #include "kernels/layout.h"
 #include "kernels/sampling.h"
 
@@ -234,7 +235,8 @@ struct attend_selected_args {
 
 /* block_filter, token_select and attend_selected in one: what lies between them goes
  * nowhere.  With `hot`, a chosen row whose block has no slot in kv_table comes out of hot_rows.h's
- * sets; the result is the same to the last bit as though it were in kv.
+ * sets; the result is the same to the last bit as though it were in kv.  With `lagged` tokens are
+ * chosen among the blocks of lagged_blocks.h, and this call's go there.
  *                                                        tolerance: as the three */
 struct attend_two_level_args {
     void *out;                  /* act [S, H*D] */
@@ -253,6 +255,7 @@ struct attend_two_level_args {
     int max_n_tokens;
     float scale;
     const struct hot_rows *hot; /* host; NULL: every block has a slot in kv */
+    const struct lagged_blocks *lagged; /* host; NULL: tokens of what block_filter keeps */
 };
 
 /* out = silu(gate) * up, silu(x) = x / (1 + exp(-x)).     tolerance: 1e-5 */

@@ -4,6 +4,7 @@
     evaluate_needles.py                                    the table of docs/ATTENTION.md
     evaluate_needles.py --tokens 98304 --needles 48 --filters coarse
     evaluate_needles.py --text book.txt --keep-blocks 32 --keep-tokens 512
+    evaluate_needles.py -- --selection lagged              any option of the server
 
 Facts ("The access code of the silver lantern is 4821357.") are set into a long text at
 random places, and each is asked for at its end, greedily, with full attention and with

@@ -87,6 +87,10 @@ static const struct option table[] = {
       .choices = "rotated|channels",
       .help = "How tokens are scored. rotated: two bits of all channels after a rotation; "
               "channels: four bits of 32 channels chosen by --calibrate." },
+    { .key = "selection", .type = OPTION_CHOICE, AT(engine.select.selection), .initial = "exact",
+      .choices = "exact|lagged",
+      .help = "Among which blocks tokens are chosen. exact: those that the filter keeps in this "
+              "step; lagged: those that it kept in the step before, and the newest." },
     { .key = "keep-blocks", .type = OPTION_INT, AT(engine.select.keep_blocks), .initial = "64",
       .min = 1, .max = 1u << 20, .help = "Blocks of 64 tokens that survive the filter." },
     { .key = "keep-tokens", .type = OPTION_INT, AT(engine.select.keep_tokens),

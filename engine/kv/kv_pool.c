@@ -321,10 +321,10 @@ kv_block kv_pool_seal(struct kv_pool *p, kv_block b, const struct block_name *na
     struct entry *e = &p->entries[b];
     kv_block twin = NONE;
 
-    ASSERT(e->pins == 1 && !e->sealed && name->parent != b);
-    ASSERT(name->parent == NONE ||
-           (name->parent < p->ids.n && p->entries[name->parent].sealed));
-    bool nameable = p->cfg.prefix_cache &&
+    ASSERT(e->pins == 1 && !e->sealed);
+    ASSERT(!name || name->parent == NONE ||
+           (name->parent < p->ids.n && name->parent != b && p->entries[name->parent].sealed));
+    bool nameable = name && p->cfg.prefix_cache &&
                     (name->parent == NONE || block_names_has(&p->names, name->parent));
     if (nameable)
         twin = block_names_find(&p->names, name);

@@ -42,8 +42,8 @@ struct backend;
  *
  * Names.  A sealed block is found by what it contains: its parent (the block
  * before it, itself named so), its tokens, and its provenance.  No two blocks have the same name:
- * see kv_pool_seal() for the duplicates, which have none, and neither have the blocks that
- * follow such a one.  Without a prefix cache no block has a name.  A find compares
+ * see kv_pool_seal() for those that have none, duplicates among them, and neither have the blocks
+ * that follow such a one.  Without a prefix cache no block has a name.  A find compares
  * the tokens themselves, all the way up, so two texts never share a block
  * because their hashes collide.  Provenance says how the keys and values came
  * about: K and V of a token decoded with sparse attention differ a little from
@@ -139,7 +139,8 @@ void kv_pool_release(struct kv_pool *pool, kv_block b);
  * that has the name already, pinned and held in b's stead (b is released and unpinned): the
  * caller replaces b in its table.  If the equal one is not RESIDENT it takes over b's kv slot, and
  * b's index slot if it has none.  Only while it is being loaded it cannot: then b stays, without a
- * name.  b has one pin, and the parent in its name is sealed and pinned. */
+ * name.  b has one pin, and the parent in its name is sealed and pinned.  name NULL: nobody is to
+ * find it, nor what follows it. */
 kv_block kv_pool_seal(struct kv_pool *pool, kv_block b, const struct block_name *name);
 
 /* Look up a sealed block and pin it, wherever it is.  KV_BLOCK_NONE when there is none.  The parent

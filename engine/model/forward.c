@@ -2,6 +2,7 @@
 #include "engine/base/invariant.h"
 #include "engine/kv/hot_sets.h"
 #include "engine/kv/kv_pool.h"
+#include "engine/kv/lagged_lists.h"
 #include "engine/model/model_parts.h"
 
 #include <math.h>
@@ -43,6 +44,16 @@ static void check_sets(const struct model *m)
     }
 }
 
+static void check_lagged_slots(const struct model *m)
+{
+    const struct model_batch *b = &m->batch;
+
+    for (int s = 0; s < b->seqs; s++) {
+        ASSERT(b->lagged_slot[s] >= -1 && b->lagged_slot[s] < m->limits.max_seqs);
+        ASSERT(s < b->sparse_seqs || b->lagged_slot[s] < 0);
+    }
+}
+
 static void check_batch(const struct model *m)
 {
     const struct model_batch *b = &m->batch;
@@ -67,6 +78,8 @@ static void check_batch(const struct model *m)
         ASSERT(b->rows_of[r] >= 0 && b->rows_of[r] < b->rows);
     if (m->hot)
         check_sets(m);
+    if (m->lagged)
+        check_lagged_slots(m);
 }
 
 bool forward_has_sets(const struct model *m)
@@ -137,6 +150,8 @@ static void upload_batch(struct model *m, struct stream *s, bool has_sets)
     copy_ints(s, d->kv_table, h->kv_table, table);
     copy_ints(s, d->index_table, h->index_table, table);
     copy_ints(s, d->rows_of, h->rows_of, (size_t)b->logit_rows);
+    if (m->lagged)
+        copy_ints(s, d->lagged_slot, h->lagged_slot, seqs);
     if (!has_sets)
         return;
     copy_ints(s, d->host_table, h->host_table, table);
@@ -218,15 +233,27 @@ static struct hot_rows layer_hot_rows(const struct pass *p, int layer)
     return hot;
 }
 
+static struct lagged_blocks layer_lagged_blocks(const struct pass *p, int layer)
+{
+    struct lagged_blocks lagged = lagged_lists_layer(p->m->lagged, layer);
+
+    lagged.slot = p->a->lagged_slot;
+    return lagged;
+}
+
 /* Both levels for the first sequences, a row each.  Without sets the kernels that look for none. */
 static void attend_sparse(struct pass *p, int layer)
 {
     const struct select_layer *budget = &p->m->plan.layer[layer];
     const struct select_config *cfg = &p->m->plan.config;
+    const bool lags = p->m->lagged != NULL;
+    struct lagged_blocks lagged;
     struct hot_rows hot;
 
     if (p->has_sets)
         hot = layer_hot_rows(p, layer);
+    if (lags)
+        lagged = layer_lagged_blocks(p, layer);
     p->ops->attend_two_level(p->s, &(struct attend_two_level_args){
         .out = p->w->attn, .q = p->w->qkv, .q_stride = qkv_dim(p->g),
         .kv = kv_pool_kv(p->pool, layer), .index = kv_pool_index(p->pool, layer),
@@ -237,7 +264,8 @@ static void attend_sparse(struct pass *p, int layer)
         .keep_blocks = budget->keep_blocks, .keep_tokens = budget->keep_tokens,
         .sink_tokens = cfg->sink_tokens, .recent_tokens = cfg->recent_tokens,
         .max_n_tokens = p->most_sparse_tokens,
-        .scale = 1.0f / sqrtf((float)p->g->head_dim), .hot = p->has_sets ? &hot : NULL });
+        .scale = 1.0f / sqrtf((float)p->g->head_dim), .hot = p->has_sets ? &hot : NULL,
+        .lagged = lags ? &lagged : NULL });
 }
 
 /* ---- sublayers */
@@ -292,10 +320,14 @@ static void project(struct pass *p, int layer, const void *delta)
         p->m->observer(p->m->observer_arg, layer, p->b, w->qkv, stride);
 }
 
+static bool selects(const struct pass *p, int layer)
+{
+    return p->sparse_seqs > 0 && !p->m->plan.layer[layer].dense;
+}
+
 static void attend(struct pass *p, int layer, bool last)
 {
-    bool select = p->sparse_seqs > 0 && !p->m->plan.layer[layer].dense;
-
+    bool select = selects(p, layer);
     const struct dense_rows *d = &p->dense[last][select];
 
     if (select)
@@ -359,8 +391,12 @@ void forward_queue(struct pass *p)
         finish_layer(p, layer, w->x, w->attn, rows);
     }
     project(p, last, last ? w->delta : NULL);
-    if (p->logit_rows == 0)
+    if (p->logit_rows == 0) {
+        /* Nobody reads this attention, but which blocks it keeps is for the next step. */
+        if (p->m->lagged && selects(p, last))
+            attend_sparse(p, last);
         return;
+    }
     attend(p, last, true);
     finish(p, last);
 }

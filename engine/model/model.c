@@ -3,6 +3,7 @@
 #include "engine/base/invariant.h"
 #include "engine/base/mem.h"
 #include "engine/kv/hot_sets.h"
+#include "engine/kv/lagged_lists.h"
 #include "engine/model/model_parts.h"
 
 #include <string.h>
@@ -34,6 +35,7 @@ void model_close(struct model *m)
         return;
     replay_destroy(m);
     streaming_destroy(m);
+    lagged_lists_destroy(m->lagged);
     buffer_free(m->be, &m->device);
     buffer_free(m->be, &m->host);
     weights_close(m->weights);
@@ -84,8 +86,17 @@ static int32_t *carve_ints(struct carver *c, int rows, int columns)
     return carve(c, (size_t)rows, (size_t)columns, sizeof(int32_t));
 }
 
+/* What not every model's steps have. */
+struct extras { bool sets, lists; };
+
+static struct extras extras_of(const struct model *m, const struct select_plan *plan)
+{
+    return (struct extras){ .sets = m->hot != NULL,
+                            .lists = plan->config.selection == SELECTION_LAGGED };
+}
+
 static void carve_arrays(struct step_arrays *a, struct carver *c, const struct model_limits *l,
-                         bool hot)
+                         struct extras with)
 {
     a->ids = carve_ints(c, l->max_rows, 1);
     a->positions = carve_ints(c, l->max_rows, 1);
@@ -99,24 +110,25 @@ static void carve_arrays(struct step_arrays *a, struct carver *c, const struct m
     a->kv_table = carve_ints(c, l->max_seqs, l->max_blocks);
     a->index_table = carve_ints(c, l->max_seqs, l->max_blocks);
     a->rows_of = carve_ints(c, l->max_logit_rows, 1);
-    a->host_table = hot ? carve_ints(c, l->max_seqs, l->max_blocks) : NULL;
-    a->hot_set = hot ? carve_ints(c, l->max_seqs, 1) : NULL;
-    a->step = hot ? carve(c, 1, 1, sizeof *a->step) : NULL;
+    a->host_table = with.sets ? carve_ints(c, l->max_seqs, l->max_blocks) : NULL;
+    a->hot_set = with.sets ? carve_ints(c, l->max_seqs, 1) : NULL;
+    a->step = with.sets ? carve(c, 1, 1, sizeof *a->step) : NULL;
+    a->lagged_slot = with.lists ? carve_ints(c, l->max_seqs, 1) : NULL;
 }
 
 /* Host memory: what the caller fills and reads. */
 static size_t carve_host(struct model_batch *b, struct step_arrays *a, void *base,
-                         const struct model_limits *l, bool hot)
+                         const struct model_limits *l, struct extras with)
 {
     struct carver c = { base, 0 };
 
-    carve_arrays(a, &c, l, hot);
+    carve_arrays(a, &c, l, with);
     *b = (struct model_batch){
         .ids = a->ids, .positions = a->positions,
         .kv_block = a->kv_block, .index_block = a->index_block,
         .first_row = a->first_row, .n_rows = a->n_rows, .n_tokens = a->n_tokens,
         .kv_table = a->kv_table, .index_table = a->index_table, .rows_of = a->rows_of,
-        .host_table = a->host_table, .hot_set = a->hot_set,
+        .host_table = a->host_table, .hot_set = a->hot_set, .lagged_slot = a->lagged_slot,
     };
     b->staged = a->staged = l->staged_blocks ? carve_ints(&c, l->staged_blocks, 1) : NULL;
     b->sample = carve(&c, (size_t)l->max_logit_rows, 1, sizeof *b->sample);
@@ -162,6 +174,7 @@ static size_t carve_device(struct step_scratch *s, struct step_arrays *a, void *
 {
     const struct model_config *g = &m->config;
     const struct device_info *info = backend_info(m->be);
+    const struct extras with = extras_of(m, plan);
     size_t wanted = (size_t)l->max_logit_rows;
     /* A row may be wanted more than once, so there may be more of these. */
     size_t rows = l->max_rows > l->max_logit_rows ? (size_t)l->max_rows : wanted;
@@ -183,8 +196,11 @@ static size_t carve_device(struct step_scratch *s, struct step_arrays *a, void *
         s->channels = carve(&c, (size_t)(g->layers * g->kv_heads), INDEX_CHANNELS_KEPT,
                             sizeof(int16_t));
     carve_attention(s, &c, m, l, plan);
+    s->lagged = NULL;
+    if (with.lists)
+        s->lagged = carve(&c, lagged_lists_bytes(plan, l->max_seqs, g->kv_heads), 1, 1);
     if (!info->host_visible)
-        carve_arrays(a, &c, l, m->hot != NULL);
+        carve_arrays(a, &c, l, with);
     return c.at;
 }
 
@@ -195,7 +211,7 @@ size_t model_scratch_bytes(const struct model *m, const struct model_limits *lim
     struct step_arrays arrays;
     struct step_scratch scratch;
 
-    return carve_host(&batch, &arrays, NULL, limits, m->hot != NULL)
+    return carve_host(&batch, &arrays, NULL, limits, extras_of(m, plan))
            + carve_device(&scratch, &arrays, NULL, m, limits, plan);
 }
 
@@ -270,14 +286,14 @@ static enum status upload_constants(struct model *m, const struct select_plan *p
 enum status model_prepare(struct model *m, const struct model_limits *limits,
                           const struct select_plan *plan, struct error *err)
 {
-    const bool hot = m->hot != NULL;
-    size_t host = carve_host(&m->batch, &m->host_arrays, NULL, limits, hot);
+    const struct extras with = extras_of(m, plan);
+    size_t host = carve_host(&m->batch, &m->host_arrays, NULL, limits, with);
     size_t device = carve_device(&m->scratch, &m->arrays, NULL, m, limits, plan);
 
     ASSERT(!m->prepared && plan->n_layers == m->config.layers);
     ASSERT(limits->max_rows > 0 && limits->max_seqs > 0 && limits->max_blocks > 0);
     ASSERT(limits->max_logit_rows >= limits->max_seqs);
-    if (hot)
+    if (with.sets)
         check_hot_sets(m, limits, plan);
     TRY(check_supported(m, plan, err));
     if (buffer_alloc(m->be, &m->host, MEM_PINNED, host) != ST_OK
@@ -287,10 +303,13 @@ enum status model_prepare(struct model *m, const struct model_limits *limits,
     m->limits = *limits;
     m->plan = *plan;
     m->selects_everywhere = select_is_everywhere(plan);
-    carve_host(&m->batch, &m->host_arrays, m->host.base, limits, hot);
+    carve_host(&m->batch, &m->host_arrays, m->host.base, limits, with);
     if (backend_info(m->be)->host_visible)
         m->arrays = m->host_arrays;
     carve_device(&m->scratch, &m->arrays, m->device.base, m, limits, plan);
+    if (with.lists)
+        m->lagged = lagged_lists_create(m->scratch.lagged, plan, limits->max_seqs,
+                                        m->config.kv_heads);
     m->prepared = true;
     TRY(replay_create(m, err));
     TRY(streaming_create(m, err));
@@ -301,6 +320,11 @@ struct model_batch *model_batch(struct model *m)
 {
     ASSERT(m->prepared);
     return &m->batch;
+}
+
+struct lagged_lists *model_lagged_lists(const struct model *m)
+{
+    return m->lagged;
 }
 
 uint64_t model_waited_ns(const struct model *m)

@@ -11,6 +11,7 @@
 
 struct backend;
 struct hot_sets;
+struct lagged_lists;
 struct stream;
 struct kv_pool;
 struct progress;
@@ -28,6 +29,9 @@ struct progress;
  * are all blocks of dense sequences and of those without a set: that their tables have no -1 is
  * the caller's promise, because looking costs as much as making the tables.  Layers that are dense
  * by plan read all of K and V on the device, so with such layers no sequence may have a set.
+ *
+ * Lagged.  With a plan of lagged selection a sparse decode may have a slot of
+ * model_lagged_lists(), its own as long as it decodes.
  *
  * Streamed.  The last sequence of a batch may be a dense one that the pool cannot hold: block i
  * of its table is then in the pool, or the table says -2 - j and it is staged[j], a host slot.  In
@@ -64,6 +68,7 @@ struct model_batch {
     int32_t *host_table;     /* [max_seqs, max_blocks]  host slots, of sequences with a set; read
                                 where kv_table has -1; NULL without hot sets, like the next */
     int32_t *hot_set;        /* [max_seqs]  the sequence's own, or -1: everything is in kv */
+    int32_t *lagged_slot;    /* [max_seqs]  the sequence's own, or -1; NULL unless lagged */
     int32_t *staged;         /* [staged_blocks]  host slots of the streamed sequence's */
     int32_t *rows_of;        /* [max_logit_rows]  rows whose logits are wanted */
     struct sample_params *sample;   /* [max_logit_rows] */
@@ -92,6 +97,10 @@ enum status model_prepare(struct model *m, const struct model_limits *limits,
                           const struct select_plan *plan, struct error *err) MUST_USE;
 
 struct model_batch *model_batch(struct model *m);
+
+/* After model_prepare(): a slot for each sequence of a step, in the scratch memory.  NULL unless
+ * the plan's selection is lagged. */
+struct lagged_lists *model_lagged_lists(const struct model *m);
 
 /* Run the batch: forward pass, logits of rows_of, sampling.  K and V go into
  * pool.  When it returns ST_OK the results are valid and the batch may be

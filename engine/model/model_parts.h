@@ -21,6 +21,7 @@ struct step_arrays {
     int32_t *host_table;                                   /* [max_seqs, max_blocks] */
     int32_t *hot_set;                                      /* [max_seqs] */
     uint32_t *step;                                        /* [1] */
+    int32_t *lagged_slot;                                  /* [max_seqs]  lagged; else NULL */
 };
 
 /* Device memory of a step.  T max_rows, R max_logit_rows, S max_seqs. */
@@ -37,6 +38,7 @@ struct step_scratch {
     float *inv_freq;             /* [D / 2] */
     int16_t *channels;           /* [layers, G, INDEX_CHANNELS_KEPT], NULL without */
     void *attention;             /* scratch of attend_dense or attend_two_level */
+    void *lagged;                /* memory of the lagged lists, NULL without */
 };
 
 struct replay;                   /* replay.c */
@@ -58,6 +60,7 @@ struct model {
     struct replay *replay;       /* NULL where the back end records no graphs */
     struct streaming *streaming; /* NULL without staged blocks */
     struct hot_sets *hot;        /* borrowed; NULL: no sequence has a set */
+    struct lagged_lists *lagged; /* NULL: selection is exact */
     bool selects_everywhere;     /* no layer is dense by plan */
     /* Of this step, from 1 on.  It would wrap after months of nothing but steps, and even then
      * only differences are looked at. */

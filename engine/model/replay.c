@@ -23,7 +23,7 @@ enum { MAX_CLASSES = 256, FIRST_LENGTH = 1024, LENGTH_FACTOR = 8, ALIGN_BYTES = 
 
 /* STEP is a list of one. */
 enum { IDS, POSITIONS, KV_BLOCK, INDEX_BLOCK, N_TOKENS, SPARSE_N_TOKENS, DENSE_N_TOKENS, HOT_SET,
-       STEP, LISTS };
+       LAGGED_SLOT, STEP, LISTS };
 enum { KV_TABLE, INDEX_TABLE, HOST_TABLE, TABLES };
 
 struct graph_class {
@@ -95,7 +95,8 @@ enum status replay_create(struct model *m, struct error *err)
         .first_row = d + lists, .n_rows = d + lists + seqs,
         .kv_table = t + KV_TABLE * tables, .index_table = t + INDEX_TABLE * tables,
         .host_table = m->hot ? t + HOST_TABLE * tables : NULL,
-        .hot_set = d + HOT_SET * seqs, .step = (uint32_t *)(d + STEP * seqs),
+        .hot_set = d + HOT_SET * seqs, .lagged_slot = d + LAGGED_SLOT * seqs,
+        .step = (uint32_t *)(d + STEP * seqs),
     };
     return upload_rows(m, r->arrays.first_row, r->arrays.n_rows, err);
 }
@@ -182,6 +183,7 @@ static void fill_lists(struct model *m, int rows)
         l[SPARSE_N_TOKENS * seqs + (size_t)i] = sparse ? n : 0;
         l[DENSE_N_TOKENS * seqs + (size_t)i] = sparse ? 0 : n;
         l[HOT_SET * seqs + (size_t)i] = there && m->hot ? b->hot_set[i] : -1;
+        l[LAGGED_SLOT * seqs + (size_t)i] = there && m->lagged ? b->lagged_slot[i] : -1;
     }
     l[STEP * seqs] = (int32_t)m->step;
 }

@@ -73,7 +73,7 @@ struct sequence *sequence_create(struct request *req, const struct tokenizer *to
     q->max_blocks = (uint32_t)((most + BLOCK_TOKENS - 1) / BLOCK_TOKENS);
     q->table = mem_alloc(q->max_blocks * sizeof *q->table);
     q->held = mem_calloc(q->max_blocks, sizeof *q->held);
-    q->hot_set = -1;
+    q->hot_set = q->lagged_slot = -1;
     detokenizer_init(&q->detok, tok, req->skip_special);
     stop_matcher_init(&q->stops, req->stops, req->n_stops, req->include_stop);
     if (has_penalties(req))
@@ -87,7 +87,7 @@ void sequence_destroy(struct sequence *q)
 {
     if (!q)
         return;
-    ASSERT(q->n_blocks == 0 && q->hot_set < 0);
+    ASSERT(q->n_blocks == 0 && q->hot_set < 0 && q->lagged_slot < 0);
     stop_matcher_fini(&q->stops);
     mem_free(q->tokens);
     mem_free(q->table);
@@ -153,6 +153,11 @@ uint32_t sequence_will_lack_blocks(const struct sequence *q)
     return q->too_long && n > PASSING_BLOCKS ? PASSING_BLOCKS : n;
 }
 
+static bool may_share(const struct sequence *q, const struct select_plan *plan, uint32_t block)
+{
+    return select_may_share(plan, q->req->sparse, q->n_prompt, block * BLOCK_TOKENS);
+}
+
 static struct block_name name_of(const struct sequence *q, const struct select_plan *plan,
                                  uint32_t block)
 {
@@ -187,7 +192,7 @@ void sequence_attach(struct sequence *q, struct kv_pool *pool, const struct sele
     q->residency = ON_DEVICE;
     if (q->scoring)
         return;
-    while ((q->n_blocks + 1) * BLOCK_TOKENS < q->n_tokens) {
+    while ((q->n_blocks + 1) * BLOCK_TOKENS < q->n_tokens && may_share(q, plan, q->n_blocks)) {
         struct block_name name = name_of(q, plan, q->n_blocks);
         kv_block b = kv_pool_find(pool, &name);
         if (b == KV_BLOCK_NONE)
@@ -237,7 +242,8 @@ void sequence_advance(struct sequence *q, struct kv_pool *pool, const struct sel
     ASSERT(q->n_computed <= q->n_tokens);
     while ((q->n_sealed + 1) * BLOCK_TOKENS <= q->n_computed) {
         struct block_name name = name_of(q, plan, q->n_sealed);
-        q->table[q->n_sealed] = kv_pool_seal(pool, q->table[q->n_sealed], &name);
+        q->table[q->n_sealed] = kv_pool_seal(pool, q->table[q->n_sealed],
+                                             may_share(q, plan, q->n_sealed) ? &name : NULL);
         q->n_sealed++;
     }
 }

@@ -59,6 +59,7 @@ struct sequence {
     uint32_t n_stored;           /* blocks that the host tier has been asked to store */
     enum residency residency;
     int hot_set;                 /* STREAMED, OFFLOADED and RETURNING; else -1 */
+    int lagged_slot;             /* from its first sparse step on, with lagged selection; else -1 */
 
     struct detokenizer detok;
     struct stop_matcher stops;

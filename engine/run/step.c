@@ -1,6 +1,7 @@
 #include "engine/run/step.h"
 
 #include "engine/base/invariant.h"
+#include "engine/kv/lagged_lists.h"
 
 #include <stdlib.h>
 
@@ -129,6 +130,27 @@ static void pack_tables(const struct step_context *cx, struct model_batch *b,
         pack_staged(cx, b, q, b->kv_table + table);
 }
 
+/* The sequence's blocks of the step before; in its first sparse step a slot that has none. */
+static void pack_lagged(const struct step_context *cx, struct model_batch *b, struct step_slice *s,
+                        int at)
+{
+    struct lagged_lists *lists = model_lagged_lists(cx->model);
+    struct sequence *q = s->seq;
+
+    if (!lists)
+        return;
+    if (slice_is_sparse(s) && q->lagged_slot < 0)
+        q->lagged_slot = lagged_lists_acquire(lists, cx->stream);
+    b->lagged_slot[at] = q->lagged_slot;
+}
+
+void step_release(const struct step_context *cx, struct sequence *q)
+{
+    if (q->lagged_slot >= 0)
+        lagged_lists_release(model_lagged_lists(cx->model), q->lagged_slot);
+    q->lagged_slot = -1;
+}
+
 static void pack_slice(const struct step_context *cx, struct model_batch *b,
                        struct step_slice *s)
 {
@@ -140,6 +162,7 @@ static void pack_slice(const struct step_context *cx, struct model_batch *b,
     b->n_rows[at] = (int32_t)s->n_tokens;
     b->n_tokens[at] = (int32_t)(q->n_computed + s->n_tokens);
     pack_tables(cx, b, q, at);
+    pack_lagged(cx, b, s, at);
     s->first_result = b->logit_rows;
     pack_rows(b, s, b->kv_table + table, b->index_table + table);
     pack_logits(b, s, first_row);

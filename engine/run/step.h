@@ -45,6 +45,9 @@ struct step_counts {
 enum status step_run(const struct step_context *cx, struct step_plan *plan,
                      struct error *err) MUST_USE;
 
+/* Before its blocks are dropped: gives back what a sequence took in step_run. */
+void step_release(const struct step_context *cx, struct sequence *q);
+
 /* After step_run, for each slice in turn: take the results in.  Returns true
  * when the sequence is finished: req->finish and its companions are set. *counts grows. */
 bool step_absorb(const struct step_context *cx, const struct step_slice *slice,

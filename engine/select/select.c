@@ -18,6 +18,7 @@ struct select_config select_default(void)
     return (struct select_config){
         .filter = FILTER_COARSE,
         .index = INDEX_ROTATED,
+        .selection = SELECTION_EXACT,
         .keep_blocks = 64,
         .keep_tokens = 1024,
         .sink_tokens = 4,
@@ -191,7 +192,7 @@ static enum status validate_config(const struct select_config *c, const struct k
 static uint64_t fingerprint(const struct select_plan *p, const struct kv_shape *shape)
 {
     const struct select_config *c = &p->config;
-    int32_t head[] = { c->filter, c->index, c->sink_tokens, c->recent_tokens,
+    int32_t head[] = { c->filter, c->index, c->selection, c->sink_tokens, c->recent_tokens,
                        c->crossover_tokens, shape->head_dim, shape->kv_heads, p->n_layers };
     uint64_t h = XXH3_64bits(head, sizeof head);
 
@@ -231,6 +232,10 @@ enum status select_plan_init(struct select_plan *plan, const struct select_confi
         if (s->keep_tokens > plan->max_keep_tokens)
             plan->max_keep_tokens = s->keep_tokens;
     }
+    if (cfg->selection == SELECTION_LAGGED && plan->max_keep_blocks == 0)
+        return error_set(err, ST_INVALID,
+                         "selection lagged: layer-exceptions makes all layers dense, and nothing "
+                         "is selected in these");
     plan->fingerprint = fingerprint(plan, shape);
     return ST_OK;
 }
@@ -244,8 +249,6 @@ bool select_is_sparse(const struct select_plan *plan, bool sparse_allowed, uint3
            position >= (uint32_t)plan->config.crossover_tokens && plan->max_keep_tokens > 0;
 }
 
-/* Sparse positions of a sequence are all those from one on, so the offset of
- * the first in the block tells dense from sparse for each of its tokens. */
 bool select_is_everywhere(const struct select_plan *plan)
 {
     for (int i = 0; i < plan->n_layers; i++)
@@ -254,6 +257,15 @@ bool select_is_everywhere(const struct select_plan *plan)
     return true;
 }
 
+bool select_may_share(const struct select_plan *plan, bool sparse_allowed, uint32_t n_prompt,
+                      uint32_t first)
+{
+    return plan->config.selection == SELECTION_EXACT ||
+           select_provenance(plan, sparse_allowed, n_prompt, first) == 0;
+}
+
+/* Sparse positions of a sequence are all those from one on, so the offset of
+ * the first in the block tells dense from sparse for each of its tokens. */
 uint64_t select_provenance(const struct select_plan *plan, bool sparse_allowed,
                            uint32_t n_prompt, uint32_t first)
 {

@@ -1,10 +1,11 @@
 #include "kernels/cpu/attend.h"
+#include "kernels/cpu/lag.h"
 #include "kernels/cpu/resolve.h"
 
-/* The three operations one after the other, with hot rows a fourth between the last two; what
- * passes between them is carved from the scratch. */
+/* The three operations one after the other, with lagged blocks a fourth between the first two and
+ * with hot rows one between the last two; what passes between them is carved from the scratch. */
 struct parts {
-    int32_t *kept, *n_kept, *chosen, *n_chosen, *counts;
+    int32_t *kept, *n_kept, *from, *n_from, *chosen, *n_chosen, *counts;
     uint64_t *stalled_ns;
     const bf16 **rows;
     void *scratch;
@@ -29,6 +30,8 @@ static struct parts carve_parts(void *base, const struct kv_shape *shape, int se
 
     p.kept = carve(base, &at, lists * (size_t)keep_blocks * sizeof *p.kept);
     p.n_kept = carve(base, &at, lists * sizeof *p.n_kept);
+    p.from = carve(base, &at, lists * (size_t)keep_blocks * sizeof *p.from);
+    p.n_from = carve(base, &at, lists * sizeof *p.n_from);
     p.chosen = carve(base, &at, lists * (size_t)keep_tokens * sizeof *p.chosen);
     p.n_chosen = carve(base, &at, lists * sizeof *p.n_chosen);
     p.counts = carve(base, &at, lists * HOT_COUNTS * sizeof *p.counts);
@@ -58,8 +61,15 @@ void cpu_attend_two_level(struct stream *s, const struct attend_two_level_args *
         .heads = a->heads, .max_blocks = a->max_blocks, .keep_blocks = a->keep_blocks,
         .sink_tokens = a->sink_tokens, .recent_tokens = a->recent_tokens,
         .max_n_tokens = a->max_n_tokens });
+    if (a->lagged)
+        cpu_lag(s, &(struct lag_args){
+            .from = p.from, .n_from = p.n_from, .kept = p.kept, .n_kept = p.n_kept,
+            .n_tokens = a->n_tokens, .lagged = a->lagged, .seqs = a->seqs,
+            .kv_heads = a->shape.kv_heads, .keep_blocks = a->keep_blocks,
+            .sink_tokens = a->sink_tokens, .recent_tokens = a->recent_tokens });
     cpu_token_select(s, &(struct token_select_args){
-        .chosen = p.chosen, .n_chosen = p.n_chosen, .kept = p.kept, .n_kept = p.n_kept,
+        .chosen = p.chosen, .n_chosen = p.n_chosen, .kept = a->lagged ? p.from : p.kept,
+        .n_kept = a->lagged ? p.n_from : p.n_kept,
         .q = a->q, .q_stride = a->q_stride, .index = a->index, .table = a->index_table,
         .n_tokens = a->n_tokens, .channels = a->channels, .scratch = p.scratch,
         .shape = a->shape, .seqs = a->seqs, .heads = a->heads, .max_blocks = a->max_blocks,

@@ -12,7 +12,8 @@
  *      the sums, which that block finishes
  *
  * so a layer costs two launches, the second of which starts while the first ends.  Choosing
- * is done by all blocks alike: telling the outcome would take longer.
+ * is done by all blocks alike: telling the outcome would take longer.  With lagged blocks a small
+ * kernel between the two rewrites the keys (lag.cu), and neither knows of it.
  *
  * Attention uses bf16 tensor cores with the group's heads as rows; a warp takes 16 tokens
  * at a time, whose rows of K and V it copies to shared memory.
@@ -42,6 +43,7 @@
 #include "kernels/cuda/attend.cuh"
 #include "kernels/cuda/cluster.cuh"
 #include "kernels/cuda/hot_rows.cuh"
+#include "kernels/cuda/lag.cuh"
 #include "kernels/cuda/two_level.cuh"
 
 namespace {
@@ -814,15 +816,25 @@ int choose_cluster(struct stream *s, const two_level &a, int units)
     return 0;
 }
 
+/* Work space behind the keys: the operations one after the other need more (two_level_parts.cu). */
+int32_t *after_keys(const two_level &a)
+{
+    size_t n = (size_t)a.seqs * a.kv_heads * a.max_blocks;
+
+    return (int32_t *)a.keys + (n + 63) / 64 * 64;
+}
+
 /* Queue both kernels, the second with its arguments. */
 template <typename... P>
-void launch_both(struct stream *s, const two_level &a, int head_dim, int max_n_tokens,
+void launch_both(struct stream *s, const two_level &a, const struct attend_two_level_args *args,
                  int clusters, int cluster, size_t bytes, void (*kernel)(two_level, P...), P... p)
 {
     cudaLaunchConfig_t config;
     cudaLaunchAttribute attributes[2];
 
-    queue_filter(s, a, head_dim, max_n_tokens);
+    queue_filter(s, a, args->shape.head_dim, args->max_n_tokens);
+    if (args->lagged)
+        queue_lag_keys(s, args, a.keys, after_keys(a));
     stream_check(s, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                          (int)bytes), "attend_two_level");
     configure(&config, attributes, clusters, cluster, bytes);
@@ -831,16 +843,16 @@ void launch_both(struct stream *s, const two_level &a, int head_dim, int max_n_t
 }
 
 template <int DIM, int TILES>
-bool launch(struct stream *s, const two_level &a, const struct hot_rows *hot, int units,
-            int max_n_tokens)
+bool launch(struct stream *s, const two_level &a, const struct attend_two_level_args *args)
 {
-    int cluster = choose_cluster<DIM, TILES>(s, a, units);
+    const struct hot_rows *hot = args->hot;
+    int units = a.seqs * a.kv_heads, cluster = choose_cluster<DIM, TILES>(s, a, units);
 
     if (!cluster)                /* contexts of a million tokens */
         return false;
     if (!hot) {
-        launch_both(s, a, DIM, max_n_tokens, units, cluster,
-                    shared_bytes<DIM, false>(a, cluster, 0), attend_two_level<DIM, TILES>);
+        launch_both(s, a, args, units, cluster, shared_bytes<DIM, false>(a, cluster, 0),
+                    attend_two_level<DIM, TILES>);
         return true;
     }
     size_t bytes = shared_bytes<DIM, true>(a, cluster, hot->rows_per_head);
@@ -848,8 +860,7 @@ bool launch(struct stream *s, const two_level &a, const struct hot_rows *hot, in
      * without hot rows from 224 on.  In between the bits are those of another kernel. */
     if (bytes > MOST_SHARED)
         return false;
-    launch_both(s, a, DIM, max_n_tokens, units, cluster, bytes, attend_two_level_hot<DIM, TILES>,
-                *hot);
+    launch_both(s, a, args, units, cluster, bytes, attend_two_level_hot<DIM, TILES>, *hot);
     return true;
 }
 
@@ -860,8 +871,7 @@ bool attend_two_level_fused(struct stream *s, const struct attend_two_level_args
     const struct kv_shape *shape = &args->shape;
     struct index_layout layout = index_layout(shape);
     two_level a = {};
-    int group = args->heads / shape->kv_heads, units = args->seqs * shape->kv_heads;
-    int most = args->max_n_tokens;
+    int group = args->heads / shape->kv_heads;
 
     if (!s->be->hopper || group > ROWS || shape->filter != FILTER_COARSE ||
         shape->index != INDEX_ROTATED)
@@ -890,8 +900,6 @@ bool attend_two_level_fused(struct stream *s, const struct attend_two_level_args
     a.record_bytes = (unsigned)layout.record_bytes;
     a.softmax_scale = args->scale * LOG2_E;
     if (shape->head_dim == 128)
-        return group <= 4 ? launch<128, 1>(s, a, args->hot, units, most)
-                          : launch<128, 2>(s, a, args->hot, units, most);
-    return group <= 4 ? launch<64, 1>(s, a, args->hot, units, most)
-                      : launch<64, 2>(s, a, args->hot, units, most);
+        return group <= 4 ? launch<128, 1>(s, a, args) : launch<128, 2>(s, a, args);
+    return group <= 4 ? launch<64, 1>(s, a, args) : launch<64, 2>(s, a, args);
 }

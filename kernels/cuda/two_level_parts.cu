@@ -1,12 +1,13 @@
 /* Two-level attention in its three operations, where there is no fused kernel; with hot rows
- * the tokens' rows are found, and fetched, between the last two. */
+ * the tokens' rows are found, and fetched, between the last two, and with lagged blocks the
+ * lists of blocks are traded between the first two. */
 
-#include "kernels/cuda/cuda.cuh"
+#include "kernels/cuda/lag.cuh"
 
 namespace {
 
 struct parts {
-    int32_t *kept, *n_kept, *chosen, *n_chosen;
+    int32_t *kept, *n_kept, *from, *n_from, *chosen, *n_chosen;
     const bf16 **rows;           /* with hot rows, as the next three */
     uint32_t *place;
     int *missing;
@@ -33,6 +34,8 @@ parts carve_parts(void *base, const struct kv_shape *shape, int seqs, int heads,
 
     carve(&p.kept, base, &at, lists * keep_blocks);
     carve(&p.n_kept, base, &at, lists);
+    carve(&p.from, base, &at, lists * keep_blocks);
+    carve(&p.n_from, base, &at, lists);
     carve(&p.chosen, base, &at, lists * keep_tokens);
     carve(&p.n_chosen, base, &at, lists);
     carve(&p.rows, base, &at, lists * keep_tokens);
@@ -70,10 +73,12 @@ void run_parts(struct stream *s, const struct attend_two_level_args *a)
     filter.recent_tokens = select.recent_tokens = a->recent_tokens;
     filter.max_n_tokens = a->max_n_tokens;
     cuda_block_filter(s, &filter);
+    if (a->lagged)
+        queue_lag_lists(s, a, { p.kept, p.n_kept, p.from, p.n_from });
     select.chosen = p.chosen;
     select.n_chosen = p.n_chosen;
-    select.kept = p.kept;
-    select.n_kept = p.n_kept;
+    select.kept = a->lagged ? p.from : p.kept;
+    select.n_kept = a->lagged ? p.n_from : p.n_kept;
     select.keep_tokens = a->keep_tokens;
     cuda_token_select(s, &select);
     attend.out = a->out;

@@ -1,9 +1,11 @@
 /* Two-level attention of one layer on the GPU over context length and batch, in a graph,
  * beside the time that reading all of K and V takes at the memory's rate.
  *
- *   bench-gpu-two-level [heads] [kv_heads] [head_dim]
+ *   bench-gpu-two-level [heads] [kv_heads] [head_dim] [lagged]
  *
- * Several copies of the pool are used by turns where one would fit the cache. */
+ * Several copies of the pool are used by turns where one would fit the cache.  Lagged, the calls of
+ * a graph are steps of the same contexts, each a token longer, and all but the first choose among
+ * the blocks of the call before. */
 
 #include "engine/base/mem.h"
 #include "kernels/ops.h"
@@ -13,6 +15,7 @@
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 
 enum { KEEP_BLOCKS = 64, KEEP_TOKENS = 1024, SINKS = 4, RECENT = 64, LAYERS = 8 };
 
@@ -20,6 +23,8 @@ struct bench {
     struct kv_shape shape;
     int heads, seqs, n_tokens;
     struct attend_two_level_args args;
+    bool lags;
+    struct lagged_blocks lagged;
     size_t layer_kv, layer_index;
     double gb_per_s;             /* of the memory */
 };
@@ -33,8 +38,24 @@ static void queue_layers(void *arg)
         struct attend_two_level_args a = b->args;
         a.kv = (const bf16 *)(const void *)((const char *)a.kv + (size_t)layer * b->layer_kv);
         a.index += (size_t)layer * b->layer_index;
+        a.n_tokens += layer * b->seqs;
         gpu_bench_ops()->attend_two_level(gpu_bench_stream(), &a);
     }
+}
+
+static struct lagged_blocks empty_lists(const struct bench *b)
+{
+    size_t n = (size_t)(b->seqs * b->shape.kv_heads) * sizeof(int32_t);
+    int32_t *slot = mem_alloc((size_t)b->seqs * sizeof *slot);
+
+    for (int i = 0; i < b->seqs; i++)
+        slot[i] = i;
+    /* Of contexts of no tokens, which is as good as none. */
+    struct lagged_blocks l = { .kept = gpu_bench_zero(n * KEEP_BLOCKS),
+                               .n_kept = gpu_bench_zero(n), .n_tokens = gpu_bench_zero(n),
+                               .slot = gpu_bench_copy(slot, (size_t)b->seqs * sizeof *slot) };
+    mem_free(slot);
+    return l;
 }
 
 static void measure(struct bench *b)
@@ -42,12 +63,12 @@ static void measure(struct bench *b)
     int blocks = (b->n_tokens + BLOCK_TOKENS - 1) / BLOCK_TOKENS, dim = b->shape.head_dim;
     size_t rows = (size_t)(b->seqs * b->heads * dim);
     int32_t *table = mem_alloc((size_t)(b->seqs * blocks) * sizeof *table);
-    int32_t *n_tokens = mem_alloc((size_t)b->seqs * sizeof *n_tokens);
+    int32_t *n_tokens = mem_alloc((size_t)(LAYERS * b->seqs) * sizeof *n_tokens);
 
     for (int i = 0; i < b->seqs * blocks; i++)
         table[i] = (int32_t)((int64_t)i * 7919 % (b->seqs * blocks)); /* a prime: scattered */
-    for (int i = 0; i < b->seqs; i++)
-        n_tokens[i] = b->n_tokens;
+    for (int i = 0; i < LAYERS * b->seqs; i++)
+        n_tokens[i] = b->n_tokens - (b->lags ? LAYERS - 1 - i / b->seqs : 0);
     b->layer_kv = (size_t)(b->seqs * blocks) * kv_block_bytes(&b->shape);
     b->layer_index = (size_t)(b->seqs * blocks) * index_block_bytes(&b->shape);
     b->args = (struct attend_two_level_args){
@@ -57,13 +78,17 @@ static void measure(struct bench *b)
         .kv = gpu_bench_random_bf16(LAYERS * b->layer_kv / sizeof(bf16)),
         .index = gpu_bench_random_index(LAYERS * b->layer_index, &b->shape),
         .kv_table = gpu_bench_copy(table, (size_t)(b->seqs * blocks) * sizeof *table),
-        .n_tokens = gpu_bench_copy(n_tokens, (size_t)b->seqs * sizeof *n_tokens),
+        .n_tokens = gpu_bench_copy(n_tokens, (size_t)(LAYERS * b->seqs) * sizeof *n_tokens),
         .shape = b->shape, .seqs = b->seqs, .heads = b->heads, .max_blocks = blocks,
         .keep_blocks = KEEP_BLOCKS, .keep_tokens = KEEP_TOKENS, .sink_tokens = SINKS,
         .recent_tokens = RECENT, .max_n_tokens = b->n_tokens,
         .scale = 1 / sqrtf((float)dim),
     };
     b->args.index_table = b->args.kv_table;
+    if (b->lags) {
+        b->lagged = empty_lists(b);
+        b->args.lagged = &b->lagged;
+    }
     b->args.scratch = gpu_bench_zero(gpu_bench_ops()->attend_two_level_scratch(
         &b->shape, b->seqs, b->heads, blocks, KEEP_BLOCKS, KEEP_TOKENS));
     double us = gpu_bench_graph(queue_layers, b) / LAYERS;
@@ -79,7 +104,8 @@ int main(int argc, char **argv)
 {
     static const int batches[] = { 1, 4, 8 };
     static const int lengths[] = { 1024, 2048, 4096, 8192, 16384, 32768, 49152, 98304, 131072 };
-    struct bench b = { .heads = argc > 1 ? (int)strtol(argv[1], NULL, 10) : 32 };
+    struct bench b = { .heads = argc > 1 ? (int)strtol(argv[1], NULL, 10) : 32,
+                       .lags = argc > 4 && strcmp(argv[4], "lagged") == 0 };
 
     b.shape = (struct kv_shape){
         .kv_heads = argc > 2 ? (int)strtol(argv[2], NULL, 10) : 8,
@@ -90,9 +116,9 @@ int main(int argc, char **argv)
     if (!gpu_bench_open())
         return 1;
     b.gb_per_s = memory_rate();
-    printf("two-level attention, one layer, %d heads on %d of %d, us; \"all\" is reading all "
+    printf("two-level attention%s, one layer, %d heads on %d of %d, us; \"all\" is reading all "
            "of K and V at %.0f GB/s\n  tokens  batch  two-level          all   faster\n",
-           b.heads, b.shape.kv_heads, b.shape.head_dim, b.gb_per_s);
+           b.lags ? ", lagged" : "", b.heads, b.shape.kv_heads, b.shape.head_dim, b.gb_per_s);
     for (size_t i = 0; i < sizeof batches / sizeof batches[0]; i++)
         for (size_t j = 0; j < sizeof lengths / sizeof lengths[0]; j++) {
             b.seqs = batches[i];

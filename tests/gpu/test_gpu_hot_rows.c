@@ -22,6 +22,7 @@ struct setup {
     int seqs, away;              /* of ten blocks, about how many are off the device */
     int n_tokens, steps;         /* of the longest at the start */
     float scale;
+    bool lagged;                 /* contexts grow by a token a step, and every fifth has no slot */
 };
 
 struct books {                   /* of all sets, on the host */
@@ -51,6 +52,7 @@ struct history {
     struct books before, after;
     struct attend_two_level_args args; /* device, without sets */
     struct hot_rows hot;         /* device */
+    struct lagged_blocks lagged[2];      /* device: of the call without sets, and with them */
 };
 
 /* One at a time; what a failed test leaves is freed by the next. */
@@ -121,6 +123,21 @@ static void start_sequences(struct history *h)
     }
 }
 
+/* Empty. */
+static void put_lists(struct history *h)
+{
+    size_t n = (size_t)h->lists * sizeof(int32_t);
+    int32_t slot[MAX_SEQS];
+
+    for (int i = 0; i < h->s.seqs; i++)
+        slot[i] = i % 5 == 4 ? -1 : h->s.seqs - 1 - i;
+    for (int i = 0; i < 2 && h->s.lagged; i++)
+        h->lagged[i] = (struct lagged_blocks){
+            .kept = gpu_put(NULL, n * (size_t)h->s.keep_blocks), .n_kept = gpu_put(NULL, n),
+            .n_tokens = gpu_put(NULL, n),
+            .slot = gpu_put(slot, (size_t)h->s.seqs * sizeof *slot) };
+}
+
 static void put_device(struct history *h)
 {
     const struct setup *s = &h->s;
@@ -150,6 +167,7 @@ static void put_device(struct history *h)
         .hand = gpu_put(h->after.hand, (size_t)h->lists * sizeof(int32_t)),
         .counts = gpu_put(h->counts, sizeof h->counts),
         .stall = gpu_put(&h->stall, sizeof h->stall), .rows_per_head = s->rows_per_head };
+    put_lists(h);
 }
 
 static void start_history(struct history *h, const struct setup *s, uint64_t seed)
@@ -262,7 +280,7 @@ static void next_step(struct history *h)
     mem_free(q);
     for (int i = 0; i < h->s.seqs; i++)
         if (h->n_tokens[i] > 0 && h->step > 0)
-            h->n_tokens[i] += 1 + random_below(&h->r, BLOCK_TOKENS / 2 - 1);
+            h->n_tokens[i] += h->s.lagged ? 1 : 1 + random_below(&h->r, BLOCK_TOKENS / 2 - 1);
     h->step++;
     trade_sets(h);
     place_blocks(h);
@@ -301,6 +319,7 @@ static void run_both(struct history *h)
     a.q = gpu_put_act(h->q, h->n_q);
     a.n_tokens = gpu_put(h->n_tokens, seqs);
     a.max_n_tokens = longest(h);
+    a.lagged = h->s.lagged ? &h->lagged[0] : NULL;
     gpu_ops()->attend_two_level(gpu_stream(), &a);
     hot.host_table = gpu_put(h->host_table, table);
     hot.set = gpu_put(h->set, seqs);
@@ -309,6 +328,7 @@ static void run_both(struct history *h)
     a.kv = gpu_put(h->kv, h->block_bytes);
     a.kv_table = gpu_put(h->table, table);
     a.hot = &hot;
+    a.lagged = h->s.lagged ? &h->lagged[1] : NULL;
     gpu_ops()->attend_two_level(gpu_stream(), &a);
     gpu_get(h->want, want, h->n_q * sizeof *h->want);
     gpu_get(h->got, got, h->n_q * sizeof *h->got);
@@ -486,7 +506,7 @@ static void run_history(const struct setup *s, const char *name, uint64_t seed)
         next_step(&h);
         run_both(&h);
         check_step(&h, name);
-        if (i == 0 || i == s->steps - 1)
+        if (i == 0 || (i == s->steps - 1 && !s->lagged)) /* test_gpu_lagged.c has the others */
             check_cpu(&h, name);
     }
     printf("%s: heads %d on %d of %d, %d sequences, %d rows: %llu hits, %llu misses, "
@@ -595,6 +615,24 @@ START_TEST(long_context)
 }
 END_TEST
 
+/* Tokens of the blocks that the step before kept, with every kind of filter and index; sequence 0
+ * begins a block after a few steps. */
+START_TEST(lagged)
+{
+    if (!gpu_backend())
+        return;
+    for (int dim = 64; dim <= 128; dim *= 2) {
+        struct setup s = base_setup(4, 2, dim);
+        s.kind = _i;
+        s.seqs = 6;
+        s.keep_blocks = 7;
+        s.steps = 20;
+        s.lagged = true;
+        run_history(&s, "lagged", 110 + (uint64_t)_i);
+    }
+}
+END_TEST
+
 TCase *gpu_hot_rows_case(void)
 {
     TCase *c = tcase_create("gpu_hot_rows");
@@ -606,5 +644,6 @@ TCase *gpu_hot_rows_case(void)
     tcase_add_loop_test(c, kinds, 0, 4);
     tcase_add_loop_test(c, room, 0, 6);
     tcase_add_loop_test(c, long_context, 0, 3);
+    tcase_add_loop_test(c, lagged, 0, 4);
     return c;
 }

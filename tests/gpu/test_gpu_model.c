@@ -68,7 +68,8 @@ START_TEST(prompt_and_decodes_equal_the_cpu)
 END_TEST
 
 /* A token's result is the same to the bit alone and among others, recorded or not, whatever
- * the number of rows is rounded up to, with sparse and dense sequences in any mix. */
+ * the number of rows is rounded up to, with sparse and dense sequences in any mix, the sparse ones
+ * exact or lagged. */
 START_TEST(batch_changes_nothing)
 {
     enum { SEQS = 7, STEPS = 6, CONTEXT = 300 };
@@ -82,6 +83,7 @@ START_TEST(batch_changes_nothing)
     if (!gpu_backend())
         return;
     o = options_of(folders[0], true);
+    o.select.selection = (enum selection)_i;
     o.select.keep_blocks = 4;
     o.select.keep_tokens = 128;
     runner_open(&r, &o);
@@ -200,13 +202,16 @@ START_TEST(leaving_the_device_changes_nothing)
         const char *dir;
         enum filter_kind filter;
         int keep_blocks, keep_tokens, rows_per_head;
+        enum selection selection;
     } kinds[] = {
-        { "models/asynctlsd-books-9m", FILTER_COARSE, 4, 128, 128 },
-        { "models/asynctlsd-books-9m", FILTER_COARSE, 16, 1024, 2048 },
-        { "models/asynctlsd-books-9m", FILTER_BOUNDS, 4, 100, 150 },
-        { "build/models/qwen3", FILTER_COARSE, 6, 200, 201 },
-        { "build/models/qwen3-yarn-g5", FILTER_COARSE, 4, 96, 400 },
-        { "build/models/smollm2", FILTER_BOUNDS, 3, 64, 64 },
+        { "models/asynctlsd-books-9m", FILTER_COARSE, 4, 128, 128, SELECTION_EXACT },
+        { "models/asynctlsd-books-9m", FILTER_COARSE, 16, 1024, 2048, SELECTION_EXACT },
+        { "models/asynctlsd-books-9m", FILTER_BOUNDS, 4, 100, 150, SELECTION_EXACT },
+        { "build/models/qwen3", FILTER_COARSE, 6, 200, 201, SELECTION_EXACT },
+        { "build/models/qwen3-yarn-g5", FILTER_COARSE, 4, 96, 400, SELECTION_EXACT },
+        { "build/models/smollm2", FILTER_BOUNDS, 3, 64, 64, SELECTION_EXACT },
+        { "models/asynctlsd-books-9m", FILTER_COARSE, 4, 128, 400, SELECTION_LAGGED },
+        { "build/models/qwen3", FILTER_BOUNDS, 4, 100, 300, SELECTION_LAGGED },
     };
     struct offload_history h = {
         .dir = kinds[_i].dir, .backend = gpu_backend(), .select = select_default(), .sparse = 7,
@@ -219,11 +224,12 @@ START_TEST(leaving_the_device_changes_nothing)
     h.select.filter = kinds[_i].filter;
     h.select.keep_blocks = kinds[_i].keep_blocks;
     h.select.keep_tokens = kinds[_i].keep_tokens;
+    h.select.selection = kinds[_i].selection;
     h.select.recent_tokens = 16;
     offload_history_run(&h);
 }
 END_TEST
-enum { N_OFFLOAD_KINDS = 6 };
+enum { N_OFFLOAD_KINDS = 8 };
 
 /* A prompt that streams through the device, by the kernels of prompts and of single rows. */
 START_TEST(streaming_changes_nothing)
@@ -248,7 +254,7 @@ TCase *gpu_model_case(void)
 
     tcase_set_timeout(tc, 300);
     tcase_add_loop_test(tc, prompt_and_decodes_equal_the_cpu, 0, N_FOLDERS);
-    tcase_add_test(tc, batch_changes_nothing);
+    tcase_add_loop_test(tc, batch_changes_nothing, SELECTION_EXACT, SELECTION_LAGGED + 1);
     tcase_add_test(tc, chunks_change_little);
     tcase_add_loop_test(tc, sparse_equals_dense_and_the_cpu, 0, 4);
     tcase_add_loop_test(tc, leaving_the_device_changes_nothing, 0, N_OFFLOAD_KINDS);

@@ -117,6 +117,7 @@ static void assert_same(const struct answer *a, const struct answer *b, const ch
         }
 }
 
+/* With lagged selection who was preempted computes its sparse rows again, all of them. */
 START_TEST(batch_chunks_cache_and_preemption_change_nothing)
 {
     static struct answer alone[N_REQUESTS], other[N_REQUESTS];
@@ -124,6 +125,7 @@ START_TEST(batch_chunks_cache_and_preemption_change_nothing)
     struct engine_stats s;
 
     /* One at a time, without a cache: the reference. */
+    c.select.selection = (enum selection)_i;
     c.max_running = 1;
     c.step_tokens = 2048;
     c.prefix_cache = false;
@@ -133,6 +135,7 @@ START_TEST(batch_chunks_cache_and_preemption_change_nothing)
     stop();
 
     c = small_config();
+    c.select.selection = (enum selection)_i;
     answers_under(&c, 1, other);
     engine_stats(engine, &s);
     ck_assert_uint_gt(s.prefix_hits, 64);
@@ -157,6 +160,71 @@ START_TEST(batch_chunks_cache_and_preemption_change_nothing)
         ck_assert_uint_gt(s.preemptions, 0);
         stop();
         assert_same(alone, other, "preemption");
+    }
+}
+END_TEST
+
+/* Two texts that outgrow the pool: the younger yields, most of its blocks stay in the cache, and
+ * when it is alone it goes on from there.  What it computes again is not sampled, but has a say in
+ * what is. */
+START_TEST(who_yields_goes_on_as_if_it_had_not)
+{
+    enum { PROMPT = 70, OUTPUT = 500 };
+    struct engine_config c = small_config();
+    struct request *r[2], *alone[2];
+    int32_t prompt[PROMPT];
+    struct engine_stats s;
+
+    c.select.selection = (enum selection)_i;
+    c.select.crossover_tokens = 100;
+    for (int small = 0; small < 2; small++) {
+        struct request **here = small ? r : alone;
+        if (small)
+            c.kv_bytes = 16 * BUNDLED_BLOCK_BYTES;   /* of which one takes 9 */
+        start(&c);
+        for (int i = 0; i < 2; i++) {
+            random_prompt(prompt, PROMPT, (uint64_t)i);
+            here[i] = new_request(prompt, PROMPT, OUTPUT);
+            ck_assert_int_eq(engine_submit(engine, here[i]), ST_OK);
+        }
+        wait_for(2);
+        engine_stats(engine, &s);
+        ck_assert((s.preemptions > 0) == small);
+        stop();
+    }
+    ck_assert_uint_gt(r[1]->n_preempted, 0);
+    for (int i = 0; i < 2; i++) {
+        for (int k = 0; k < OUTPUT; k++)
+            ck_assert_msg(r[i]->output[k] == alone[i]->output[k] &&
+                          r[i]->chosen[k].logprob == alone[i]->chosen[k].logprob,
+                          "request %d differs at token %d", i, k);
+        free_request(r[i]);
+        free_request(alone[i]);
+    }
+}
+END_TEST
+
+/* Lagged selection with room for all blocks, and with room for few, against exact selection. */
+START_TEST(lagged_is_exact_while_all_blocks_are_kept)
+{
+    static struct answer exact[N_REQUESTS], lagged[N_REQUESTS];
+
+    for (int few = 0; few < 2; few++) {
+        struct engine_config c = small_config();
+        int n_differ = 0;
+        c.select.keep_blocks = few ? 3 : 64;
+        c.select.keep_tokens = 70;
+        answers_under(&c, 1, exact);
+        stop();
+        c.select.selection = SELECTION_LAGGED;
+        answers_under(&c, 1, lagged);
+        stop();
+        for (int i = 0; i < N_REQUESTS; i++)
+            n_differ += memcmp(&exact[i], &lagged[i], sizeof exact[i]) != 0;
+        if (few)
+            ck_assert_int_gt(n_differ, 0);
+        else
+            assert_same(exact, lagged, "all blocks");
     }
 }
 END_TEST
@@ -293,7 +361,8 @@ START_TEST(the_waiting_room_is_bounded_at_once)
 }
 END_TEST
 
-/* Cancels at random moments: everyone comes home once, the others unharmed. */
+/* Cancels at random moments: everyone comes home once, the others unharmed.  That nobody keeps a
+ * slot of lagged selection is checked as the engine is destroyed. */
 START_TEST(cancelling_at_any_time_harms_nobody)
 {
     struct engine_config c = small_config();
@@ -302,6 +371,7 @@ START_TEST(cancelling_at_any_time_harms_nobody)
     struct request *r[N];
     int32_t prompt[300];
 
+    c.select.selection = (enum selection)_i;
     c.kv_bytes = 20 * BUNDLED_BLOCK_BYTES;
     c.max_model_len = 600;
     start(&c);
@@ -374,6 +444,11 @@ START_TEST(impossible_configurations_are_refused_with_numbers)
     c.select.index = INDEX_CHANNELS;
     ck_assert_int_eq(engine_create(&engine, &c, NULL, &err), ST_INVALID);
     ck_assert_ptr_nonnull(strstr(err.text, "--calibrate"));
+    c = small_config();
+    c.select.selection = SELECTION_LAGGED;
+    c.select.layers = "0-7:dense";
+    ck_assert_int_eq(engine_create(&engine, &c, NULL, &err), ST_INVALID);
+    ck_assert_ptr_nonnull(strstr(err.text, "selection lagged"));
 }
 END_TEST
 
@@ -382,12 +457,17 @@ TCase *engine_case(void)
     TCase *tc = tcase_create("engine");
 
     tcase_add_test(tc, greedy_tokens_are_the_reference_s);
-    tcase_add_test(tc, batch_chunks_cache_and_preemption_change_nothing);
+    tcase_add_loop_test(tc, batch_chunks_cache_and_preemption_change_nothing, SELECTION_EXACT,
+                        SELECTION_LAGGED + 1);
+    tcase_add_loop_test(tc, who_yields_goes_on_as_if_it_had_not, SELECTION_EXACT,
+                        SELECTION_LAGGED + 1);
+    tcase_add_test(tc, lagged_is_exact_while_all_blocks_are_kept);
     tcase_add_test(tc, a_budget_above_the_context_is_full_attention);
     tcase_add_test(tc, a_stop_string_cuts_the_text);
     tcase_add_test(tc, scores_of_a_prompt_are_those_of_decoding_it);
     tcase_add_test(tc, the_waiting_room_is_bounded_at_once);
-    tcase_add_test(tc, cancelling_at_any_time_harms_nobody);
+    tcase_add_loop_test(tc, cancelling_at_any_time_harms_nobody, SELECTION_EXACT,
+                        SELECTION_LAGGED + 1);
     tcase_add_test(tc, destroying_sends_everybody_home);
     tcase_add_test(tc, impossible_configurations_are_refused_with_numbers);
     return tc;

@@ -29,6 +29,7 @@ enum {
 struct history {
     uint64_t seed;
     uint32_t scale;
+    enum selection selection;
 };
 
 struct answer {
@@ -157,6 +158,7 @@ static struct engine_config history_config(const struct history *h)
     struct engine_config c = small_config();
 
     c.max_model_len = h->scale * MAX_LEN;
+    c.select.selection = h->selection;
     c.select.crossover_tokens = 100;
     c.max_running = 12;
     return c;
@@ -331,13 +333,20 @@ static void no_answer_changes(const struct history *h)
 
 START_TEST(no_answer_changes_in_small_histories)
 {
-    no_answer_changes(&(struct history){ (uint64_t)_i, SMALL });
+    no_answer_changes(&(struct history){ (uint64_t)_i, SMALL, SELECTION_EXACT });
+}
+END_TEST
+
+/* Which blocks a step chooses from is known a step before, wherever these are. */
+START_TEST(no_answer_changes_in_lagged_histories)
+{
+    no_answer_changes(&(struct history){ (uint64_t)_i, SMALL, SELECTION_LAGGED });
 }
 END_TEST
 
 START_TEST(no_answer_changes_in_large_histories)
 {
-    no_answer_changes(&(struct history){ (uint64_t)_i, LARGE });
+    no_answer_changes(&(struct history){ (uint64_t)_i, LARGE, SELECTION_EXACT });
 }
 END_TEST
 
@@ -348,7 +357,7 @@ enum { PREFIX = 600 };
 /* A pool of 14 blocks and a tier of 100, contexts of up to 10. */
 static struct engine_config small_tier_config(void)
 {
-    static const struct history h = { 0, SMALL };
+    static const struct history h = { 0, SMALL, SELECTION_EXACT };
     static const struct kind k = { .name = "single", .blocks = 14, .host_blocks = 100 };
 
     return config_of(&h, &k);
@@ -550,7 +559,7 @@ static bool fail_at(void *arg, uint64_t number)
 START_TEST(a_failed_copy_ends_all)
 {
     static const uint64_t at[] = { 0, 1, 4, 9, 14, 20 };
-    static const struct history h = { 3, SMALL };
+    static const struct history h = { 3, SMALL, SELECTION_EXACT };
     struct engine_config c = small_tier_config();
     struct request *r[N_REQUESTS];
     uint64_t number = at[_i];
@@ -647,6 +656,7 @@ TCase *engine_offload_case(void)
     tcase_add_test(tc, a_failed_copy_is_noticed_by_an_idle_engine);
     tcase_add_test(tc, hot_rows_grow_into_half_of_the_memory);
     tcase_add_loop_test(tc, no_answer_changes_in_small_histories, 1, 2 + 10 * more);
+    tcase_add_loop_test(tc, no_answer_changes_in_lagged_histories, 1, 2 + 10 * more);
     tcase_add_loop_test(tc, no_answer_changes_in_large_histories, 1, 1 + 2 * more);
     return tc;
 }

@@ -21,13 +21,21 @@ static const struct {
     enum filter_kind filter;
     enum index_kind index;
     int keep_blocks, keep_tokens, rows_per_head;
+    enum selection selection;
 } kinds[] = {
-    { "models/asynctlsd-books-9m", "auto", FILTER_COARSE, INDEX_ROTATED, 4, 100, 100 },
-    { "models/asynctlsd-books-9m", "auto", FILTER_BOUNDS, INDEX_ROTATED, 3, 64, 200 },
-    { "build/models/qwen3", "scalar", FILTER_COARSE, INDEX_ROTATED, 4, 96, 97 },
-    { "build/models/smollm2", "avx2", FILTER_COARSE, INDEX_ROTATED, 6, 150, 150 },
-    { "build/models/llama3", "auto", FILTER_COARSE, INDEX_CHANNELS, 4, 80, 80 },
-    { "build/models/qwen3-yarn-g5", "auto", FILTER_BOUNDS, INDEX_CHANNELS, 5, 128, 500 },
+    { "models/asynctlsd-books-9m", "auto", FILTER_COARSE, INDEX_ROTATED, 4, 100, 100,
+      SELECTION_EXACT },
+    { "models/asynctlsd-books-9m", "auto", FILTER_BOUNDS, INDEX_ROTATED, 3, 64, 200,
+      SELECTION_EXACT },
+    { "build/models/qwen3", "scalar", FILTER_COARSE, INDEX_ROTATED, 4, 96, 97, SELECTION_EXACT },
+    { "build/models/smollm2", "avx2", FILTER_COARSE, INDEX_ROTATED, 6, 150, 150,
+      SELECTION_EXACT },
+    { "build/models/llama3", "auto", FILTER_COARSE, INDEX_CHANNELS, 4, 80, 80, SELECTION_EXACT },
+    { "build/models/qwen3-yarn-g5", "auto", FILTER_BOUNDS, INDEX_CHANNELS, 5, 128, 500,
+      SELECTION_EXACT },
+    { "models/asynctlsd-books-9m", "auto", FILTER_COARSE, INDEX_ROTATED, 4, 100, 200,
+      SELECTION_LAGGED },
+    { "build/models/qwen3", "auto", FILTER_BOUNDS, INDEX_ROTATED, 4, 96, 300, SELECTION_LAGGED },
 };
 enum { N_KINDS = sizeof kinds / sizeof kinds[0], SEEDS = 2 };
 
@@ -46,6 +54,7 @@ START_TEST(leaving_the_device_changes_nothing)
         return;
     h.select.filter = kinds[kind].filter;
     h.select.index = kinds[kind].index;
+    h.select.selection = kinds[kind].selection;
     offload_history_run(&h);
 }
 END_TEST

@@ -91,6 +91,41 @@ START_TEST(beyond_budget_is_close)
 }
 END_TEST
 
+/* A row that nobody samples leaves the same behind for the next one as a row that is sampled, in
+ * all layers; and what a list is worth is not lost on it: exact selection gives another answer. */
+START_TEST(lagged_rows_need_not_be_sampled)
+{
+    enum { PROMPT = 900, DECODES = 9 };
+    static int32_t ids[PROMPT + DECODES];
+    struct sample_result last[3];
+    struct runner r;
+
+    test_prompt(ids, PROMPT + DECODES);
+    for (int round = 0; round < 3; round++) {
+        struct select_config select = select_default();
+        struct test_seq seq;
+        select.selection = round < 2 ? SELECTION_LAGGED : SELECTION_EXACT;
+        select.keep_blocks = 4;
+        select.keep_tokens = 100;
+        runner_open(&r, &(struct runner_options){
+            .dir = "models/asynctlsd-books-9m", .select = select, .max_rows = 512, .max_seqs = 1,
+            .max_tokens = MAX_TOKENS });
+        seq_init(&r, &seq, MAX_TOKENS);
+        runner_feed(&r, &seq, ids, PROMPT, 512);
+        for (int i = 0; i < DECODES; i++) {
+            struct test_work w = { .seq = &seq, .ids = &ids[PROMPT + i], .n = 1, .sparse = true,
+                                   .want = round != 1 || i == DECODES - 1,
+                                   .result = &last[round] };
+            runner_step(&r, &w, 1);
+        }
+        seq_fini(&r, &seq);
+        runner_close(&r);
+    }
+    ck_assert(results_identical(&last[0], &last[1]));
+    ck_assert(!results_identical(&last[0], &last[2]));
+}
+END_TEST
+
 TCase *two_level_case(void)
 {
     TCase *tc = tcase_create("two_level");
@@ -98,5 +133,6 @@ TCase *two_level_case(void)
     tcase_set_timeout(tc, 120);
     tcase_add_loop_test(tc, within_budget_equals_full, 0, N_KINDS);
     tcase_add_loop_test(tc, beyond_budget_is_close, 0, N_KINDS);
+    tcase_add_test(tc, lagged_rows_need_not_be_sampled);
     return tc;
 }

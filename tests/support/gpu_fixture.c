@@ -51,21 +51,26 @@ static void sync(void)
         ck_abort_msg("%s", err.text);
 }
 
-void *gpu_put(const void *host, size_t bytes)
+void gpu_refill(void *device, const void *host, size_t bytes)
 {
     struct buffer staging;
 
-    ck_assert_int_lt(gpu.n, MAX_BUFFERS);
-    struct buffer *b = &gpu.buffers[gpu.n++];
-    ck_assert_int_eq(buffer_alloc(gpu.be, b, MEM_DEVICE, bytes), ST_OK);
     ck_assert_int_eq(buffer_alloc(gpu.be, &staging, MEM_PINNED, bytes), ST_OK);
     if (host)
         memcpy(staging.base, host, bytes);
     else
         memset(staging.base, 0xff, bytes);
-    stream_copy(gpu.stream, b->base, staging.base, bytes);
+    stream_copy(gpu.stream, device, staging.base, bytes);
     sync();
     buffer_free(gpu.be, &staging);
+}
+
+void *gpu_put(const void *host, size_t bytes)
+{
+    ck_assert_int_lt(gpu.n, MAX_BUFFERS);
+    struct buffer *b = &gpu.buffers[gpu.n++];
+    ck_assert_int_eq(buffer_alloc(gpu.be, b, MEM_DEVICE, bytes), ST_OK);
+    gpu_refill(b->base, host, bytes);
     return b->base;
 }
 
@@ -87,14 +92,21 @@ void gpu_forget(void)
         buffer_free(gpu.be, &gpu.buffers[--gpu.n]);
 }
 
-void *gpu_put_act(const float *host, size_t n)
+void gpu_refill_act(void *device, const float *host, size_t n)
 {
     bf16 *rounded = mem_alloc(n * sizeof *rounded);
 
     for (size_t i = 0; i < n; i++)
         rounded[i] = float_to_bf16(host[i]);
-    void *device = gpu_put(rounded, n * sizeof *rounded);
+    gpu_refill(device, rounded, n * sizeof *rounded);
     mem_free(rounded);
+}
+
+void *gpu_put_act(const float *host, size_t n)
+{
+    void *device = gpu_put(NULL, n * sizeof(bf16));
+
+    gpu_refill_act(device, host, n);
     return device;
 }
 

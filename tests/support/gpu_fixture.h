@@ -19,6 +19,9 @@ const struct backend_ops *gpu_ops(void);
  * every float type, so that what is not written shows.  Freed by gpu_forget(). */
 void *gpu_put(const void *host, size_t bytes);
 
+/* The same into memory that is there. */
+void gpu_refill(void *device, const void *host, size_t bytes);
+
 /* Wait for the stream and copy from the device.  Fails the test on a device error. */
 void gpu_get(void *host, const void *device, size_t bytes);
 
@@ -27,6 +30,7 @@ void gpu_forget(void);
 
 /* act is bf16 on the GPU: floats to it, and what it holds as floats. */
 void *gpu_put_act(const float *host, size_t n);
+void gpu_refill_act(void *device, const float *host, size_t n);
 void gpu_get_act(float *host, const void *device, size_t n);
 
 /* Round to bf16 and back, so that CPU and GPU start from the same numbers. */

@@ -1,5 +1,6 @@
 #include "tests/support/model_runner.h"
 
+#include "engine/kv/lagged_lists.h"
 #include "tests/support/backend_fixture.h"
 
 #include <check.h>
@@ -85,7 +86,7 @@ void runner_close(struct runner *r)
 
 void seq_init(struct runner *r, struct test_seq *seq, int max_tokens)
 {
-    *seq = (struct test_seq){ .n_blocks = blocks_of(max_tokens), .set = -1 };
+    *seq = (struct test_seq){ .n_blocks = blocks_of(max_tokens), .set = -1, .lagged_slot = -1 };
     seq->held = malloc((size_t)seq->n_blocks * sizeof *seq->held);
     memset(seq->held, true, (size_t)seq->n_blocks * sizeof *seq->held);
     seq->blocks = calloc((size_t)seq->n_blocks, sizeof *seq->blocks);
@@ -101,11 +102,24 @@ void seq_fini(struct runner *r, struct test_seq *seq)
     }
     if (seq->set >= 0)
         hot_sets_release(r->hot, seq->set);
+    if (seq->lagged_slot >= 0)
+        lagged_lists_release(model_lagged_lists(r->model), seq->lagged_slot);
     free(seq->blocks);
     free(seq->held);
 }
 
 /* ---- steps */
+
+static void pack_lagged(struct runner *r, const struct test_work *w, int s)
+{
+    struct lagged_lists *lists = model_lagged_lists(r->model);
+
+    if (!lists)
+        return;
+    if (w->sparse && w->seq->lagged_slot < 0)
+        w->seq->lagged_slot = lagged_lists_acquire(lists, r->stream);
+    model_batch(r->model)->lagged_slot[s] = w->sparse ? w->seq->lagged_slot : -1;
+}
 
 static void pack(struct runner *r, const struct test_work *w, int s)
 {
@@ -134,6 +148,7 @@ static void pack(struct runner *r, const struct test_work *w, int s)
     }
     if (r->hot)
         b->hot_set[s] = w->sparse ? w->seq->set : -1;
+    pack_lagged(r, w, s);
     for (int i = 0; i < w->n; i++, b->rows++) {
         int position = w->seq->n_tokens + i;
         b->ids[b->rows] = w->ids[i];

@@ -39,6 +39,7 @@ struct test_seq {
     bool *held;                  /* [n_blocks] whether a block must stay on the device */
     int n_blocks, n_tokens, n_sealed;
     int set;                     /* of hot rows, or -1 */
+    int lagged_slot;             /* with lagged selection, from the first sparse row on; else -1 */
 };
 
 /* What one sequence does in a step: n tokens appended.  want results of the

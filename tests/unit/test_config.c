@@ -90,6 +90,7 @@ START_TEST(attention_defaults_are_those_of_select)
 
     ck_assert_int_eq(got->filter, want.filter);
     ck_assert_int_eq(got->index, want.index);
+    ck_assert_int_eq(got->selection, want.selection);
     ck_assert_int_eq(got->keep_blocks, want.keep_blocks);
     ck_assert_int_eq(got->keep_tokens, want.keep_tokens);
     ck_assert_int_eq(got->sink_tokens, want.sink_tokens);

@@ -143,6 +143,23 @@ START_TEST(without_prefix_cache_nothing_is_found)
 }
 END_TEST
 
+/* Nor are those that follow it, nor does it replace its twin. */
+START_TEST(a_block_without_a_name_is_gone_with_its_pin)
+{
+    kv_block a = pool_new(KV_BLOCK_NONE, 1), b;
+
+    ck_assert_int_eq(kv_pool_take(pool, 1, &b), ST_OK);
+    ck_assert_uint_eq(kv_pool_seal(pool, b, NULL), b);
+    kv_block c = pool_new(b, 2);
+    ck_assert_uint_eq(pool_find(b, 2), KV_BLOCK_NONE);
+    pool_give(c);
+    pool_give(b);
+    ck_assert_uint_eq(kv_pool_counts(pool).cached, 0);
+    pool_give(a);
+    ck_assert_uint_eq(kv_pool_counts(pool).cached, 1);
+}
+END_TEST
+
 START_TEST(freed_blocks_are_poisoned)
 {
     kv_pool_poison(pool, true, NULL);
@@ -232,6 +249,7 @@ TCase *kv_pool_case(void)
     tcase_add_test(tc, the_oldest_chain_is_eaten_up_before_the_next);
     tcase_add_test(tc, an_unsealed_block_is_gone_with_its_pin);
     tcase_add_test(tc, without_prefix_cache_nothing_is_found);
+    tcase_add_test(tc, a_block_without_a_name_is_gone_with_its_pin);
     tcase_add_test(tc, freed_blocks_are_poisoned);
     tcase_add_test(tc, a_block_has_a_place_and_keeps_it);
     tcase_add_test(tc, nothing_is_stored_without_a_host_tier);

@@ -258,12 +258,12 @@ END_TEST
 /* All that changes what is selected changes the fingerprint, and nothing else does. */
 START_TEST(fingerprints)
 {
-    struct select_config c[9];
-    uint64_t seen[12];
+    struct select_config c[10];
+    uint64_t seen[13];
     int n = 0;
 
     fill_channels(1);
-    for (int i = 0; i < 9; i++)
+    for (int i = 0; i < 10; i++)
         c[i] = select_default();
     c[1].filter = FILTER_BOUNDS;
     c[2].keep_blocks++;
@@ -273,7 +273,8 @@ START_TEST(fingerprints)
     c[6].crossover_tokens++;
     c[7].layers = "6:dense";
     c[8].index = INDEX_CHANNELS;
-    for (int i = 0; i < 9; i++)
+    c[9].selection = SELECTION_LAGGED;
+    for (int i = 0; i < 10; i++)
         seen[n++] = plan_of(&c[i]).fingerprint;
     channels[N_CHANNELS - 1] ^= 1;
     seen[n++] = plan_of(&c[8]).fingerprint;
@@ -287,7 +288,7 @@ START_TEST(fingerprints)
         for (int k = 0; k < i; k++)
             ck_assert_uint_ne(seen[i], seen[k]);
     c[7].layers = "5-5:dense;";
-    ck_assert_uint_eq(plan_of(&c[7]).fingerprint, seen[10]);
+    ck_assert_uint_eq(plan_of(&c[7]).fingerprint, seen[11]);
 }
 END_TEST
 
@@ -349,6 +350,39 @@ START_TEST(provenance_tells_dense_from_sparse)
     /* Another plan selects otherwise. */
     ck_assert_uint_ne(select_provenance(&later, true, 3, 704),
                       select_provenance(&plan, true, 3, 704));
+}
+END_TEST
+
+/* Lagged, what a sparse row computes depends on more than its block's name says. */
+START_TEST(lagged_rows_are_not_shared)
+{
+    struct select_config c = select_default();
+
+    c.crossover_tokens = 0;
+    struct select_plan exact = plan_of(&c);
+    c.selection = SELECTION_LAGGED;
+    struct select_plan lagged = plan_of(&c);
+    /* The block 640 .. 703, sparse from n_prompt on. */
+    for (uint32_t n_prompt = 600; n_prompt < 760; n_prompt++) {
+        ck_assert(select_may_share(&exact, true, n_prompt, 640));
+        ck_assert(select_may_share(&lagged, true, n_prompt, 640) == (n_prompt >= 704));
+        ck_assert(select_may_share(&lagged, false, n_prompt, 640));
+    }
+}
+END_TEST
+
+START_TEST(lagged_wants_a_layer_that_selects)
+{
+    struct select_config c = select_default();
+    struct select_plan plan;
+    struct error err = { 0 };
+
+    c.selection = SELECTION_LAGGED;
+    c.layers = "0-6:dense";
+    ck_assert_int_eq(select_plan_init(&plan, &c, &shape, LAYERS, NULL, NULL), ST_OK);
+    c.layers = "0-7:dense";
+    ck_assert_int_eq(select_plan_init(&plan, &c, &shape, LAYERS, NULL, &err), ST_INVALID);
+    ck_assert_ptr_nonnull(strstr(err.text, "selection lagged"));
 }
 END_TEST
 
@@ -505,6 +539,8 @@ TCase *select_case(void)
     tcase_add_test(tc, fingerprints);
     tcase_add_test(tc, crossover);
     tcase_add_test(tc, provenance_tells_dense_from_sparse);
+    tcase_add_test(tc, lagged_rows_are_not_shared);
+    tcase_add_test(tc, lagged_wants_a_layer_that_selects);
     tcase_add_test(tc, channels_round_trip);
     tcase_add_test(tc, channels_of_another_model);
     tcase_add_loop_test(tc, channels_that_are_wrong, 0, N_CHANGES);
