@@ -73,6 +73,14 @@ static __device__ __forceinline__ const __nv_bfloat16 *row_at(const head &h,
     return (const __nv_bfloat16 *)block + position % BLOCK_TOKENS * (2 * DIM);
 }
 
+/* Whether one of a warp's n places is in the host tier alone. */
+static __device__ __forceinline__ bool any_missing(const int *place, int n)
+{
+    int lane = threadIdx.x % WARP;
+
+    return __any_sync(0xffffffffu, lane < n && (unsigned)place[lane] >= IN_HOST);
+}
+
 /* Bits of rows. */
 static __host__ __device__ inline int words_of(int n_rows)
 {

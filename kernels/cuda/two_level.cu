@@ -314,15 +314,6 @@ __device__ __forceinline__ void keep_rows(const unsigned char *rows, const int *
                 *(const uint4 *)(rows + i * row_bytes<DIM> + swizzled(i, piece));
 }
 
-/* Whether a row of a warp's tile comes out of host memory. */
-__device__ __forceinline__ bool has_missing(const int *list, int n)
-{
-    int lane = threadIdx.x % WARP;
-
-    return __any_sync(0xffffffffu,
-                      lane < min(n, (int)TILE) && (unsigned)list[lane] >= hot::IN_HOST);
-}
-
 /* While the first rows are on their way: which rows of the set the missing ones get, and the
  * books of the set. */
 __device__ __forceinline__ void settle(const arrays &r, const hot_share &h, int n, int rank,
@@ -476,7 +467,7 @@ __device__ void attend_own(const two_level &a, shared<DIM> *sh, const arrays &r,
 #pragma unroll 1
         for (; from < n; from += WARPS * TILE) {
             int next = from + WARPS * TILE;
-            bool waits = HOT && has_missing(r.list + from, n - from);
+            bool waits = HOT && hot::any_missing(r.list + from, min(n - from, (int)TILE));
             uint64_t from_ns = waits ? hot::now_ns() : 0;
             copy_wait<0>();
             __syncwarp();

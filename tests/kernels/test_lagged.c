@@ -341,14 +341,15 @@ static void run_with_sets(struct history *h)
     size_t block = kv_block_bytes(&h->shape), pool = (size_t)h->n_blocks * block;
     int32_t *table = mem_alloc((size_t)h->n_blocks * sizeof *table), set[MAX_SEQS];
     char *kv = mem_alloc(pool);
-    uint64_t counts[HOT_COUNTS] = { 0 };
+    uint64_t counts[HOT_COUNTS] = { 0 }, stall = 0;
     uint32_t step = 1;
     struct hot_rows hot = {
         .host = h->kv, .host_stride = block, .host_table = h->table, .set = set,
         .rows = nothing(rows * 4 * (size_t)h->s.head_dim),
         .row_of = nothing(positions * sizeof(uint16_t)),
         .position = nothing(rows * sizeof(int32_t)), .used = nothing(rows * sizeof(uint32_t)),
-        .step = &step, .counts = counts, .rows_per_head = ROWS };
+        .hand = mem_calloc((size_t)h->lists, sizeof(int32_t)), .step = &step, .counts = counts,
+        .stall = &stall, .rows_per_head = ROWS };
 
     memcpy(kv, h->kv, pool);
     for (int i = 0; i < h->n_blocks; i++) {
@@ -360,7 +361,7 @@ static void run_with_sets(struct history *h)
             memset(kv + (size_t)h->table[i] * block, 0xff, block);
     }
     run_operation(h, h->got, &h->with_sets, (const bf16 *)(const void *)kv, table, &hot);
-    void *all[] = { table, kv, hot.rows, hot.row_of, hot.position, hot.used };
+    void *all[] = { table, kv, hot.rows, hot.row_of, hot.position, hot.used, hot.hand };
     for (size_t i = 0; i < sizeof all / sizeof all[0]; i++)
         mem_free(all[i]);
 }
