@@ -5,8 +5,8 @@
  * kernels.
  *
  *   gated   a thread block for 8 outputs of gate and up of one pair's expert; of the pairs that
- *           share an expert the first does it, for all of their rows.  At batch 1 that is 768 thread
- *           blocks that read 64 KB each.
+ *           share an expert the first does it, for all of their rows.  At batch 1 those are 768
+ *           thread blocks that read 64 KB each.
  *   down    a thread block for 8 outputs of all experts, whose products are added in it in the
  *           order of each row's choices.  So every expert is read once, and no result passes
  *           through memory that another thread block must wait for.  A warp takes one expert (or

@@ -1,10 +1,9 @@
 /* The experts of a mixture for prompts, and for float32 weights.
  *
  * Pairs of a row and one of its experts are sorted by expert on the device, and cut into tiles of
- * one expert's rows.  Then gate, up and activation of each tile, down of each tile, and for each row
- * the sum of its pairs: the grid of the products is for as many tiles as there can be, and those
- * that are not there end at once, so nothing depends on the host and a step of many decodes can be
- * recorded.
+ * one expert's rows.  Then gate, up and activation of each tile, down of each tile, and the sum of
+ * each row's pairs.  The grid of the products is for as many tiles as there can be, and those that
+ * are not there end at once: nothing depends on the host, so a step of many decodes can be recorded.
  *
  * A product is bound by the tensor cores from some 100 rows an expert on, and below by reading all
  * experts once.  A thread block of 8 warps makes 128 outputs (64 of gate and the same 64 of up) of

@@ -28,6 +28,7 @@ static const struct {
     { "build/models/smollm2", "avx2", FILTER_COARSE, INDEX_ROTATED, 6, 150, 150 },
     { "build/models/llama3", "auto", FILTER_COARSE, INDEX_CHANNELS, 4, 80, 80 },
     { "build/models/qwen3-yarn-g5", "auto", FILTER_BOUNDS, INDEX_CHANNELS, 5, 128, 500 },
+    { "build/models/qwen3-moe", "auto", FILTER_COARSE, INDEX_ROTATED, 4, 96, 150 },
 };
 enum { N_KINDS = sizeof kinds / sizeof kinds[0], SEEDS = 2 };
 
