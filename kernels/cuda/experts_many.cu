@@ -3,7 +3,8 @@
  * Pairs of a row and one of its experts are sorted by expert on the device, and cut into tiles of
  * one expert's rows.  Then gate, up and activation of each tile, down of each tile, and the sum of
  * each row's pairs.  The grid of the products is for as many tiles as there can be, and those that
- * are not there end at once: nothing depends on the host, so a step of many decodes can be recorded.
+ * are not there end at once: nothing depends on the host, so that a step of many decodes can be
+ * recorded.
  *
  * A product is bound by the tensor cores from some 100 rows an expert on, and below by reading all
  * experts once.  A thread block of 8 warps makes 128 outputs (64 of gate and the same 64 of up) of
