@@ -15,7 +15,7 @@
  * changes the forward pass is never ignored. */
 
 enum model_family {
-    FAMILY_QWEN3, FAMILY_QWEN2, FAMILY_LLAMA, FAMILY_MISTRAL /* SmolLM2 is a llama */,
+    FAMILY_QWEN3, FAMILY_QWEN2, FAMILY_LLAMA, FAMILY_MISTRAL, /* SmolLM2 is a llama */
     FAMILY_QWEN3_MOE
 };
 
