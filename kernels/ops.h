@@ -2,6 +2,7 @@
 #define KERNELS_OPS_H
 
 #include "kernels/backend.h"
+#include "kernels/experts.h"
 #include "kernels/hot_rows.h"
 #include "kernels/lagged_blocks.h"
 #include "kernels/layout.h"
@@ -278,6 +279,7 @@ struct linear_gated_args {
 
 struct shape_query {
     int dim, mlp_dim, heads, vocab;
+    int n_experts, n_chosen, expert_dim;     /* all 0: no layer has experts */
     struct kv_shape kv;
 };
 
@@ -297,6 +299,8 @@ struct backend_ops {
     void (*attend_two_level)(struct stream *s, const struct attend_two_level_args *a);
     void (*silu_mul)(struct stream *s, const struct silu_mul_args *a);
     void (*linear_gated)(struct stream *s, const struct linear_gated_args *a);
+    void (*route)(struct stream *s, const struct route_args *a);
+    void (*experts)(struct stream *s, const struct experts_args *a);
     void (*sample)(struct stream *s, const struct sample_args *a);
 
     /* Scratch sizes for the largest call; the same functions lay it out. */
@@ -308,6 +312,7 @@ struct backend_ops {
                                    int max_blocks);
     size_t (*attend_two_level_scratch)(const struct kv_shape *shape, int max_seqs, int heads,
                                        int max_blocks, int keep_blocks, int keep_tokens);
+    size_t (*experts_scratch)(const struct experts_shape *shape);
 };
 
 #ifdef __cplusplus

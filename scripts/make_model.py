@@ -4,6 +4,7 @@
     make_model.py --tests build/models            every test model
     make_model.py qwen3-8b /tmp/m                 one preset
     make_model.py qwen3-0.6b /tmp/m --layers 2    with changes
+    make_model.py qwen3-30b-a3b /tmp/m --layers 8 less than its 61 GB
     make_model.py --list
 
 The bytes are the same on every machine: weights come from a counter (splitmix64
@@ -31,6 +32,7 @@ PIECE = 1 << 23      # elements that a process writes at once
 SCORE_STD = 1.5      # of q.k / sqrt(head_dim)
 LOGIT_STD = 1.5      # more of these and keys rounded to bf16 alone move logprobs by 0.02
 MLP_GAIN = 1.0
+ROUTER_STD = 2.0     # of a router's scores: some experts matter much more than others
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 1024}
@@ -38,8 +40,10 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 
 # layout: of config.json, 4 or 5 for the major version of transformers that
 # writes it.  head_dim None leaves the key out.
+# Where there are experts the layers of dense_layers have none.
 DEFAULTS = dict(layers=2, kv_heads=2, head_dim=None, vocab=TOKENIZER_IDS, tied=False, dtype="bf16",
-                shards=1, layout=4, theta=10000.0, rope=None, max_position=8192, eps=1e-6, seed=1,
+                experts=0, chosen=0, expert_mlp=0, renormalise=True, dense_layers=(), shards=1,
+                layout=4, theta=10000.0, rope=None, max_position=8192, eps=1e-6, seed=1,
                 attn_gain=1.0)   # less, and what attention finds changes less from step to step
 TEST_MODELS = {
     "qwen3": dict(family="qwen3", hidden=96, mlp=192, heads=4, head_dim=64, tied=True,
@@ -56,22 +60,38 @@ TEST_MODELS = {
                     eps=1e-5, theta=1e6, shards=2, vocab=6400),
     "smollm2": dict(family="llama", hidden=576, mlp=512, heads=9, kv_heads=3, tied=True, eps=1e-5,
                     theta=1e5),
+    "qwen3-moe": dict(family="qwen3_moe", hidden=96, mlp=192, layers=3, heads=4, head_dim=64,
+                      experts=8, chosen=2, expert_mlp=80, dense_layers=(1,), theta=1e6, shards=2,
+                      seed=3),
+    "qwen3-moe-128": dict(family="qwen3_moe", hidden=64, mlp=96, heads=2, kv_heads=1, head_dim=64,
+                          experts=128, chosen=8, expert_mlp=24, renormalise=False, layout=5,
+                          theta=1e6),
 }
 BENCH_MODELS = {
     "qwen3-8b": dict(family="qwen3", hidden=4096, mlp=12288, layers=36, heads=32, kv_heads=8,
                      head_dim=128, vocab=151936, theta=1e6, max_position=131072, shards=5),
     "qwen3-0.6b": dict(family="qwen3", hidden=1024, mlp=3072, layers=28, heads=16, kv_heads=8,
                        head_dim=128, vocab=151936, theta=1e6, max_position=131072, tied=True),
+    "qwen3-30b-a3b": dict(family="qwen3_moe", hidden=2048, mlp=6144, layers=48, heads=32,
+                          kv_heads=4, head_dim=128, vocab=151936, experts=128, chosen=8,
+                          expert_mlp=768, theta=1e7, max_position=262144, shards=16),
     "smollm2-135m": dict(family="llama", hidden=576, mlp=1536, layers=30, heads=9, kv_heads=3,
                          vocab=49152, theta=1e5, max_position=8192, eps=1e-5, tied=True),
 }
 PRESETS = {**TEST_MODELS, **BENCH_MODELS}
 ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "qwen2": "Qwen2ForCausalLM",
-                 "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
+                 "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM",
+                 "qwen3_moe": "Qwen3MoeForCausalLM"}
 
 
 def head_dim_of(m):
     return m["head_dim"] or m["hidden"] // m["heads"]
+
+
+def mlp_tensors(at, hidden, mlp):
+    yield at + "gate_proj.weight", (mlp, hidden), 0, hidden ** -0.5
+    yield at + "up_proj.weight", (mlp, hidden), 0, hidden ** -0.5
+    yield at + "down_proj.weight", (hidden, mlp), 0, MLP_GAIN * mlp ** -0.5
 
 
 def tensors(m):
@@ -80,7 +100,7 @@ def tensors(m):
     q, kv = m["heads"] * d, m["kv_heads"] * d
     sharp = SCORE_STD ** 0.5
     embed = LOGIT_STD * hidden ** -0.5 if m["tied"] else 1.0
-    qk = 1.0 if m["family"] == "qwen3" else sharp
+    qk = 1.0 if m["family"] in ("qwen3", "qwen3_moe") else sharp
     yield "model.embed_tokens.weight", (m["vocab"], hidden), 0, embed
     for n in range(m["layers"]):
         at = f"model.layers.{n}."
@@ -94,13 +114,16 @@ def tensors(m):
             yield at + "self_attn.q_proj.bias", (q,), 0, 0.5
             yield at + "self_attn.k_proj.bias", (kv,), 0, 0.5
             yield at + "self_attn.v_proj.bias", (kv,), 0, 0.5
-        if m["family"] == "qwen3":
+        if m["family"] in ("qwen3", "qwen3_moe"):
             yield at + "self_attn.q_norm.weight", (d,), sharp, 0.2
             yield at + "self_attn.k_norm.weight", (d,), sharp, 0.2
         yield at + "post_attention_layernorm.weight", (hidden,), 1, 0.2
-        yield at + "mlp.gate_proj.weight", (mlp, hidden), 0, hidden ** -0.5
-        yield at + "mlp.up_proj.weight", (mlp, hidden), 0, hidden ** -0.5
-        yield at + "mlp.down_proj.weight", (hidden, mlp), 0, MLP_GAIN * mlp ** -0.5
+        if not m["experts"] or n in m["dense_layers"]:
+            yield from mlp_tensors(at + "mlp.", hidden, mlp)
+            continue
+        yield at + "mlp.gate.weight", (m["experts"], hidden), 0, ROUTER_STD * hidden ** -0.5
+        for e in range(m["experts"]):
+            yield from mlp_tensors(f"{at}mlp.experts.{e}.", hidden, m["expert_mlp"])
     yield "model.norm.weight", (hidden,), 1, 0.2
     if not m["tied"]:
         yield "lm_head.weight", (m["vocab"], hidden), 0, LOGIT_STD * hidden ** -0.5
@@ -206,12 +229,17 @@ def config(m):
     }
     if m["head_dim"]:
         c["head_dim"] = m["head_dim"]
-    if m["family"] in ("qwen2", "qwen3"):
+    if m["family"] in ("qwen2", "qwen3", "qwen3_moe"):
         c.update(use_sliding_window=False, sliding_window=None, max_window_layers=m["layers"])
-    if m["family"] in ("qwen3", "llama"):
+    if m["family"] in ("qwen3", "llama", "qwen3_moe"):
         c["attention_bias"] = False
     if m["family"] == "mistral":
         c["sliding_window"] = None
+    if m["experts"]:
+        c.update(num_experts_per_tok=m["chosen"], moe_intermediate_size=m["expert_mlp"],
+                 norm_topk_prob=m["renormalise"], decoder_sparse_step=1,
+                 mlp_only_layers=[n for n in m["dense_layers"] if n < m["layers"]])
+        c["num_local_experts" if m["layout"] == 5 else "num_experts"] = m["experts"]
     if m["layout"] == 5:
         c.update(dtype=dtype, pad_token_id=None,
                  rope_parameters={"rope_type": "default", **(m["rope"] or {}),
@@ -252,7 +280,7 @@ def main():
     ap.add_argument("--tests", type=Path, metavar="DIR", help="all test models into DIR")
     ap.add_argument("--list", action="store_true")
     for key in ("layers", "hidden", "mlp", "heads", "kv_heads", "head_dim", "vocab", "shards",
-                "layout", "max_position", "seed"):
+                "layout", "max_position", "seed", "experts", "chosen", "expert_mlp"):
         ap.add_argument("--" + key.replace("_", "-"), type=int)
     ap.add_argument("--dtype", choices=("bf16", "f32"))
     ap.add_argument("--family", choices=ARCHITECTURES)

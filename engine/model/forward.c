@@ -14,7 +14,7 @@
  *       h = norm(x += delta);  q, k, v = linear(h);  rotate, store, index
  *       attn = attention       full, or in two levels for sparse rows
  *       delta = linear(attn);  h = norm(x += delta)
- *       delta = down(silu(gate(h)) * up(h))
+ *       delta = down(silu(gate(h)) * up(h)), or the weighted sum of that of some experts
  *   logits = head(norm(x += delta)) of the wanted rows; sample
  *
  * The additions to the residual stream are made by the norm that follows them.
@@ -288,13 +288,35 @@ static void project_qkv(struct pass *p, const struct layer_weights *l, int rows)
     linear(p, column(p, out, q + kv), p->w->h, l->v, l->v_bias, rows, hidden, kv, stride);
 }
 
-/* silu(gate) * up */
-static void project_gate_up(struct pass *p, const struct layer_weights *l, int rows)
+/* delta = down(silu(gate(h)) * up(h)) */
+static void dense_mlp(struct pass *p, const struct layer_weights *l, int rows)
 {
+    const struct step_scratch *w = p->w;
+    const int hidden = p->g->hidden, mlp = p->g->mlp;
+
     p->ops->linear_gated(p->s, &(struct linear_gated_args){
-        .out = p->w->mid, .x = p->w->h, .gate = l->gate.data, .up = l->up.data,
-        .weight_type = l->gate.type, .scratch = p->w->gate_up, .rows = rows,
-        .in_dim = p->g->hidden, .dim = p->g->mlp });
+        .out = w->mid, .x = w->h, .gate = l->gate.data, .up = l->up.data,
+        .weight_type = l->gate.type, .scratch = w->gate_up, .rows = rows,
+        .in_dim = hidden, .dim = mlp });
+    linear(p, w->delta, w->mid, l->down, no_weight, rows, mlp, hidden, hidden);
+}
+
+/* delta = what the experts make of h.  blocks: those of the rows, or NULL where none is padding. */
+static void mixed_mlp(struct pass *p, const struct layer_weights *l, const int32_t *blocks,
+                      int rows)
+{
+    const struct step_scratch *w = p->w;
+    const struct moe_config *moe = &p->g->moe;
+
+    p->ops->route(p->s, &(struct route_args){
+        .experts = w->chosen, .weights = w->chosen_weights, .scores = w->scores, .x = w->h,
+        .router = l->router.data, .router_type = l->router.type, .kv_block = blocks,
+        .score = ROUTER_SOFTMAX, .renormalise = moe->renormalise, .scale = 1, .rows = rows,
+        .dim = p->g->hidden, .n_experts = moe->experts, .n_chosen = moe->chosen });
+    p->ops->experts(p->s, &(struct experts_args){
+        .out = w->delta, .x = w->h, .experts = w->chosen, .weights = w->chosen_weights,
+        .matrices = l->experts, .scratch = w->experts, .rows = rows, .dim = p->g->hidden,
+        .expert_dim = moe->expert_mlp, .n_experts = moe->experts, .n_chosen = moe->chosen });
 }
 
 /* Norm, projections, rotation; K and V into the pool. */
@@ -339,18 +361,21 @@ static void attend(struct pass *p, int layer, bool last)
     streaming_leave(p, layer);
 }
 
-/* Output projection and MLP over rows of attn and x; the result is in delta. */
-static void finish_layer(struct pass *p, int layer, void *x, const void *attn, int rows)
+/* Output projection and MLP over rows of attn and x, all of the pass's or those `gathered`; the
+ * result is in delta. */
+static void finish_layer(struct pass *p, int layer, void *x, const void *attn, bool gathered)
 {
     const struct layer_weights *l = weights_layer(p->m->weights, layer);
     const struct step_scratch *w = p->w;
-    const int hidden = p->g->hidden, mlp = p->g->mlp;
+    const int hidden = p->g->hidden, rows = gathered ? p->logit_rows : p->rows;
 
     linear(p, w->delta, attn, l->o, no_weight, rows, p->g->heads * p->g->head_dim, hidden,
            hidden);
     norm(p, x, w->delta, l->mlp_norm, rows);
-    project_gate_up(p, l, rows);
-    linear(p, w->delta, w->mid, l->down, no_weight, rows, mlp, hidden, hidden);
+    if (p->g->moe.in_layer[layer])
+        mixed_mlp(p, l, gathered ? NULL : p->a->kv_block, rows);
+    else
+        dense_mlp(p, l, rows);
 }
 
 /* The last layer's second half and the logits. */
@@ -366,7 +391,7 @@ static void finish(struct pass *p, int layer)
         x = gather(p, w->last_x, w->x, p->g->hidden);
         attn = gather(p, w->last_attn, w->attn, p->g->heads * p->g->head_dim);
     }
-    finish_layer(p, layer, x, attn, rows);
+    finish_layer(p, layer, x, attn, p->gathers);
     norm(p, x, w->delta, weights_norm(p->m->weights), rows);
     p->ops->logits(p->s, &(struct logits_args){
         .out = w->logits, .x = w->h, .weight = head.data, .weight_type = head.type,
@@ -388,7 +413,7 @@ void forward_queue(struct pass *p)
     for (int layer = 0; layer < last; layer++) {
         project(p, layer, layer ? w->delta : NULL);
         attend(p, layer, false);
-        finish_layer(p, layer, w->x, w->attn, rows);
+        finish_layer(p, layer, w->x, w->attn, false);
     }
     project(p, last, last ? w->delta : NULL);
     if (p->logit_rows == 0) {

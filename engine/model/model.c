@@ -136,20 +136,42 @@ static size_t carve_host(struct model_batch *b, struct step_arrays *a, void *bas
     return c.at;
 }
 
+static void carve_experts(struct step_scratch *s, struct carver *c, const struct model *m,
+                          size_t rows)
+{
+    const struct moe_config *moe = &m->config.moe;
+    size_t chosen = (size_t)moe->chosen;
+
+    if (moe->layers == 0)
+        return;
+    s->scores = carve(c, rows, (size_t)moe->experts, sizeof *s->scores);
+    s->chosen = carve(c, rows, chosen, sizeof *s->chosen);
+    s->chosen_weights = carve(c, rows, chosen, sizeof *s->chosen_weights);
+    s->experts = carve(c, m->ops->experts_scratch(&(struct experts_shape){
+        .max_rows = (int)rows, .dim = m->config.hidden, .expert_dim = moe->expert_mlp,
+        .n_experts = moe->experts, .n_chosen = moe->chosen }), 1, 1);
+}
+
 /* Attention and MLP of a layer never need their intermediates at the same
  * time, so these share one stretch. */
-static void carve_sublayers(struct step_scratch *s, struct carver *c,
-                            const struct model_config *g, size_t rows, size_t act)
+static void carve_sublayers(struct step_scratch *s, struct carver *c, const struct model *m,
+                            size_t rows, size_t act)
 {
+    const struct model_config *g = &m->config;
     size_t q = (size_t)(g->heads * g->head_dim), kv = (size_t)(g->kv_heads * g->head_dim);
-    struct carver mlp = *c;
+    struct carver mlp = *c, moe = *c;
 
     s->qkv = carve(c, rows, q + 2 * kv, act);
     s->attn = carve(c, rows, q, act);
-    s->gate_up = carve(&mlp, rows, 2 * (size_t)g->mlp, act);
-    s->mid = carve(&mlp, rows, (size_t)g->mlp, act);
+    if (g->moe.layers < g->layers) {
+        s->gate_up = carve(&mlp, rows, 2 * (size_t)g->mlp, act);
+        s->mid = carve(&mlp, rows, (size_t)g->mlp, act);
+    }
     if (mlp.at > c->at)
         c->at = mlp.at;
+    carve_experts(s, &moe, m, rows);
+    if (moe.at > c->at)
+        c->at = moe.at;
 }
 
 /* Full and two-level attention of a step follow each other in one scratch. */
@@ -185,7 +207,7 @@ static size_t carve_device(struct step_scratch *s, struct step_arrays *a, void *
     s->x = carve(&c, rows, hidden, act);
     s->h = carve(&c, rows, hidden, act);
     s->delta = carve(&c, rows, hidden, act);
-    carve_sublayers(s, &c, g, rows, act);
+    carve_sublayers(s, &c, m, rows, act);
     s->last_x = carve(&c, wanted, hidden, act);
     s->last_attn = carve(&c, wanted, (size_t)g->heads * head_dim, act);
     s->cos_sin = carve(&c, rows, head_dim, sizeof(float));
@@ -259,6 +281,9 @@ static enum status check_supported(const struct model *m, const struct select_pl
         .mlp_dim = m->config.mlp,
         .heads = m->config.heads,
         .vocab = m->config.vocab,
+        .n_experts = m->config.moe.experts,
+        .n_chosen = m->config.moe.chosen,
+        .expert_dim = m->config.moe.expert_mlp,
         .kv = model_kv_shape(m, &plan->config),
     };
     struct error why = { .code = ST_UNSUPPORTED };

@@ -20,8 +20,13 @@ enum {
     MAX_POSITION = 1 << 24,      /* positions are exact in float up to here */
     QWEN3_HEAD_DIM = 128,        /* class defaults of the reference implementation */
     MISTRAL_WINDOW = 4096,
-    QWEN_FULL_LAYERS = 28
+    QWEN_FULL_LAYERS = 28,
+    QWEN3_MOE_EXPERTS = 128,
+    QWEN3_MOE_CHOSEN = 8,
+    QWEN3_MOE_EXPERT_MLP = 768
 };
+
+_Static_assert((int)MODEL_MAX_LAYERS == (int)SELECT_MAX_LAYERS, "in_layer has an entry for each");
 
 struct family_facts {
     const char *model_type, *architecture;
@@ -34,57 +39,61 @@ static const struct family_facts families[] = {
     { "qwen2", "Qwen2ForCausalLM", FAMILY_QWEN2, true, false },
     { "llama", "LlamaForCausalLM", FAMILY_LLAMA, false, false },
     { "mistral", "MistralForCausalLM", FAMILY_MISTRAL, false, false },
+    { "qwen3_moe", "Qwen3MoeForCausalLM", FAMILY_QWEN3_MOE, false, true },
 };
 
 /* Keys of other architectures that some folders carry under one of our
  * model_types.  Any other key that is not read here is one the reference
- * implementations of the four families do not read either. */
+ * implementations of our families do not read either. */
 enum neutral { NEVER, FALSE_OR_ZERO, ONE };
 
 static const struct refused_key {
     const char *key;
     enum neutral neutral;        /* the value with which the key says nothing */
     const char *what;
+    bool of_experts;             /* read in a family that has them */
 } refused_keys[] = {
-    { "quantization_config", NEVER, "quantised weights" },
-    { "compression_config", NEVER, "compressed weights" },
-    { "num_experts", FALSE_OR_ZERO, "mixture of experts" },
-    { "num_local_experts", FALSE_OR_ZERO, "mixture of experts" },
-    { "n_routed_experts", FALSE_OR_ZERO, "mixture of experts" },
-    { "moe_intermediate_size", FALSE_OR_ZERO, "mixture of experts" },
-    { "kv_lora_rank", FALSE_OR_ZERO, "multi-head latent attention" },
-    { "q_lora_rank", FALSE_OR_ZERO, "multi-head latent attention" },
-    { "qk_rope_head_dim", FALSE_OR_ZERO, "multi-head latent attention" },
-    { "v_head_dim", FALSE_OR_ZERO, "values of another width than keys" },
-    { "mlp_bias", FALSE_OR_ZERO, "a bias in the MLP" },
-    { "qk_layernorm", FALSE_OR_ZERO, "another norm of queries and keys" },
-    { "use_qk_norm", FALSE_OR_ZERO, "another norm of queries and keys" },
-    { "rope_interleaved", FALSE_OR_ZERO, "interleaved rotary embedding" },
-    { "rope_local_base_freq", NEVER, "a second rotary base" },
-    { "no_rope_layers", NEVER, "layers without rotary embedding" },
-    { "no_rope_layer_interval", NEVER, "layers without rotary embedding" },
-    { "alibi", FALSE_OR_ZERO, "ALiBi" },
-    { "attention_chunk_size", FALSE_OR_ZERO, "chunked attention" },
-    { "attn_temperature_tuning", FALSE_OR_ZERO, "attention temperature" },
-    { "dual_chunk_attention_config", NEVER, "dual chunk attention" },
-    { "sliding_window_pattern", NEVER, "alternating sliding windows" },
-    { "query_pre_attn_scalar", NEVER, "another attention scale" },
-    { "attn_logit_softcapping", FALSE_OR_ZERO, "soft-capped attention" },
-    { "final_logit_softcapping", FALSE_OR_ZERO, "soft-capped logits" },
-    { "clip_qkv", FALSE_OR_ZERO, "clipped queries and keys" },
-    { "logit_scale", ONE, "scaled logits" },
-    { "logits_scaling", ONE, "scaled logits" },
-    { "embedding_multiplier", ONE, "scaled embeddings" },
-    { "attention_multiplier", ONE, "another attention scale" },
-    { "residual_multiplier", ONE, "a scaled residual stream" },
-    { "scale_emb", ONE, "scaled embeddings" },
-    { "scale_depth", ONE, "a scaled residual stream" },
-    { "is_encoder_decoder", FALSE_OR_ZERO, "an encoder" },
-    { "add_cross_attention", FALSE_OR_ZERO, "cross attention" },
-    { "text_config", NEVER, "a multimodal model" },
-    { "vision_config", NEVER, "a multimodal model" },
-    { "audio_config", NEVER, "a multimodal model" },
-    { "auto_map", NEVER, "code that comes with the model" },
+    { "quantization_config", NEVER, "quantised weights", false },
+    { "compression_config", NEVER, "compressed weights", false },
+    { "num_experts", FALSE_OR_ZERO, "mixture of experts", true },
+    { "num_local_experts", FALSE_OR_ZERO, "mixture of experts", true },
+    { "moe_intermediate_size", FALSE_OR_ZERO, "mixture of experts", true },
+    { "n_routed_experts", FALSE_OR_ZERO, "mixture of experts of another family", false },
+    { "n_shared_experts", FALSE_OR_ZERO, "shared experts", false },
+    { "shared_expert_intermediate_size", FALSE_OR_ZERO, "shared experts", false },
+    { "kv_lora_rank", FALSE_OR_ZERO, "multi-head latent attention", false },
+    { "q_lora_rank", FALSE_OR_ZERO, "multi-head latent attention", false },
+    { "qk_rope_head_dim", FALSE_OR_ZERO, "multi-head latent attention", false },
+    { "v_head_dim", FALSE_OR_ZERO, "values of another width than keys", false },
+    { "mlp_bias", FALSE_OR_ZERO, "a bias in the MLP", false },
+    { "qk_layernorm", FALSE_OR_ZERO, "another norm of queries and keys", false },
+    { "use_qk_norm", FALSE_OR_ZERO, "another norm of queries and keys", false },
+    { "rope_interleaved", FALSE_OR_ZERO, "interleaved rotary embedding", false },
+    { "rope_local_base_freq", NEVER, "a second rotary base", false },
+    { "no_rope_layers", NEVER, "layers without rotary embedding", false },
+    { "no_rope_layer_interval", NEVER, "layers without rotary embedding", false },
+    { "alibi", FALSE_OR_ZERO, "ALiBi", false },
+    { "attention_chunk_size", FALSE_OR_ZERO, "chunked attention", false },
+    { "attn_temperature_tuning", FALSE_OR_ZERO, "attention temperature", false },
+    { "dual_chunk_attention_config", NEVER, "dual chunk attention", false },
+    { "sliding_window_pattern", NEVER, "alternating sliding windows", false },
+    { "query_pre_attn_scalar", NEVER, "another attention scale", false },
+    { "attn_logit_softcapping", FALSE_OR_ZERO, "soft-capped attention", false },
+    { "final_logit_softcapping", FALSE_OR_ZERO, "soft-capped logits", false },
+    { "clip_qkv", FALSE_OR_ZERO, "clipped queries and keys", false },
+    { "logit_scale", ONE, "scaled logits", false },
+    { "logits_scaling", ONE, "scaled logits", false },
+    { "embedding_multiplier", ONE, "scaled embeddings", false },
+    { "attention_multiplier", ONE, "another attention scale", false },
+    { "residual_multiplier", ONE, "a scaled residual stream", false },
+    { "scale_emb", ONE, "scaled embeddings", false },
+    { "scale_depth", ONE, "a scaled residual stream", false },
+    { "is_encoder_decoder", FALSE_OR_ZERO, "an encoder", false },
+    { "add_cross_attention", FALSE_OR_ZERO, "cross attention", false },
+    { "text_config", NEVER, "a multimodal model", false },
+    { "vision_config", NEVER, "a multimodal model", false },
+    { "audio_config", NEVER, "a multimodal model", false },
+    { "auto_map", NEVER, "code that comes with the model", false },
 };
 
 static bool is_neutral(const cJSON *item, enum neutral neutral)
@@ -100,11 +109,14 @@ static bool is_neutral(const cJSON *item, enum neutral neutral)
     return false;
 }
 
-static enum status check_refused(const struct json_file *f, struct error *err)
+static enum status check_refused(const struct model_config *c, const struct json_file *f,
+                                 struct error *err)
 {
     for (size_t i = 0; i < sizeof refused_keys / sizeof *refused_keys; i++) {
         const struct refused_key *r = &refused_keys[i];
         const cJSON *item = json_get(f->root, r->key);
+        if (r->of_experts && c->family == FAMILY_QWEN3_MOE)
+            continue;
         if (item && !is_neutral(item, r->neutral))
             return error_set(err, ST_UNSUPPORTED, "%s: \"%s\" asks for %s, which is not "
                              "implemented", f->name, r->key, r->what);
@@ -127,8 +139,8 @@ static enum status read_family(struct model_config *c, const struct json_file *f
         if (strcmp(families[i].model_type, type) == 0)
             facts = &families[i];
     if (!facts)
-        return error_set(err, ST_UNSUPPORTED, "%s: \"model_type\" is \"%.60s\"; qwen3, qwen2, "
-                         "llama and mistral are implemented", f->name, type);
+        return error_set(err, ST_UNSUPPORTED, "%s: \"model_type\" is \"%.60s\"; qwen3, "
+                         "qwen3_moe, qwen2, llama and mistral are implemented", f->name, type);
     if ((architectures && !cJSON_IsArray(architectures))
         || (architecture && (!cJSON_IsString(architecture)
                              || strcmp(architecture->valuestring, facts->architecture) != 0)))
@@ -213,6 +225,70 @@ static enum status read_shape(struct model_config *c, const struct json_file *f,
     return json_bool(f, f->root, "tie_word_embeddings", &c->tied, err);
 }
 
+/* ---- experts */
+
+/* A saved v5 folder says num_local_experts. */
+static enum status read_experts(struct moe_config *m, const struct json_file *f,
+                                struct error *err)
+{
+    int local = -1;
+
+    m->experts = -1;
+    TRY(json_int(f, f->root, "num_experts", 0, MODEL_MAX_EXPERTS, &m->experts, err));
+    TRY(json_int(f, f->root, "num_local_experts", 0, MODEL_MAX_EXPERTS, &local, err));
+    if (m->experts >= 0 && local >= 0 && m->experts != local)
+        return error_set(err, ST_INVALID, "%s: \"num_experts\" is %d and \"num_local_experts\" "
+                         "%d", f->name, m->experts, local);
+    if (m->experts < 0)
+        m->experts = local >= 0 ? local : QWEN3_MOE_EXPERTS;
+    m->chosen = QWEN3_MOE_CHOSEN;
+    m->expert_mlp = QWEN3_MOE_EXPERT_MLP;
+    TRY(json_int(f, f->root, "num_experts_per_tok", 1, MODEL_MAX_CHOSEN, &m->chosen, err));
+    TRY(json_int(f, f->root, "moe_intermediate_size", 1, MAX_MLP, &m->expert_mlp, err));
+    if (m->experts > 0 && m->chosen > m->experts)
+        return error_set(err, ST_INVALID, "%s: \"num_experts_per_tok\" %d is more than the %d "
+                         "experts", f->name, m->chosen, m->experts);
+    return json_bool(f, f->root, "norm_topk_prob", &m->renormalise, err);
+}
+
+/* Layers without experts: those that mlp_only_layers names, and where decoder_sparse_step is n all
+ * but each n-th. */
+static enum status read_expert_layers(struct model_config *c, const struct json_file *f,
+                                      struct error *err)
+{
+    const cJSON *only = json_get(f->root, "mlp_only_layers"), *item;
+    struct moe_config *m = &c->moe;
+    int step = 1;
+
+    TRY(json_int(f, f->root, "decoder_sparse_step", 1, MAX_POSITION, &step, err));
+    for (int l = 0; l < c->layers; l++)
+        m->in_layer[l] = m->experts > 0 && (l + 1) % step == 0;
+    if (only && !cJSON_IsArray(only))
+        return error_set(err, ST_INVALID, "%s: \"mlp_only_layers\" must be a list of layers",
+                         f->name);
+    cJSON_ArrayForEach(item, only) {
+        double v = cJSON_IsNumber(item) ? item->valuedouble : NAN;
+        if (!(v >= 0 && v < c->layers) || v != floor(v))
+            return error_set(err, ST_INVALID, "%s: \"mlp_only_layers\" must be layers from 0 to "
+                             "%d", f->name, c->layers - 1);
+        m->in_layer[(int)v] = false;
+    }
+    for (int l = 0; l < c->layers; l++)
+        m->layers += m->in_layer[l];
+    return ST_OK;
+}
+
+static enum status read_moe(struct model_config *c, const struct json_file *f, struct error *err)
+{
+    if (c->family != FAMILY_QWEN3_MOE)
+        return ST_OK;
+    TRY(read_experts(&c->moe, f, err));
+    TRY(read_expert_layers(c, f, err));
+    if (c->moe.layers == 0)
+        c->moe = (struct moe_config){ 0 };
+    return ST_OK;
+}
+
 /* ---- sliding windows */
 
 /* How many layers slide: from layer_types if there, else by the family's rule. */
@@ -245,7 +321,8 @@ static enum status count_sliding(int *sliding, const struct model_config *c,
 static enum status read_window(struct model_config *c, const struct json_file *f,
                                struct error *err)
 {
-    bool qwen = c->family == FAMILY_QWEN2 || c->family == FAMILY_QWEN3, use = false;
+    bool moe = c->family == FAMILY_QWEN3_MOE, use = false;
+    bool qwen = c->family == FAMILY_QWEN2 || c->family == FAMILY_QWEN3 || moe;
     int window = 0, full_layers = QWEN_FULL_LAYERS, sliding;
 
     if (c->family == FAMILY_MISTRAL && !cJSON_GetObjectItemCaseSensitive(f->root,
@@ -255,7 +332,7 @@ static enum status read_window(struct model_config *c, const struct json_file *f
     TRY(json_bool(f, f->root, "use_sliding_window", &use, err));
     TRY(json_int(f, f->root, "max_window_layers", 0, MAX_POSITION, &full_layers, err));
     int by_rule = c->layers;
-    if (qwen)
+    if (qwen && !moe)            /* the latter's windows, if any, are in all layers */
         by_rule = full_layers < c->layers ? c->layers - full_layers : 0;
     if (window == 0 || (qwen && !use))
         window = by_rule = 0;
@@ -490,9 +567,10 @@ static enum status read_config(struct model_config *c, const struct json_file *f
                                struct error *err)
 {
     TRY(read_family(c, f, err));
-    TRY(check_refused(f, err));
+    TRY(check_refused(c, f, err));
     TRY(check_attention_bias(c, f, err));
     TRY(read_shape(c, f, err));
+    TRY(read_moe(c, f, err));
     TRY(read_window(c, f, err));
     TRY(read_rope(c, f, err));
     return read_tokens(c, f, err);

@@ -15,21 +15,39 @@
  * changes the forward pass is never ignored. */
 
 enum model_family {
-    FAMILY_QWEN3, FAMILY_QWEN2, FAMILY_LLAMA, FAMILY_MISTRAL /* SmolLM2 is a llama */
+    FAMILY_QWEN3, FAMILY_QWEN2, FAMILY_LLAMA, FAMILY_MISTRAL, /* SmolLM2 is a llama */
+    FAMILY_QWEN3_MOE
 };
 
-enum { MODEL_MAX_EOS = 16, MODEL_MAX_HEAD_DIM = 256 };
+enum {
+    MODEL_MAX_EOS = 16,
+    MODEL_MAX_HEAD_DIM = 256,
+    MODEL_MAX_LAYERS = 128,
+    MODEL_MAX_EXPERTS = 512,
+    MODEL_MAX_CHOSEN = 16,           /* experts for a token */
+};
+
+/* The mixture of experts that takes the place of the MLP in some layers. */
+struct moe_config {
+    int layers;                      /* that have experts; 0: none, and nothing below is set */
+    bool in_layer[MODEL_MAX_LAYERS];
+    int experts, chosen;             /* in all, for each token */
+    int expert_mlp;                  /* an expert's width */
+    bool renormalise;                /* the weights of the chosen sum up to 1 */
+};
 
 struct model_config {
     enum model_family family;
     char family_name[32];            /* model_type as written */
-    int layers, hidden, mlp, heads, kv_heads, head_dim, vocab;
+    int layers, hidden, heads, kv_heads, head_dim, vocab;
+    int mlp;                         /* of layers without experts */
     int max_position;                /* tokens, from max_position_embeddings */
     int sliding_window;              /* 0: none.  Contexts must not exceed it */
     float norm_eps;
     bool tied, qkv_bias, qk_norm;
     float rope_factor;               /* multiplies cos and sin */
     float inv_freq[MODEL_MAX_HEAD_DIM / 2]; /* [head_dim / 2], scaling applied */
+    struct moe_config moe;
     int32_t bos, pad;                /* -1: none */
     int32_t eos[MODEL_MAX_EOS];      /* generation_config first, else config */
     int n_eos;

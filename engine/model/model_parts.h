@@ -31,7 +31,13 @@ struct step_scratch {
     void *delta;                 /* act [T, M]  what the last sublayer adds */
     void *qkv;                   /* act [T, H*D + 2 G*D]  a row is q, k and v, see weights.h */
     void *attn;                  /* act [T, H*D] */
-    void *gate_up, *mid;         /* act [T, 2 I], [T, I]; share memory with qkv and attn */
+    /* Of MLP and experts, which share memory with qkv and attn.  I and E are 0 where no layer is of
+     * that kind. */
+    void *gate_up, *mid;         /* act [T, 2 I], [T, I] */
+    float *scores;               /* [T, E] */
+    int32_t *chosen;             /* [T, k] */
+    float *chosen_weights;       /* [T, k] */
+    void *experts;               /* scratch of experts */
     void *last_x, *last_attn;    /* act [R, M], [R, H*D]  rows that are wanted */
     float *cos_sin;              /* [T, D] */
     float *logits;               /* [R, V] */

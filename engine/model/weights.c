@@ -9,7 +9,11 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { MAX_NAME = 160, PER_LAYER_MAX = 14, ALIGN_BYTES = 256 };
+enum { MAX_NAME = 160, PER_LAYER_MAX = 15, ALIGN_BYTES = 256 };
+
+/* The matrices of an expert, in the order in which they lie where they are copied. */
+enum { GATE, UP, DOWN, PER_EXPERT };
+static const char *const expert_names[PER_EXPERT] = { "gate_proj", "up_proj", "down_proj" };
 
 /* A tensor that has its place, and where that is. */
 struct binding {
@@ -25,6 +29,9 @@ struct weights {
     struct weight embed, norm, head;
     struct layer_weights *layers;
     int n_layers;
+    struct weight *experts;      /* [moe layers, experts, PER_EXPERT], NULL without */
+    const void **host_tables;    /* [moe layers, PER_EXPERT, experts] where each lies */
+    struct buffer tables;        /* their copy, where the device cannot see the host's */
     uint64_t bytes, elements;
 };
 
@@ -37,8 +44,10 @@ struct expected {
     bool absent;                 /* the family has none */
 };
 
-static void layer_expects(struct expected e[PER_LAYER_MAX], const struct model_config *c)
+static void layer_expects(struct expected e[PER_LAYER_MAX], const struct model_config *c,
+                          int layer)
 {
+    const bool moe = c->moe.in_layer[layer];
     const int q = c->heads * c->head_dim, kv = c->kv_heads * c->head_dim;
     const int hidden = c->hidden, mlp = c->mlp;
 #define AT(member) offsetof(struct layer_weights, member)
@@ -54,9 +63,10 @@ static void layer_expects(struct expected e[PER_LAYER_MAX], const struct model_c
         { "self_attn.q_norm.weight", AT(q_norm), c->head_dim, 0, false, !c->qk_norm },
         { "self_attn.k_norm.weight", AT(k_norm), c->head_dim, 0, false, !c->qk_norm },
         { "post_attention_layernorm.weight", AT(mlp_norm), hidden, 0, false, false },
-        { "mlp.gate_proj.weight", AT(gate), mlp, hidden, false, false },
-        { "mlp.up_proj.weight", AT(up), mlp, hidden, true, false },
-        { "mlp.down_proj.weight", AT(down), hidden, mlp, false, false },
+        { "mlp.gate_proj.weight", AT(gate), mlp, hidden, false, moe },
+        { "mlp.up_proj.weight", AT(up), mlp, hidden, true, moe },
+        { "mlp.down_proj.weight", AT(down), hidden, mlp, false, moe },
+        { "mlp.gate.weight", AT(router), c->moe.experts, hidden, false, !moe },
     };
 #undef AT
     memcpy(e, all, sizeof all);
@@ -70,13 +80,15 @@ static uint64_t elements_of(int rows, int cols)
 uint64_t weights_expected_elements(const struct model_config *c)
 {
     struct expected e[PER_LAYER_MAX];
-    uint64_t layer = 0;
+    uint64_t n = elements_of(c->hidden, 0) + elements_of(c->vocab, c->hidden) * (c->tied ? 1 : 2);
 
-    layer_expects(e, c);
-    for (int i = 0; i < PER_LAYER_MAX; i++)
-        layer += e[i].absent ? 0 : elements_of(e[i].rows, e[i].cols);
-    return layer * (uint64_t)c->layers + elements_of(c->hidden, 0)
-           + elements_of(c->vocab, c->hidden) * (c->tied ? 1 : 2);
+    for (int layer = 0; layer < c->layers; layer++) {
+        layer_expects(e, c, layer);
+        for (int i = 0; i < PER_LAYER_MAX; i++)
+            n += e[i].absent ? 0 : elements_of(e[i].rows, e[i].cols);
+    }
+    return n + (uint64_t)c->moe.layers * (uint64_t)c->moe.experts * PER_EXPERT
+                   * elements_of(c->moe.expert_mlp, c->hidden);
 }
 
 /* ---- binding */
@@ -160,7 +172,7 @@ static enum status bind_layer(struct binder *b, int layer)
     struct expected e[PER_LAYER_MAX];
     char name[MAX_NAME];
 
-    layer_expects(e, b->config);
+    layer_expects(e, b->config, layer);
     for (int i = 0; i < PER_LAYER_MAX; i++) {
         if (e[i].absent)
             continue;
@@ -174,6 +186,105 @@ static enum status bind_layer(struct binder *b, int layer)
     TRY(check_pair(b, layer, &l->gate, &l->up, "gate_proj.weight and up_proj.weight"));
     return check_pair(b, layer, &l->q_norm, &l->k_norm, "q_norm.weight and k_norm.weight");
 }
+
+/* ---- experts */
+
+/* Which of the layers with experts it is. */
+static int moe_index(const struct model_config *c, int layer)
+{
+    int n = 0;
+
+    for (int l = 0; l < layer; l++)
+        n += c->moe.in_layer[l];
+    return n;
+}
+
+static struct weight *layer_experts(const struct weights *w, const struct model_config *c,
+                                    int layer)
+{
+    return w->experts + (size_t)moe_index(c, layer) * (size_t)c->moe.experts * PER_EXPERT;
+}
+
+/* Some programs store all experts of a layer as one tensor of three dimensions. */
+static enum status check_fused(const struct binder *b, int layer)
+{
+    static const char *const names[] = { "gate_up_proj", "down_proj" };
+    char name[MAX_NAME];
+
+    for (int i = 0; i < 2; i++)
+        for (int suffix = 0; suffix < 2; suffix++) {
+            snprintf(name, sizeof name, "model.layers.%d.mlp.experts.%s%s", layer, names[i],
+                     suffix ? ".weight" : "");
+            const struct tensor *t = safetensors_find(b->w->files, name);
+            if (t)
+                return error_set(b->err, ST_UNSUPPORTED, "%s: tensor %s holds all experts of a "
+                                 "layer; only folders with tensors of their own for each expert, "
+                                 "as transformers saves them, are implemented",
+                                 safetensors_file(b->w->files, t), name);
+        }
+    return ST_OK;
+}
+
+static enum status bind_experts(struct binder *b, int layer)
+{
+    const struct model_config *c = b->config;
+    struct weight *slots = layer_experts(b->w, c, layer);
+    char name[MAX_NAME];
+
+    TRY(check_fused(b, layer));
+    for (int i = 0; i < c->moe.experts * PER_EXPERT; i++) {
+        int part = i % PER_EXPERT;
+        snprintf(name, sizeof name, "model.layers.%d.mlp.experts.%d.%s.weight", layer,
+                 i / PER_EXPERT, expert_names[part]);
+        TRY(bind(b, &slots[i], name, part == DOWN ? c->hidden : c->moe.expert_mlp,
+                 part == DOWN ? c->moe.expert_mlp : c->hidden, i > 0));
+        if (slots[i].data && slots[0].data && slots[i].type != slots[0].type)
+            return error_set(b->err, ST_UNSUPPORTED, "%s: the experts of layer %d are of two "
+                             "types", b->dir, layer);
+    }
+    return ST_OK;
+}
+
+/* Once everything has its place. */
+static void fill_tables(struct weights *w, const struct model_config *c)
+{
+    const size_t n = (size_t)c->moe.experts;
+    const void *const *device = w->tables.base ? w->tables.base : w->host_tables;
+
+    for (int layer = 0; layer < c->layers; layer++) {
+        if (!c->moe.in_layer[layer])
+            continue;
+        const struct weight *slots = layer_experts(w, c, layer);
+        size_t at = (size_t)moe_index(c, layer) * n * PER_EXPERT;
+        for (size_t i = 0; i < n * PER_EXPERT; i++)
+            w->host_tables[at + i % PER_EXPERT * n + i / PER_EXPERT] = slots[i].data;
+        w->layers[layer].experts = (struct expert_weights){
+            .gate = device + at + GATE * n, .up = device + at + UP * n,
+            .down = device + at + DOWN * n, .type = slots[0].type };
+    }
+}
+
+static enum status make_tables(struct binder *b)
+{
+    struct weights *w = b->w;
+    const struct model_config *c = b->config;
+    size_t bytes = (size_t)c->moe.layers * (size_t)c->moe.experts * PER_EXPERT * sizeof(void *);
+
+    if (bytes == 0)
+        return ST_OK;
+    w->host_tables = mem_alloc(bytes);
+    if (!backend_info(w->be)->host_visible
+        && buffer_alloc(w->be, &w->tables, MEM_DEVICE, bytes) != ST_OK)
+        return error_set(b->err, ST_NODEVMEM, "%s: no memory for %zu bytes of tables", b->dir,
+                         bytes);
+    fill_tables(w, c);
+    if (!w->tables.base)
+        return ST_OK;
+    return upload_all(w->be, &(struct upload){ w->host_tables, w->tables.base, bytes }, 1, NULL,
+                      b->err);
+}
+
+/* ---- what has no place */
 
 /* Tensors that every reader of these families skips. */
 static bool may_skip(const struct model_config *c, const char *name)
@@ -224,8 +335,11 @@ static enum status bind_all(struct binder *b)
     const struct model_config *c = b->config;
 
     TRY(bind(b, &w->embed, "model.embed_tokens.weight", c->vocab, c->hidden, false));
-    for (int l = 0; l < c->layers; l++)
+    for (int l = 0; l < c->layers; l++) {
         TRY(bind_layer(b, l));
+        if (c->moe.in_layer[l])
+            TRY(bind_experts(b, l));
+    }
     TRY(bind(b, &w->norm, "model.norm.weight", c->hidden, 0, false));
     if (!c->tied)
         TRY(bind(b, &w->head, "lm_head.weight", c->vocab, c->hidden, false));
@@ -331,11 +445,17 @@ static enum status bind_and_place(struct weights *w, const struct model_config *
 {
     struct binder b = { .w = w, .config = c, .dir = dir, .progress = progress, .err = err };
 
-    b.bindings = mem_calloc((size_t)c->layers * PER_LAYER_MAX + 3, sizeof *b.bindings);
+    size_t experts = (size_t)c->moe.layers * (size_t)c->moe.experts * PER_EXPERT;
+
+    if (experts > 0)
+        w->experts = mem_calloc(experts, sizeof *w->experts);
+    b.bindings = mem_calloc((size_t)c->layers * PER_LAYER_MAX + experts + 3, sizeof *b.bindings);
     b.used = mem_calloc(safetensors_count(w->files) + 1, sizeof *b.used);
     enum status st = bind_all(&b);
     if (st == ST_OK)
         st = place(&b);
+    if (st == ST_OK)
+        st = make_tables(&b);
     find_joined(w, c);
     if (c->tied)
         w->head = w->embed;
@@ -374,8 +494,11 @@ void weights_close(struct weights *w)
     if (!w)
         return;
     buffer_free(w->be, &w->copied);
+    buffer_free(w->be, &w->tables);
     safetensors_close(w->files);
     mem_free(w->layers);
+    mem_free(w->experts);
+    mem_free(w->host_tables);
     mem_free(w);
 }
 

@@ -3,7 +3,7 @@
 
 #include "engine/base/status.h"
 #include "engine/model/model_config.h"
-#include "kernels/backend.h"
+#include "kernels/experts.h"
 
 #include <stdbool.h>
 #include <stdint.h>
@@ -22,7 +22,9 @@
  *
  * Matrices with the same input are joined where they are copied and of one type: q, k
  * and v, and gate and up, then lie behind each other as the rows of one matrix, and so
- * do their biases.  One large product keeps a GPU busier than three. */
+ * do their biases.  One large product keeps a GPU busier than three.  The experts of a layer, where
+ * they are copied, are one stretch of memory too: gate, up and down of each.  Kernels find them
+ * through tables (kernels/experts.h), which are made here. */
 
 struct weight {
     const void *data;            /* device; [out, in] row-major.  NULL: the family has none */
@@ -33,7 +35,10 @@ struct layer_weights {
     struct weight attn_norm, q, k, v, o;
     struct weight q_bias, k_bias, v_bias;   /* of the type of q, k and v */
     struct weight q_norm, k_norm;           /* of one type */
-    struct weight mlp_norm, gate, up, down; /* gate and up of one type */
+    struct weight mlp_norm;
+    struct weight gate, up, down;           /* gate and up of one type; NULL with experts */
+    struct weight router;                   /* [experts, hidden]; NULL without experts */
+    struct expert_weights experts;          /* undefined without */
     bool qkv_joined;
 };
 

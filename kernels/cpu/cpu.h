@@ -60,6 +60,8 @@ void cpu_attend_selected(struct stream *s, const struct attend_selected_args *a)
 void cpu_attend_two_level(struct stream *s, const struct attend_two_level_args *a);
 void cpu_silu_mul(struct stream *s, const struct silu_mul_args *a);
 void cpu_linear_gated(struct stream *s, const struct linear_gated_args *a);
+void cpu_route(struct stream *s, const struct route_args *a);
+void cpu_experts(struct stream *s, const struct experts_args *a);
 void cpu_sample(struct stream *s, const struct sample_args *a);
 size_t cpu_block_filter_scratch(const struct kv_shape *shape, int max_seqs, int heads,
                                 int max_blocks);
@@ -69,6 +71,7 @@ size_t cpu_attend_dense_scratch(const struct kv_shape *shape, int max_seqs, int 
                                 int max_blocks);
 size_t cpu_attend_two_level_scratch(const struct kv_shape *shape, int max_seqs, int heads,
                                     int max_blocks, int keep_blocks, int keep_tokens);
+size_t cpu_experts_scratch(const struct experts_shape *shape);
 
 static inline float bf16_to_float(bf16 v)
 {

@@ -41,6 +41,10 @@ static bool cpu_supports(const struct shape_query *q, struct error *why)
     else if (kv->index == INDEX_CHANNELS && kv->head_dim < INDEX_CHANNELS_KEPT)
         error_set(why, ST_UNSUPPORTED, "head dimension %d has fewer than %d channels to keep",
                   kv->head_dim, INDEX_CHANNELS_KEPT);
+    else if (q->n_experts > MOST_EXPERTS || q->n_chosen > MOST_CHOSEN)
+        error_set(why, ST_UNSUPPORTED,
+                  "%d of %d experts for each token: the CPU back end does up to %d of %d",
+                  q->n_chosen, q->n_experts, MOST_CHOSEN, MOST_EXPERTS);
     else
         return true;
     return false;
@@ -61,11 +65,14 @@ static const struct backend_ops cpu_ops = {
     .attend_two_level = cpu_attend_two_level,
     .silu_mul = cpu_silu_mul,
     .linear_gated = cpu_linear_gated,
+    .route = cpu_route,
+    .experts = cpu_experts,
     .sample = cpu_sample,
     .block_filter_scratch = cpu_block_filter_scratch,
     .token_select_scratch = cpu_token_select_scratch,
     .attend_dense_scratch = cpu_attend_dense_scratch,
     .attend_two_level_scratch = cpu_attend_two_level_scratch,
+    .experts_scratch = cpu_experts_scratch,
 };
 
 static void close_cpu(struct backend *be)

@@ -90,9 +90,7 @@ static void run_product(struct stream *s, const struct dot_block *all)
     if (s->failed != ST_OK || all->rows <= 0)
         return;
     ASSERT(all->in_dim > 0 && all->outs > 0);
-    p.leaf = s->be->isa == ISA_AVX512 ? avx512_dot_block
-             : s->be->isa == ISA_AVX2 ? avx2_dot_block
-                                      : scalar_dot_block;
+    p.leaf = dot_leaf_of(s);
     int n_tasks = cut(&p, workers_count(s->be->workers));
     workers_run(s->be->workers, n_tasks, product_task, &p);
 }

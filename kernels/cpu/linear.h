@@ -28,6 +28,13 @@ void scalar_dot_block(const struct dot_block *b);
 void avx2_dot_block(const struct dot_block *b);
 void avx512_dot_block(const struct dot_block *b);
 
+static inline void (*dot_leaf_of(const struct stream *s))(const struct dot_block *b)
+{
+    return s->be->isa == ISA_AVX512 ? avx512_dot_block
+           : s->be->isa == ISA_AVX2 ? avx2_dot_block
+                                    : scalar_dot_block;
+}
+
 static inline float weight_at(const void *weight, enum dtype type, size_t i)
 {
     return type == DTYPE_F32 ? ((const float *)weight)[i]

@@ -145,6 +145,12 @@ void cuda_attend_selected(struct stream *s, const struct attend_selected_args *a
 void cuda_attend_two_level(struct stream *s, const struct attend_two_level_args *a);
 void cuda_silu_mul(struct stream *s, const struct silu_mul_args *a);
 void cuda_linear_gated(struct stream *s, const struct linear_gated_args *a);
+void cuda_route(struct stream *s, const struct route_args *a);
+void cuda_experts(struct stream *s, const struct experts_args *a);
+/* The latter by the number of rows and the type of the weights. */
+void cuda_experts_few(struct stream *s, const struct experts_args *a);
+void cuda_experts_many(struct stream *s, const struct experts_args *a);
+void cuda_experts_float(struct stream *s, const struct experts_args *a);
 void cuda_sample(struct stream *s, const struct sample_args *a);
 /* The sequences of attend_dense with one row, and those with more. */
 void cuda_attend_one_row(struct stream *s, const struct attend_dense_args *a);
@@ -180,6 +186,7 @@ size_t cuda_attend_dense_scratch(const struct kv_shape *shape, int max_seqs, int
                                  int max_blocks);
 size_t cuda_attend_two_level_scratch(const struct kv_shape *shape, int max_seqs, int heads,
                                      int max_blocks, int keep_blocks, int keep_tokens);
+size_t cuda_experts_scratch(const struct experts_shape *shape);
 }
 
 static __device__ __forceinline__ float warp_sum(float v)

@@ -307,6 +307,14 @@ static bool device_supports(const struct shape_query *q, struct error *why)
                   q->mlp_dim, MOST_ROW);
         return false;
     }
+    if (q->n_experts > MOST_EXPERTS || q->n_chosen > MOST_CHOSEN || q->expert_dim % 8 ||
+        q->expert_dim > MOST_ROW) {
+        error_set(why, ST_UNSUPPORTED,
+                  "%d of %d experts of width %d for each token: the CUDA back end takes up to %d "
+                  "of %d, and widths that are multiples of 8 up to %d", q->n_chosen, q->n_experts,
+                  q->expert_dim, (int)MOST_CHOSEN, (int)MOST_EXPERTS, (int)MOST_ROW);
+        return false;
+    }
     return true;
 }
 
@@ -394,11 +402,14 @@ extern "C" enum status cuda_backend_open(struct backend **out, int device, struc
     be->ops.attend_two_level = cuda_attend_two_level;
     be->ops.silu_mul = cuda_silu_mul;
     be->ops.linear_gated = cuda_linear_gated;
+    be->ops.route = cuda_route;
+    be->ops.experts = cuda_experts;
     be->ops.sample = cuda_sample;
     be->ops.block_filter_scratch = cuda_block_filter_scratch;
     be->ops.token_select_scratch = cuda_token_select_scratch;
     be->ops.attend_dense_scratch = cuda_attend_dense_scratch;
     be->ops.attend_two_level_scratch = cuda_attend_two_level_scratch;
+    be->ops.experts_scratch = cuda_experts_scratch;
     *out = be;
     return ST_OK;
 }

@@ -36,15 +36,6 @@ struct product {
     int rows, in_dim, out_dim, out_stride;
 };
 
-__device__ __forceinline__ uint4 load_weights(const __nv_bfloat16 *from)
-{
-    uint4 v;
-
-    asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from));
-    return v;
-}
-
 __device__ __forceinline__ void store(float *to, float v)
 {
     *to = v;

@@ -37,6 +37,22 @@ static __device__ __forceinline__ void load_matrices_turned(unsigned (&m)[4], un
                  : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3]) : "r"(row) : "memory");
 }
 
+/* 8 weights that are read once: they need no place in the first-level cache. */
+static __device__ __forceinline__ uint4 load_weights(const __nv_bfloat16 *from)
+{
+    uint4 v;
+
+    asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from));
+    return v;
+}
+
+/* Bring the line of an address into the second-level cache. */
+static __device__ __forceinline__ void fetch_line(const void *p)
+{
+    asm volatile("prefetch.global.L2 [%0];" : : "l"(p));
+}
+
 /* Copy 16 bytes to shared memory in the background, or zeros. */
 static __device__ __forceinline__ void copy_16(unsigned to, const void *from, bool there = true)
 {

@@ -1,7 +1,8 @@
 /* The operations that a step on the GPU consists of, each in a graph, at the shapes of
- * Qwen3-8B: products of few and many rows, attention of a decode step and of a prompt.
+ * Qwen3-8B: products of few and many rows, attention of a decode step and of a prompt; and the
+ * experts of Qwen3-30B-A3B.
  *
- *   bench-gpu [memory] [decode] [prefill] [products]      all without any
+ *   bench-gpu [memory] [decode] [prefill] [products] [experts]      all without any
  *
  * Weights and pools are used by turns, so that none is in the cache from the time before.
  * scripts/bench_torch.py measures PyTorch at the same shapes. */
@@ -10,6 +11,7 @@
 #include "kernels/ops.h"
 #include "tests/bench/memory_rate.h"
 #include "tests/support/gpu_bench.h"
+#include "tests/support/random_data.h"
 
 #include <math.h>
 #include <stdio.h>
@@ -68,6 +70,113 @@ static void measure_products(void)
         for (size_t j = 0; j < sizeof rows / sizeof rows[0]; j++)
             if (rows[j] <= 64 || shapes[i].out < 100000)
                 measure_product(shapes[i].name, shapes[i].in, shapes[i].out, rows[j]);
+}
+
+/* ---- experts */
+
+enum { EXPERTS = 128, CHOSEN = 8, EXPERT_DIM = 768, MODEL_DIM = 2048, EXPERT_LAYERS = 4,
+       EXPERT_ELEMENTS = EXPERT_DIM * MODEL_DIM };
+
+struct mixture {
+    struct route_args route;
+    struct experts_args args;
+    const void *const *tables;   /* [EXPERT_LAYERS, 3, EXPERTS] */
+};
+
+static void queue_routes(void *arg)
+{
+    const struct mixture *m = arg;
+
+    for (int layer = 0; layer < EXPERT_LAYERS; layer++)
+        gpu_bench_ops()->route(gpu_bench_stream(), &m->route);
+}
+
+static void queue_experts(void *arg)
+{
+    const struct mixture *m = arg;
+
+    for (int layer = 0; layer < EXPERT_LAYERS; layer++) {
+        struct experts_args a = m->args;
+        const void *const *tables = m->tables + layer * 3 * EXPERTS;
+        a.matrices = (struct expert_weights){ tables, tables + EXPERTS, tables + 2 * EXPERTS,
+                                              DTYPE_BF16 };
+        gpu_bench_ops()->experts(gpu_bench_stream(), &a);
+    }
+}
+
+static void *expert_tables(void)
+{
+    static const void *tables[EXPERT_LAYERS * 3 * EXPERTS];
+    const bf16 *weights =
+        gpu_bench_random_bf16((size_t)EXPERT_LAYERS * 3 * EXPERTS * EXPERT_ELEMENTS);
+
+    for (size_t i = 0; i < EXPERT_LAYERS * 3 * EXPERTS; i++)
+        tables[i] = weights + i * EXPERT_ELEMENTS;
+    return gpu_bench_copy(tables, sizeof tables);
+}
+
+/* Different experts for each row, at random; the number of those that any row has. */
+static int random_experts(int32_t *out, int rows)
+{
+    static bool used[EXPERTS];
+    struct test_random r = test_random(5);
+    int n = 0;
+
+    memset(used, 0, sizeof used);
+    for (int row = 0; row < rows; row++) {
+        bool of_row[EXPERTS] = { false };
+        for (int i = 0; i < CHOSEN; i++) {
+            int e = random_below(&r, EXPERTS);
+            while (of_row[e])
+                e = (e + 1) % EXPERTS;
+            of_row[e] = true;
+            n += !used[e];
+            used[e] = true;
+            out[row * CHOSEN + i] = e;
+        }
+    }
+    return n;
+}
+
+static void measure_mixture(int rows)
+{
+    const struct experts_shape shape = { rows, MODEL_DIM, EXPERT_DIM, EXPERTS, CHOSEN };
+    size_t n = (size_t)rows * MODEL_DIM, pairs = (size_t)rows * CHOSEN;
+    int32_t *experts = mem_alloc(pairs * sizeof *experts);
+    int touched = random_experts(experts, rows);
+    struct mixture m = { .tables = expert_tables() };
+
+    m.args = (struct experts_args){
+        .out = gpu_bench_zero(n * sizeof(bf16)), .x = gpu_bench_random_bf16(n),
+        .experts = gpu_bench_copy(experts, pairs * sizeof *experts),
+        .weights = gpu_bench_zero(pairs * sizeof(float)),
+        .scratch = gpu_bench_zero(gpu_bench_ops()->experts_scratch(&shape)), .rows = rows,
+        .dim = MODEL_DIM, .expert_dim = EXPERT_DIM, .n_experts = EXPERTS, .n_chosen = CHOSEN };
+    m.route = (struct route_args){
+        .experts = gpu_bench_zero(pairs * sizeof *experts),
+        .weights = gpu_bench_zero(pairs * sizeof(float)),
+        .scores = gpu_bench_zero((size_t)rows * EXPERTS * sizeof(float)), .x = m.args.x,
+        .router = gpu_bench_random_bf16((size_t)EXPERTS * MODEL_DIM),
+        .router_type = DTYPE_BF16, .renormalise = true, .scale = 1, .rows = rows,
+        .dim = MODEL_DIM, .n_experts = EXPERTS, .n_chosen = CHOSEN };
+    double route = gpu_bench_graph(queue_routes, &m) / EXPERT_LAYERS;
+    double us = gpu_bench_graph(queue_experts, &m) / EXPERT_LAYERS;
+    printf("%8d %8d %9.1f %9.1f %8.0f %8.1f\n", rows, touched, route, us,
+           touched * 3.0 * EXPERT_ELEMENTS * sizeof(bf16) / us * 1e-3,
+           (double)pairs * 6.0 * EXPERT_ELEMENTS / us * 1e-6);
+    fflush(stdout);
+    mem_free(experts);
+    gpu_bench_forget();
+}
+
+static void measure_experts(void)
+{
+    static const int rows[] = { 1, 2, 4, 8, 16, 17, 32, 64, 128, 512, 1024, 2048 };
+
+    printf("a layer of 128 experts, 8 a row\n    rows  touched  route us        us     GB/s"
+           "  TFLOP/s\n");
+    for (size_t i = 0; i < sizeof rows / sizeof rows[0]; i++)
+        measure_mixture(rows[i]);
 }
 
 /* ---- attention */
@@ -186,5 +295,7 @@ int main(int argc, char **argv)
         measure_prefill(&shape, heads);
     if (wanted(argc, argv, "products"))
         measure_products();
+    if (wanted(argc, argv, "experts"))
+        measure_experts();
     return 0;
 }

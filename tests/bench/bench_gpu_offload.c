@@ -469,7 +469,7 @@ static void print_head(const struct bench *b, double gb_per_s)
     const struct hot_sets_config *cfg = hot_sets_config(b->sets);
 
     printf("memory is read at %.0f GB/s, host memory copied at %.1f GB/s; %.2f GB of weights a "
-           "step\n", gb_per_s, b->copy_gb_per_s, decode_weight_bytes(&b->steps) * 1e-9);
+           "step\n", gb_per_s, b->copy_gb_per_s, decode_weight_bytes(&b->steps, 1) * 1e-9);
     printf("%.1f GB of host memory hold %llu tokens; the pool holds %llu, and the index of %llu; "
            "%d sets of %d rows a head take %.1f GB\n",
            (double)(b->host_blocks * b->slot_bytes) * 1e-9,

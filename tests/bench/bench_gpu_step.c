@@ -69,7 +69,7 @@ int main(int argc, char **argv)
     printf("memory is read at %.0f GB/s; %.2f GB of weights a step; the pool holds %llu tokens\n"
            "                 sparse                       full\n"
            " batch   tokens       ms    floor     host        ms    floor     host\n",
-           gb_per_s, decode_weight_bytes(&b) * 1e-9,
+           gb_per_s, decode_weight_bytes(&b, 1) * 1e-9,
            (unsigned long long)b.blocks * BLOCK_TOKENS);
     for (int i = 0; i < n; i++)
         report(&b, &cases[i], gb_per_s);

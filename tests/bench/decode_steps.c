@@ -3,6 +3,7 @@
 #include "engine/base/clock.h"
 #include "tests/support/gpu_bench.h"
 
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 
@@ -194,12 +195,16 @@ struct decode_timing decode_measure(struct decode_bench *b, const struct decode_
 /* ---- bytes */
 
 /* A row of the embedding is read for each token, all of it only by the logits when tied. */
-double decode_weight_bytes(const struct decode_bench *b)
+double decode_weight_bytes(const struct decode_bench *b, int batch)
 {
     const struct model_config *g = model_config(b->model);
-    double embed = g->tied ? 0 : (double)g->vocab * g->hidden * sizeof(bf16);
+    const struct moe_config *m = &g->moe;
+    double embed = g->tied ? 0 : (double)g->vocab * g->hidden * sizeof(bf16), unread = 0;
 
-    return (double)model_weight_bytes(b->model) - embed;
+    if (m->layers > 0)
+        unread = m->experts * pow(1 - (double)m->chosen / m->experts, batch);
+    return (double)model_weight_bytes(b->model) - embed
+           - unread * m->layers * 3.0 * m->expert_mlp * g->hidden * sizeof(bf16);
 }
 
 /* Of a context in a layer: K and V; or the filter's sign plane and scales, the second plane
@@ -220,5 +225,7 @@ double decode_context_bytes(const struct decode_bench *b, const struct decodes *
 double decode_floor_ms(const struct decode_bench *b, const struct decodes *d, bool sparse,
                        double gb_per_s)
 {
-    return (decode_weight_bytes(b) + decode_context_bytes(b, d, sparse)) / gb_per_s * 1e-6;
+    double bytes = decode_weight_bytes(b, d->batch) + decode_context_bytes(b, d, sparse);
+
+    return bytes / gb_per_s * 1e-6;
 }

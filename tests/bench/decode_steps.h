@@ -66,8 +66,9 @@ const char *decode_refusal(const struct decode_bench *b, const struct decodes *d
 void decode_step(struct decode_bench *b, const struct decode_work *w);
 struct decode_timing decode_measure(struct decode_bench *b, const struct decode_work *w);
 
-/* Bytes that a step must read: of weights, of all contexts, and the time of both. */
-double decode_weight_bytes(const struct decode_bench *b);
+/* Bytes that a step must read: of weights, of all contexts, and the time of both.  With experts
+ * those that `batch` rows choose on average if they choose at random. */
+double decode_weight_bytes(const struct decode_bench *b, int batch);
 double decode_context_bytes(const struct decode_bench *b, const struct decodes *d, bool sparse);
 double decode_floor_ms(const struct decode_bench *b, const struct decodes *d, bool sparse,
                        double gb_per_s);

@@ -12,7 +12,7 @@
 static const char *const folders[] = {
     "models/asynctlsd-books-9m", "build/models/qwen3", "build/models/qwen3-yarn-g5",
     "build/models/llama3", "build/models/llama-linear-mha", "build/models/mistral",
-    "build/models/smollm2",
+    "build/models/smollm2", "build/models/qwen3-moe", "build/models/qwen3-moe-128",
 };
 enum {
     N_FOLDERS = sizeof folders / sizeof folders[0],
@@ -212,6 +212,7 @@ START_TEST(leaving_the_device_changes_nothing)
         { "build/models/smollm2", FILTER_BOUNDS, 3, 64, 64, SELECTION_EXACT },
         { "models/asynctlsd-books-9m", FILTER_COARSE, 4, 128, 400, SELECTION_LAGGED },
         { "build/models/qwen3", FILTER_BOUNDS, 4, 100, 300, SELECTION_LAGGED },
+        { "build/models/qwen3-moe-128", FILTER_COARSE, 4, 128, 200, SELECTION_EXACT },
     };
     struct offload_history h = {
         .dir = kinds[_i].dir, .backend = gpu_backend(), .select = select_default(), .sparse = 7,
@@ -229,7 +230,7 @@ START_TEST(leaving_the_device_changes_nothing)
     offload_history_run(&h);
 }
 END_TEST
-enum { N_OFFLOAD_KINDS = 8 };
+enum { N_OFFLOAD_KINDS = 9 };
 
 /* A prompt that streams through the device, by the kernels of prompts and of single rows. */
 START_TEST(streaming_changes_nothing)

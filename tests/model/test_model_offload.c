@@ -36,6 +36,8 @@ static const struct {
     { "models/asynctlsd-books-9m", "auto", FILTER_COARSE, INDEX_ROTATED, 4, 100, 200,
       SELECTION_LAGGED },
     { "build/models/qwen3", "auto", FILTER_BOUNDS, INDEX_ROTATED, 4, 96, 300, SELECTION_LAGGED },
+    { "build/models/qwen3-moe", "auto", FILTER_COARSE, INDEX_ROTATED, 4, 96, 150,
+      SELECTION_EXACT },
 };
 enum { N_KINDS = sizeof kinds / sizeof kinds[0], SEEDS = 2 };
 

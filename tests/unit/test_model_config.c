@@ -46,6 +46,18 @@ static const char smollm2_135m[] =
     "\"num_attention_heads\":9,\"num_hidden_layers\":30,\"num_key_value_heads\":3,"
     "\"rms_norm_eps\":1e-05,\"rope_interleaved\":false,\"rope_scaling\":null,"
     "\"rope_theta\":100000,\"tie_word_embeddings\":true,\"vocab_size\":49152}";
+static const char qwen3_30b_a3b[] =
+    "{\"architectures\":[\"Qwen3MoeForCausalLM\"],\"attention_bias\":false,"
+    "\"attention_dropout\":0.0,\"bos_token_id\":151643,\"decoder_sparse_step\":1,"
+    "\"eos_token_id\":151645,\"head_dim\":128,\"hidden_act\":\"silu\",\"hidden_size\":2048,"
+    "\"initializer_range\":0.02,\"intermediate_size\":6144,\"max_position_embeddings\":40960,"
+    "\"max_window_layers\":48,\"mlp_only_layers\":[],\"model_type\":\"qwen3_moe\","
+    "\"moe_intermediate_size\":768,\"norm_topk_prob\":true,\"num_attention_heads\":32,"
+    "\"num_experts\":128,\"num_experts_per_tok\":8,\"num_hidden_layers\":48,"
+    "\"num_key_value_heads\":4,\"output_router_logits\":false,\"rms_norm_eps\":1e-06,"
+    "\"rope_scaling\":null,\"rope_theta\":1000000.0,\"router_aux_loss_coef\":0.001,"
+    "\"sliding_window\":null,\"tie_word_embeddings\":false,\"torch_dtype\":\"bfloat16\","
+    "\"use_sliding_window\":false,\"vocab_size\":151936}";
 
 static enum status parse(struct model_config *c, const char *json, const char *generation,
                          struct error *err)
@@ -103,6 +115,50 @@ START_TEST(published_configs)
     ck_assert(c.family == FAMILY_MISTRAL && c.head_dim == 128 && c.heads * c.head_dim == 4096);
     accept(&c, smollm2_135m, "{}");
     ck_assert(c.head_dim == 64 && c.kv_heads == 3 && c.tied && c.norm_eps == 1e-5f);
+}
+END_TEST
+
+START_TEST(experts)
+{
+    struct model_config c;
+
+    accept(&c, qwen3_06b, "{}");
+    ck_assert(c.moe.layers == 0 && c.moe.experts == 0 && !c.moe.in_layer[0]);
+    accept(&c, qwen3_30b_a3b, "{}");
+    ck_assert(c.family == FAMILY_QWEN3_MOE && c.qk_norm && !c.qkv_bias && !c.tied);
+    ck_assert(c.hidden == 2048 && c.head_dim == 128 && c.kv_heads == 4 && c.mlp == 6144);
+    ck_assert(c.moe.layers == 48 && c.moe.experts == 128 && c.moe.chosen == 8);
+    ck_assert(c.moe.expert_mlp == 768 && c.moe.renormalise);
+    ck_assert(c.moe.in_layer[0] && c.moe.in_layer[47]);
+    /* As transformers 5 saves it. */
+    accept(&c, qwen3_30b_a3b, "{\"num_experts\":\"-\",\"num_local_experts\":64}");
+    ck_assert(c.moe.experts == 64);
+    accept(&c, qwen3_30b_a3b, "{\"num_local_experts\":128}");
+    accept(&c, qwen3_30b_a3b, "{\"num_experts\":\"-\",\"num_experts_per_tok\":\"-\","
+           "\"moe_intermediate_size\":\"-\",\"norm_topk_prob\":\"-\",\"head_dim\":\"-\","
+           "\"decoder_sparse_step\":\"-\",\"mlp_only_layers\":null}");
+    ck_assert(c.moe.experts == 128 && c.moe.chosen == 8 && c.moe.expert_mlp == 768);
+    ck_assert(!c.moe.renormalise && c.moe.layers == 48 && c.head_dim == 64);
+    /* All layers slide, or none. */
+    accept(&c, qwen3_30b_a3b, "{\"use_sliding_window\":true,\"sliding_window\":4096}");
+    ck_assert_int_eq(c.sliding_window, 4096);
+}
+END_TEST
+
+START_TEST(layers_without_experts)
+{
+    struct model_config c;
+
+    accept(&c, qwen3_30b_a3b, "{\"mlp_only_layers\":[0,5,5]}");
+    ck_assert(c.moe.layers == 46 && !c.moe.in_layer[0] && !c.moe.in_layer[5]);
+    ck_assert(c.moe.in_layer[1]);
+    accept(&c, qwen3_30b_a3b, "{\"decoder_sparse_step\":3,\"mlp_only_layers\":[2]}");
+    ck_assert(c.moe.layers == 15 && !c.moe.in_layer[0] && !c.moe.in_layer[2]);
+    ck_assert(c.moe.in_layer[5] && c.moe.in_layer[47]);
+    accept(&c, qwen3_30b_a3b, "{\"num_experts\":0}");
+    ck_assert(c.moe.layers == 0 && c.moe.experts == 0);
+    accept(&c, qwen3_30b_a3b, "{\"decoder_sparse_step\":49}");
+    ck_assert(c.moe.layers == 0 && c.moe.experts == 0);
 }
 END_TEST
 
@@ -280,7 +336,23 @@ static const struct refusal {
     const char *base, *patch, *key;
     enum status status;
 } refusals[] = {
-    { qwen3_06b, "{\"model_type\":\"qwen3_moe\"}", "model_type", ST_UNSUPPORTED },
+    { qwen3_06b, "{\"model_type\":\"qwen3_moe\"}", "architectures", ST_UNSUPPORTED },
+    { qwen3_30b_a3b, "{\"num_experts_per_tok\":17}", "num_experts_per_tok", ST_INVALID },
+    { qwen3_30b_a3b, "{\"num_experts\":4}", "num_experts_per_tok", ST_INVALID },
+    { qwen3_30b_a3b, "{\"num_experts\":513}", "num_experts", ST_INVALID },
+    { qwen3_30b_a3b, "{\"num_experts\":-1}", "num_experts", ST_INVALID },
+    { qwen3_30b_a3b, "{\"num_local_experts\":64}", "num_local_experts", ST_INVALID },
+    { qwen3_30b_a3b, "{\"moe_intermediate_size\":0}", "moe_intermediate_size", ST_INVALID },
+    { qwen3_30b_a3b, "{\"norm_topk_prob\":1}", "norm_topk_prob", ST_INVALID },
+    { qwen3_30b_a3b, "{\"decoder_sparse_step\":0}", "decoder_sparse_step", ST_INVALID },
+    { qwen3_30b_a3b, "{\"mlp_only_layers\":[48]}", "mlp_only_layers", ST_INVALID },
+    { qwen3_30b_a3b, "{\"mlp_only_layers\":[0.5]}", "mlp_only_layers", ST_INVALID },
+    { qwen3_30b_a3b, "{\"mlp_only_layers\":3}", "mlp_only_layers", ST_INVALID },
+    { qwen3_30b_a3b, "{\"n_shared_experts\":1}", "n_shared_experts", ST_UNSUPPORTED },
+    { qwen3_30b_a3b, "{\"shared_expert_intermediate_size\":512}",
+      "shared_expert_intermediate_size", ST_UNSUPPORTED },
+    { qwen3_30b_a3b, "{\"attention_bias\":true}", "attention_bias", ST_UNSUPPORTED },
+    { qwen3_06b, "{\"moe_intermediate_size\":768}", "moe_intermediate_size", ST_UNSUPPORTED },
     { qwen3_06b, "{\"model_type\":\"glm4_moe_lite\"}", "model_type", ST_UNSUPPORTED },
     { qwen3_06b, "{\"model_type\":\"-\"}", "model_type", ST_INVALID },
     { qwen3_06b, "{\"model_type\":7}", "model_type", ST_INVALID },
@@ -445,6 +517,8 @@ TCase *model_config_case(void)
     TCase *tc = tcase_create("model_config");
 
     tcase_add_test(tc, published_configs);
+    tcase_add_test(tc, experts);
+    tcase_add_test(tc, layers_without_experts);
     tcase_add_test(tc, absent_keys_have_the_class_defaults);
     tcase_add_test(tc, rope_default);
     tcase_add_test(tc, rope_linear);

@@ -16,6 +16,7 @@
 /* A model small enough to write its tensors out. */
 enum { HIDDEN = 6, MLP = 10, HEADS = 4, KV_HEADS = 2, HEAD_DIM = 4, VOCAB = 5, LAYERS = 2 };
 enum { Q = HEADS * HEAD_DIM, KV = KV_HEADS * HEAD_DIM, MAX_ENTRIES = 64 };
+enum { EXPERTS = 3, EXPERT_MLP = 7 };
 
 struct entry {
     char name[100];
@@ -41,6 +42,18 @@ static struct model_config config_of(enum model_family family, bool tied)
     };
 }
 
+/* With experts in the last layer alone. */
+static struct model_config config_with_experts(void)
+{
+    struct model_config c = config_of(FAMILY_QWEN3, false);
+
+    c.family = FAMILY_QWEN3_MOE;
+    c.moe = (struct moe_config){ .layers = 1, .experts = EXPERTS, .chosen = 2,
+                                 .expert_mlp = EXPERT_MLP };
+    c.moe.in_layer[1] = true;
+    return c;
+}
+
 static struct entry *add(const char *name, int rows, int cols)
 {
     ck_assert_int_lt(folder.n, MAX_ENTRIES);
@@ -56,6 +69,19 @@ static void add_to_layer(int layer, const char *name, int rows, int cols)
 
     snprintf(full, sizeof full, "model.layers.%d.%s", layer, name);
     add(full, rows, cols);
+}
+
+static void list_experts(int layer)
+{
+    char name[60];
+
+    add_to_layer(layer, "mlp.gate.weight", EXPERTS, HIDDEN);
+    for (int e = 0; e < EXPERTS; e++)
+        for (int i = 0; i < 3; i++) {
+            static const char *const parts[] = { "down", "gate", "up" };
+            snprintf(name, sizeof name, "mlp.experts.%d.%s_proj.weight", e, parts[i]);
+            add_to_layer(layer, name, i == 0 ? HIDDEN : EXPERT_MLP, i == 0 ? EXPERT_MLP : HIDDEN);
+        }
 }
 
 static void list_layer(const struct model_config *c, int layer)
@@ -75,6 +101,10 @@ static void list_layer(const struct model_config *c, int layer)
         add_to_layer(layer, "self_attn.k_norm.weight", HEAD_DIM, 0);
     }
     add_to_layer(layer, "post_attention_layernorm.weight", HIDDEN, 0);
+    if (c->moe.in_layer[layer]) {
+        list_experts(layer);
+        return;
+    }
     add_to_layer(layer, "mlp.gate_proj.weight", MLP, HIDDEN);
     add_to_layer(layer, "mlp.up_proj.weight", MLP, HIDDEN);
     add_to_layer(layer, "mlp.down_proj.weight", HIDDEN, MLP);
@@ -195,7 +225,7 @@ END_TEST
 /* Element counts of published models. */
 START_TEST(published_element_counts)
 {
-    static const struct {
+    static struct {
         struct model_config config;
         uint64_t elements;
     } models[] = {
@@ -211,7 +241,13 @@ START_TEST(published_element_counts)
             .head_dim = 128, .vocab = 152064, .qkv_bias = true }, UINT64_C(7615616512) },
         { { .layers = 30, .hidden = 576, .mlp = 1536, .heads = 9, .kv_heads = 3, .head_dim = 64,
             .vocab = 49152, .tied = true }, 134515008 },
+        { { .layers = 48, .hidden = 2048, .mlp = 6144, .heads = 32, .kv_heads = 4,
+            .head_dim = 128, .vocab = 151936, .qk_norm = true,
+            .moe = { .layers = 48, .in_layer = { true }, .experts = 128, .chosen = 8,
+                     .expert_mlp = 768 } }, UINT64_C(30532122624) },
     };
+
+    memset(models[6].config.moe.in_layer, true, 48);
 
     for (size_t i = 0; i < sizeof models / sizeof *models; i++)
         ck_assert_uint_eq(weights_expected_elements(&models[i].config), models[i].elements);
@@ -258,6 +294,35 @@ START_TEST(tensors_go_to_their_places)
     /* In this order of the file they lie behind each other, mapped or copied. */
     ck_assert(l->qkv_joined);
     ck_assert_uint_eq((uintptr_t)l->q.data % 2, 0);      /* misaligned ones were copied */
+    weights_close(w);
+}
+END_TEST
+
+/* Mapped or copied (a misaligned file), the tables lead to each expert's matrices. */
+START_TEST(experts_go_to_their_tables)
+{
+    struct model_config c = config_with_experts();
+    static const char *const parts[] = { "gate", "up", "down" };
+    char name[100];
+
+    list_model(&c);
+    write_file("model.safetensors", 0, folder.n, _i);
+    struct weights *w = open_folder(&c);
+    const struct layer_weights *l = weights_layer(w, 1), *dense = weights_layer(w, 0);
+    ck_assert(dense->gate.data && !dense->router.data && !l->gate.data && !l->down.data);
+    ck_assert_uint_eq(weights_elements(w), weights_expected_elements(&c));
+    check_bytes(l->router, "model.layers.1.mlp.gate.weight");
+    ck_assert_int_eq(l->experts.type, DTYPE_BF16);
+    for (int i = 0; i < 3 * EXPERTS; i++) {
+        const void *const *tables[] = { l->experts.gate, l->experts.up, l->experts.down };
+        snprintf(name, sizeof name, "model.layers.1.mlp.experts.%d.%s_proj.weight", i / 3,
+                 parts[i % 3]);
+        const char *data = tables[i % 3][i / 3];
+        check_bytes((struct weight){ data, DTYPE_BF16 }, name);
+        if (_i)                  /* copied: one behind the other */
+            ck_assert_ptr_eq(data, (const char *)l->experts.gate[0]
+                                   + (size_t)i * HIDDEN * EXPERT_MLP * 2);
+    }
     weights_close(w);
 }
 END_TEST
@@ -493,6 +558,45 @@ START_TEST(tensors_without_a_place)
 }
 END_TEST
 
+START_TEST(experts_that_do_not_fit)
+{
+    struct model_config c = config_with_experts();
+
+    list_model(&c);
+    *entry("model.layers.1.mlp.experts.2.up_proj.weight") = folder.at[folder.n - 1];
+    folder.n--;                  /* also takes lm_head.weight to where the expert was */
+    refuse(&c, ST_INVALID, "missing tensors: 1", "model.layers.1.mlp.experts.2.up_proj.weight");
+    list_model(&c);
+    *entry("model.layers.1.mlp.gate.weight") = folder.at[folder.n - 1];
+    folder.n--;
+    refuse(&c, ST_INVALID, "missing tensors: 1", "model.layers.1.mlp.gate.weight");
+    list_model(&c);
+    add("model.layers.1.mlp.experts.3.up_proj.weight", EXPERT_MLP, HIDDEN);
+    refuse(&c, ST_UNSUPPORTED, "without a place", "model.layers.1.mlp.experts.3.up_proj.weight");
+    list_model(&c);
+    add("model.layers.1.mlp.shared_experts.up_proj.weight", EXPERT_MLP, HIDDEN);
+    refuse(&c, ST_UNSUPPORTED, "without a place", "shared_experts");
+    list_model(&c);
+    add("model.layers.1.mlp.gate_proj.weight", MLP, HIDDEN);
+    refuse(&c, ST_UNSUPPORTED, "without a place", "model.layers.1.mlp.gate_proj.weight");
+    list_model(&c);
+    entry("model.layers.1.mlp.experts.0.down_proj.weight")->shape[0] = EXPERT_MLP;
+    entry("model.layers.1.mlp.experts.0.down_proj.weight")->shape[1] = HIDDEN;
+    refuse(&c, ST_INVALID, "experts.0.down_proj.weight has the shape [7, 6]", "implies [6, 7]");
+    list_model(&c);
+    entry("model.layers.1.mlp.gate.weight")->shape[0] = EXPERTS + 1;
+    refuse(&c, ST_INVALID, "mlp.gate.weight has the shape [4, 6]", NULL);
+    list_model(&c);
+    entry("model.layers.1.mlp.experts.1.up_proj.weight")->dtype = "F32";
+    refuse(&c, ST_UNSUPPORTED, "experts of layer 1 are of two types", NULL);
+    /* Fused: said before what is missing. */
+    list_model(&c);
+    folder.n -= 3 * EXPERTS + 2;
+    add("model.layers.1.mlp.experts.gate_up_proj", EXPERTS * 2 * EXPERT_MLP, HIDDEN);
+    refuse(&c, ST_UNSUPPORTED, "experts.gate_up_proj holds all experts of a layer", NULL);
+}
+END_TEST
+
 START_TEST(no_folder)
 {
     struct model_config c = config_of(FAMILY_LLAMA, false);
@@ -519,6 +623,7 @@ TCase *weights_case(void)
     tcase_add_loop_test(tc, every_family_binds, 0, 4);
     tcase_add_test(tc, published_element_counts);
     tcase_add_loop_test(tc, tensors_go_to_their_places, 0, 2);
+    tcase_add_loop_test(tc, experts_go_to_their_tables, 0, 2);
     tcase_add_test(tc, types_can_differ);
     tcase_add_test(tc, order_of_the_file_does_not_matter);
     tcase_add_test(tc, what_every_reader_skips);
@@ -529,6 +634,7 @@ TCase *weights_case(void)
     tcase_add_loop_test(tc, wrong_types, 0, N_NAMES);
     tcase_add_test(tc, pairs_of_two_types);
     tcase_add_test(tc, tensors_without_a_place);
+    tcase_add_test(tc, experts_that_do_not_fit);
     tcase_add_test(tc, no_folder);
     return tc;
 }
