@@ -81,7 +81,6 @@ struct linear_args {
     int rows, in_dim, out_dim;
     int out_stride;             /* elements, >= out_dim */
 };
-
 /* linear without bias into floats, whatever act is.       tolerance: as linear */
 struct logits_args {
     float *out;                 /* [R, V] */
@@ -90,7 +89,6 @@ struct logits_args {
     enum dtype weight_type;
     int rows, dim, vocab;
 };
-
 /* cos and sin of fl32(position) * inv_freq[i], the product rounded to float as
  * the reference implementation does, times factor (YaRN's attention factor,
  * else 1).                                                tolerance: 2 float ulp */

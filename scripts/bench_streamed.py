@@ -19,10 +19,10 @@ from pathlib import Path
 from bench_gpu_serve import ROOT, Server, percentile, prompt_of
 
 
-def complete(server, prompt, n, timeout):
+def complete(server, prompt, n, timeout, **fields):
     """Times of the events, and the text and logprobs that they carry."""
     body = {"prompt": prompt, "max_tokens": n, "stream": True, "temperature": 0,
-            "ignore_eos": True, "logprobs": 1}
+            "ignore_eos": True, "logprobs": 1, **fields}
     request = urllib.request.Request(server.url + "/v1/completions", json.dumps(body).encode(),
                                      {"Content-Type": "application/json"})
     began, times, text, logprobs = time.monotonic(), [], "", []

@@ -10,12 +10,13 @@ computed alone, then --streams prompts together, which then decode.  Printed are
 the first token of the lone prompt, and the median time between two tokens while all decode.
 """
 import argparse
+import re
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from bench_gpu_serve import ROOT, Server, percentile, prompt_of
+from bench_gpu_serve import ROOT, Server, percentile, prompt_of, vocabulary
 from bench_streamed import complete
 
 
@@ -28,15 +29,16 @@ def all_decode(streams):
 
 
 def measure(args, options, seed):
+    word = vocabulary(args.model)["e"]   # an id without text makes no event
     length = args.prompt + args.tokens * (args.streams + 1)
     server = Server(args.bin / "asynctlsd", args.model,
                     ["--kv-cache-bytes", args.pool, "--max-model-len", str(length), *options],
                     args.log)
     try:
         complete(server, prompt_of(300, 1), 2, args.seconds)     # whatever is made at first use
-        while options and server.metrics().get("host_kv_blocks", 0) * 64 < \
-                (args.streams + 1) * length:
-            time.sleep(0.2)
+        planned = re.search(r"host tier \d+ MB: (\d+) blocks", Path(args.log).read_text())
+        while planned and server.metrics().get("host_kv_blocks", 0) < int(planned[1]):
+            time.sleep(0.2)                                      # pinning disturbs
             complete(server, [300], 1, args.seconds)             # the engine looks when it steps
         first, _ = complete(server, prompt_of(args.prompt, seed), 2, args.seconds)
 
@@ -45,7 +47,7 @@ def measure(args, options, seed):
             # Who comes first waits for the others' prompts meanwhile decoding.
             n = args.tokens + 3 * (args.streams - i) * args.prompt // 1024 // 2
             return began, complete(server, prompt_of(args.prompt, seed + 1 + i), n,
-                                   args.seconds)[0]
+                                   args.seconds, logit_bias={str(word): 100})[0]
         with ThreadPoolExecutor(args.streams) as pool:
             streams = list(pool.map(one, range(args.streams)))
         stored = server.metrics().get("host_kv_stored_bytes_total", 0)
