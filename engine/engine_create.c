@@ -248,15 +248,20 @@ static uint64_t aside_bytes(const struct division *d, int rows)
 }
 
 /* More hot rows find more (docs/PERFORMANCE.md): as many as leave half of the memory to the pool,
- * and room in it for the longest context where there was. */
-static uint32_t grow_hot_rows(const struct division *d, uint32_t kept, uint64_t bytes)
+ * and room in it for the longest context where there was.  A context that has to stream needs
+ * the memory itself. */
+static uint32_t grow_hot_rows(const struct engine_config *cfg, const struct division *d,
+                              uint32_t kept, uint64_t bytes)
 {
     uint64_t longest = (uint64_t)d->sets.max_blocks *
                        kv_pool_bytes_per_block(&d->pool.shape, d->pool.layers);
     uint64_t least = bytes / 2, rows = (uint64_t)d->sets.rows_per_head;
     uint64_t most = at_most(HOT_ROWS_GROWN * (uint64_t)kept, HOT_MOST_ROWS);
 
-    if (least < longest && aside_bytes(d, (int)rows) + longest <= bytes)
+    bool fits = aside_bytes(d, (int)rows) + longest <= bytes;
+    if (cfg->max_model_len && !fits)
+        return (uint32_t)rows;
+    if (fits && least < longest)
         least = longest;
     for (uint64_t more = rows + kept; more <= most; more += kept) {
         if (aside_bytes(d, (int)more) + least > bytes)
@@ -284,7 +289,7 @@ static enum status plan_sets(const struct engine *e, const struct engine_config 
     };
     d->sets.sets = count_sets(cfg, d, bytes);
     if (!cfg->hot_rows)
-        d->sets.rows_per_head = (int)grow_hot_rows(d, kept, bytes);
+        d->sets.rows_per_head = (int)grow_hot_rows(cfg, d, kept, bytes);
     return ST_OK;
 }
 
