@@ -3,9 +3,10 @@
  *   bench-locality MODEL TEXT [tokens [steps]]
  *
  * The text is the context, its end is decoded token by token with two-level attention.  In every
- * layer the rows that each KV head chooses are put through simulated hot rows (hot_rows.h): least
- * recently used ones, of several sizes, with rows fetched ahead by several rules.  Fetched ahead
- * are rows that the head did not choose but nearly did, after the step that nearly chose them.
+ * layer the rows that each KV head chooses are put through simulated hot rows of several sizes: as
+ * hot_rows.h has them, and replacing the row used longest ago, with rows fetched ahead by several
+ * rules.  Fetched ahead are rows that the head did not choose but nearly did, after the step that
+ * nearly chose them.
  *
  * CPU back end.  Printed are shares of the chosen rows outside the newest block, and rows fetched
  * ahead a step and head, with the share of them that was asked for before it was replaced. */
@@ -20,19 +21,24 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { MOST_LAYERS = 64, MOST_HEADS = 64, N_SIZES = 6, N_RULES = 6, CHUNK = 512 };
+enum { MOST_LAYERS = 64, MOST_HEADS = 64, N_SIZES = 6, N_RULES = 7, CHUNK = 512 };
 
 static const int sizes[N_SIZES] = { 1, 2, 4, 8, 16, 32 };    /* times the tokens kept */
 
 /* Fetched after a step, of a head: the next `near` tokens of the kept blocks; of `blocks` more
  * blocks too.  pairs: a miss brings the neighbour with which it shares a line of two rows. */
-static const struct rule { const char *name; int near, blocks; bool pairs; } rules[N_RULES] = {
-    { "nothing ahead", 0, 0, false },
-    { "128 next", 128, 0, false },
-    { "512 next", 512, 0, false },
-    { "512 next of 32 more blocks", 512, 32, false },
-    { "1024 next of 64 more blocks", 1024, 64, false },
-    { "lines of two rows", 0, 0, true },
+static const struct rule {
+    const char *name;
+    int near, blocks;
+    bool pairs, ring;
+} rules[N_RULES] = {
+    { "the ring of hot_rows.h", 0, 0, false, true },
+    { "nothing ahead", 0, 0, false, false },
+    { "128 next", 128, 0, false, false },
+    { "512 next", 512, 0, false, false },
+    { "512 next of 32 more blocks", 512, 32, false, false },
+    { "1024 next of 64 more blocks", 1024, 64, false, false },
+    { "lines of two rows", 0, 0, true, false },
 };
 
 /* Rows in order of use, the newest first: a list through arrays by position. */
@@ -40,6 +46,10 @@ struct cache {
     int capacity, n, first, last;
     int *newer, *older;          /* [positions] */
     char *state;                 /* [positions]  0: not there, 1: used, 2: fetched ahead, unused */
+    /* Of the ring. */
+    int hand, step;
+    int *row_of;                 /* [positions] */
+    int *position, *used;        /* [capacity]; position -1: empty */
 };
 
 struct tally { double asked, found, ahead, ahead_used, regions; };
@@ -96,11 +106,54 @@ static char use(struct cache *c, int p, char state)
     return was;
 }
 
+/* idle: hot_idle_steps(). */
+static int next_row(struct cache *c, int idle)
+{
+    for (;;) {
+        int row = c->hand;
+        c->hand = (c->hand + 1) % c->capacity;
+        if (c->position[row] < 0 || c->step - c->used[row] >= idle)
+            return row;
+    }
+}
+
+static void step_ring(struct cache *c, struct tally *t, const int32_t *chosen, int n, int newest,
+                      int idle)
+{
+    int region = -1;
+
+    c->step++;
+    for (int i = 0; i < n && chosen[i] < newest; i++) {  /* hits first: they stay */
+        t->asked++;
+        t->found += c->state[chosen[i]] != 0;
+        if (c->state[chosen[i]])
+            c->used[c->row_of[chosen[i]]] = c->step;
+    }
+    for (int i = 0; i < n && chosen[i] < newest; i++) {
+        int p = chosen[i];
+        if (c->state[p])
+            continue;
+        t->regions += p / BLOCK_TOKENS != region;
+        region = p / BLOCK_TOKENS;
+        int row = next_row(c, idle);
+        if (c->position[row] >= 0)
+            c->state[c->position[row]] = 0;
+        c->position[row] = p;
+        c->used[row] = c->step;
+        c->row_of[p] = row;
+        c->state[p] = 1;
+    }
+}
+
 static void step_cache(struct cache *c, struct tally *t, const struct rule *rule,
                        const int32_t *chosen, int n, const int32_t *near, int n_near, int newest)
 {
     int region = -1;
 
+    if (rule->ring) {
+        step_ring(c, t, chosen, n, newest, c->capacity / b.runner.plan.max_keep_tokens);
+        return;
+    }
     for (int i = 0; i < n && chosen[i] < newest; i++) {
         char was = use(c, chosen[i], 1);
         t->asked++;
@@ -214,6 +267,10 @@ static struct cache new_cache(int positions, int capacity)
     c.newer = calloc((size_t)positions, sizeof *c.newer);
     c.older = calloc((size_t)positions, sizeof *c.older);
     c.state = calloc((size_t)positions, 1);
+    c.row_of = calloc((size_t)positions, sizeof *c.row_of);
+    c.used = calloc((size_t)capacity, sizeof *c.used);
+    c.position = malloc((size_t)capacity * sizeof *c.position);
+    memset(c.position, 0xff, (size_t)capacity * sizeof *c.position);
     return c;
 }
 
