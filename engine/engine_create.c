@@ -236,15 +236,20 @@ static int count_sets(const struct engine_config *cfg, const struct division *d,
     return (int)at_most(n ? n : 1, cfg->max_running);
 }
 
-/* Device memory of the sets and the index of such contexts. */
+/* Blocks of contexts with a set, whose index is on the device. */
+static uint32_t away_index_blocks(const struct division *d)
+{
+    return at_most((uint64_t)d->sets.sets * (uint64_t)d->sets.max_blocks, d->pool.host_blocks);
+}
+
+/* Device memory of the sets, with so many rows a head, and of that index. */
 static uint64_t aside_bytes(const struct division *d, int rows)
 {
     struct hot_sets_config sets = d->sets;
     uint64_t index = (uint64_t)d->pool.layers * index_block_bytes(&d->pool.shape);
-    uint64_t blocks = (uint64_t)sets.sets * (uint64_t)sets.max_blocks;
 
     sets.rows_per_head = rows;
-    return hot_sets_bytes(&sets) + at_most(blocks, d->pool.host_blocks) * index;
+    return hot_sets_bytes(&sets) + away_index_blocks(d) * index;
 }
 
 /* More hot rows find more (docs/PERFORMANCE.md): as many as leave half of the memory to the pool,
@@ -257,8 +262,8 @@ static uint32_t grow_hot_rows(const struct engine_config *cfg, const struct divi
                        kv_pool_bytes_per_block(&d->pool.shape, d->pool.layers);
     uint64_t least = bytes / 2, rows = (uint64_t)d->sets.rows_per_head;
     uint64_t most = at_most(HOT_ROWS_GROWN * (uint64_t)kept, HOT_MOST_ROWS);
-
     bool fits = aside_bytes(d, (int)rows) + longest <= bytes;
+
     if (cfg->max_model_len && !fits)
         return (uint32_t)rows;
     if (fits && least < longest)
@@ -319,9 +324,8 @@ static enum status set_aside(const struct engine *e, const struct engine_config 
         return ST_OK;
     }
     TRY(plan_sets(e, cfg, longest, bytes, d, err));
-    d->pool.index_blocks = at_most((uint64_t)d->sets.sets * longest, pool->host_blocks);
-    d->aside = hot_sets_bytes(&d->sets) + (uint64_t)pool->index_blocks * (uint64_t)pool->layers *
-                                              index_block_bytes(&pool->shape);
+    d->pool.index_blocks = away_index_blocks(d);
+    d->aside = aside_bytes(d, d->sets.rows_per_head);
     if (cfg->max_model_len == 0 || d->aside + (uint64_t)longest * block <= bytes)
         return ST_OK;
     d->pool.staged_blocks = longest;

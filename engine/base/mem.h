@@ -28,6 +28,16 @@ void mem_free(void *p);                            /* NULL is fine */
 void *mem_map(size_t bytes, size_t align);
 void mem_unmap(void *p, size_t bytes);
 
+/* Parts of one stretch of memory: n elements from *at on, which moves behind them to the next
+ * multiple of 256 bytes.  With a NULL base the same code measures, and gives NULL. */
+static inline void *mem_carve(char *base, size_t *at, size_t n, size_t element_bytes)
+{
+    void *part = base ? base + *at : NULL;
+
+    *at += (n * element_bytes + 255) / 256 * 256;
+    return part;
+}
+
 void mem_forbid(int forbidden);                    /* this thread only */
 
 /* A bump allocator with an upper limit, freed as a whole.  Not thread-safe.

@@ -5,8 +5,6 @@
 
 #include <stdbool.h>
 
-enum { ALIGN_BYTES = 256 };
-
 /* A layer's part of the device memory, all sets. */
 struct layer_parts {
     bf16 *rows;
@@ -36,14 +34,6 @@ static size_t counts_bytes(const struct hot_sets_config *cfg)
 
 /* ---- carving.  With a NULL base the same code measures. */
 
-static void *carve(char *base, size_t *at, size_t n, size_t element_bytes)
-{
-    void *part = base ? base + *at : NULL;
-
-    *at += (n * element_bytes + ALIGN_BYTES - 1) / ALIGN_BYTES * ALIGN_BYTES;
-    return part;
-}
-
 /* A set's positions in a layer are one stretch, so emptying it takes one fill a layer. */
 static struct layer_parts carve_layer(const struct hot_sets_config *cfg, char *base, size_t *at)
 {
@@ -52,11 +42,11 @@ static struct layer_parts carve_layer(const struct hot_sets_config *cfg, char *b
     size_t positions = heads * (size_t)cfg->max_blocks * BLOCK_TOKENS;
     struct layer_parts l;
 
-    l.rows = carve(base, at, rows * 2 * (size_t)cfg->shape.head_dim, sizeof *l.rows);
-    l.row_of = carve(base, at, positions, sizeof *l.row_of);
-    l.position = carve(base, at, rows, sizeof *l.position);
-    l.used = carve(base, at, rows, sizeof *l.used);
-    l.hand = carve(base, at, heads, sizeof *l.hand);
+    l.rows = mem_carve(base, at, rows * 2 * (size_t)cfg->shape.head_dim, sizeof *l.rows);
+    l.row_of = mem_carve(base, at, positions, sizeof *l.row_of);
+    l.position = mem_carve(base, at, rows, sizeof *l.position);
+    l.used = mem_carve(base, at, rows, sizeof *l.used);
+    l.hand = mem_carve(base, at, heads, sizeof *l.hand);
     return l;
 }
 
@@ -65,7 +55,7 @@ static size_t carve_all(const struct hot_sets_config *cfg, char *base,
                         struct layer_parts *layers, uint64_t **counts)
 {
     size_t at = 0;
-    uint64_t *c = carve(base, &at, counts_bytes(cfg), 1);
+    uint64_t *c = mem_carve(base, &at, counts_bytes(cfg), 1);
 
     if (counts)
         *counts = c;

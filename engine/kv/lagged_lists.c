@@ -4,8 +4,6 @@
 #include "engine/base/mem.h"
 #include "kernels/backend.h"
 
-enum { ALIGN_BYTES = 256 };
-
 struct lagged_lists {
     int slots, kv_heads, n_layers;
     struct lagged_blocks *layers;    /* [n_layers] */
@@ -14,14 +12,6 @@ struct lagged_lists {
 };
 
 /* ---- carving.  With a NULL base the same code measures. */
-
-static int32_t *carve(char *base, size_t *at, size_t n)
-{
-    void *part = base ? base + *at : NULL;
-
-    *at += (n * sizeof(int32_t) + ALIGN_BYTES - 1) / ALIGN_BYTES * ALIGN_BYTES;
-    return part;
-}
 
 /* layers may be NULL. */
 static size_t carve_all(const struct select_plan *plan, int slots, int kv_heads, char *base,
@@ -33,9 +23,9 @@ static size_t carve_all(const struct select_plan *plan, int slots, int kv_heads,
         struct lagged_blocks l = { 0 };
         if (plan->layer[i].dense)
             continue;
-        l.kept = carve(base, &at, lists * (size_t)plan->layer[i].keep_blocks);
-        l.n_kept = carve(base, &at, lists);
-        l.n_tokens = carve(base, &at, lists);
+        l.kept = mem_carve(base, &at, lists * (size_t)plan->layer[i].keep_blocks, sizeof *l.kept);
+        l.n_kept = mem_carve(base, &at, lists, sizeof *l.n_kept);
+        l.n_tokens = mem_carve(base, &at, lists, sizeof *l.n_tokens);
         if (layers)
             layers[i] = l;
     }

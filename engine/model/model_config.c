@@ -26,8 +26,6 @@ enum {
     QWEN3_MOE_EXPERT_MLP = 768
 };
 
-_Static_assert((int)MODEL_MAX_LAYERS == (int)SELECT_MAX_LAYERS, "in_layer has an entry for each");
-
 struct family_facts {
     const char *model_type, *architecture;
     enum model_family family;
@@ -234,8 +232,8 @@ static enum status read_experts(struct moe_config *m, const struct json_file *f,
     int local = -1;
 
     m->experts = -1;
-    TRY(json_int(f, f->root, "num_experts", 0, MODEL_MAX_EXPERTS, &m->experts, err));
-    TRY(json_int(f, f->root, "num_local_experts", 0, MODEL_MAX_EXPERTS, &local, err));
+    TRY(json_int(f, f->root, "num_experts", 0, MOST_EXPERTS, &m->experts, err));
+    TRY(json_int(f, f->root, "num_local_experts", 0, MOST_EXPERTS, &local, err));
     if (m->experts >= 0 && local >= 0 && m->experts != local)
         return error_set(err, ST_INVALID, "%s: \"num_experts\" is %d and \"num_local_experts\" "
                          "%d", f->name, m->experts, local);
@@ -243,7 +241,7 @@ static enum status read_experts(struct moe_config *m, const struct json_file *f,
         m->experts = local >= 0 ? local : QWEN3_MOE_EXPERTS;
     m->chosen = QWEN3_MOE_CHOSEN;
     m->expert_mlp = QWEN3_MOE_EXPERT_MLP;
-    TRY(json_int(f, f->root, "num_experts_per_tok", 1, MODEL_MAX_CHOSEN, &m->chosen, err));
+    TRY(json_int(f, f->root, "num_experts_per_tok", 1, MOST_CHOSEN, &m->chosen, err));
     TRY(json_int(f, f->root, "moe_intermediate_size", 1, MAX_MLP, &m->expert_mlp, err));
     if (m->experts > 0 && m->chosen > m->experts)
         return error_set(err, ST_INVALID, "%s: \"num_experts_per_tok\" %d is more than the %d "

@@ -2,6 +2,8 @@
 #define MODEL_CONFIG_H
 
 #include "engine/base/status.h"
+#include "engine/select/select.h"
+#include "kernels/experts.h"
 
 #include <stdbool.h>
 #include <stddef.h>
@@ -19,18 +21,12 @@ enum model_family {
     FAMILY_QWEN3_MOE
 };
 
-enum {
-    MODEL_MAX_EOS = 16,
-    MODEL_MAX_HEAD_DIM = 256,
-    MODEL_MAX_LAYERS = 128,
-    MODEL_MAX_EXPERTS = 512,
-    MODEL_MAX_CHOSEN = 16,           /* experts for a token */
-};
+enum { MODEL_MAX_EOS = 16, MODEL_MAX_HEAD_DIM = 256 };
 
 /* The mixture of experts that takes the place of the MLP in some layers. */
 struct moe_config {
     int layers;                      /* that have experts; 0: none, and nothing below is set */
-    bool in_layer[MODEL_MAX_LAYERS];
+    bool in_layer[SELECT_MAX_LAYERS];
     int experts, chosen;             /* in all, for each token */
     int expert_mlp;                  /* an expert's width */
     bool renormalise;                /* the weights of the chosen sum up to 1 */

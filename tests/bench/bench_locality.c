@@ -21,7 +21,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { MOST_LAYERS = 64, MOST_HEADS = 64, N_SIZES = 6, N_RULES = 7, CHUNK = 512 };
+enum { N_SIZES = 6, N_RULES = 7, CHUNK = 512 };
 
 static const int sizes[N_SIZES] = { 1, 2, 4, 8, 16, 32 };    /* times the tokens kept */
 
@@ -56,7 +56,7 @@ struct tally { double asked, found, ahead, ahead_used, regions; };
 
 static struct {
     struct runner runner;
-    int n_positions, measured;
+    int n_positions;
     struct cache *cache[N_RULES][N_SIZES];   /* [layers * heads] */
     struct tally tally[N_RULES][N_SIZES];
     double again, chosen;

@@ -45,9 +45,9 @@ static void check(const struct model_config *c)
     ASSERT(in((double)c->min_p, 0, 1) && in((double)c->repetition, 1e-3, 100));
     ASSERT(c->top_k >= 0);
     const struct moe_config *m = &c->moe;
-    ASSERT(in(m->layers, 0, c->layers) && in(m->experts, m->layers > 0, MODEL_MAX_EXPERTS));
+    ASSERT(in(m->layers, 0, c->layers) && in(m->experts, m->layers > 0, MOST_EXPERTS));
     if (m->layers > 0)
-        ASSERT(in(m->chosen, 1, m->experts) && m->chosen <= MODEL_MAX_CHOSEN &&
+        ASSERT(in(m->chosen, 1, m->experts) && m->chosen <= MOST_CHOSEN &&
                in(m->expert_mlp, 1, 1 << 20));
     ASSERT(weights_expected_elements(c) < UINT64_C(1) << 58);
 }
