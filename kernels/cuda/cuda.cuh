@@ -196,6 +196,14 @@ static __device__ __forceinline__ float warp_sum(float v)
     return v;
 }
 
+/* Unsigned integers in the order of the floats, both zeros the same; never 0.  Not for NaN. */
+static __device__ __forceinline__ unsigned key_of(float v)
+{
+    unsigned bits = __float_as_uint(v + 0.0f); /* -0 is 0 */
+
+    return bits >> 31 ? ~bits : bits | 0x80000000u;
+}
+
 static __device__ __forceinline__ float warp_max(float v)
 {
     for (int lane = WARP / 2; lane > 0; lane /= 2)

@@ -11,13 +11,6 @@ namespace sel {
 
 enum { FORCED_KEY = -1 };        /* as unsigned: above every score */
 
-static __device__ __forceinline__ unsigned key_of(float score)
-{
-    unsigned u = __float_as_uint(score + 0.0f); /* -0 is 0 */
-
-    return u & 0x80000000u ? ~u : u | 0x80000000u;
-}
-
 enum { BINS = 256, LANE_BINS = BINS / WARP, BIN_KEYS = 256, MAX_WARPS = 16,
        BINADE = 1 << 23, BINADES = 4 * BINADE };
 

@@ -16,17 +16,6 @@ enum {
 };
 const unsigned ALL = 0xffffffffu;
 
-/* Unsigned integers in the order of the floats; both zeros are one, and a NaN is as -infinity. */
-__device__ __forceinline__ unsigned key_of(float x)
-{
-    if (isnan(x))
-        x = -INFINITY;
-    if (x == 0)
-        x = 0;
-    unsigned bits = __float_as_uint(x);
-    return bits >> 31 ? ~bits : bits | 0x80000000u;
-}
-
 /* s of a lane's experts out of their scores. */
 __device__ __forceinline__ void softmax(float (&s)[PARTS], int lane, int n)
 {
@@ -63,7 +52,7 @@ __device__ __forceinline__ void prepare(float (&s)[PARTS], unsigned (&key)[PARTS
         if (!soft)
             s[j] = 1 / (1 + expf(-s[j]));
         float choice = there && a.bias ? s[j] + a.bias[e] : s[j];
-        key[j] = there ? key_of(choice) : TAKEN;
+        key[j] = !there ? (unsigned)TAKEN : key_of(isnan(choice) ? -INFINITY : choice);
     }
     if (soft)
         softmax(s, lane, a.n_experts);

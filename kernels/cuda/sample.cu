@@ -62,14 +62,6 @@ struct pass {
 
 /* ---- keys and items */
 
-/* Unsigned integers in the order of the floats, both zeros the same; never 0.  Not for NaN. */
-static __device__ __forceinline__ unsigned key_of(float v)
-{
-    unsigned bits = __float_as_uint(v + 0.0f);
-
-    return bits >> 31 ? ~bits : bits | 0x80000000u;
-}
-
 static __device__ __forceinline__ float key_value(unsigned key)
 {
     return __uint_as_float(key >> 31 ? key ^ 0x80000000u : ~key);
