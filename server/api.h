@@ -4,6 +4,8 @@
 #include "engine/base/status.h"
 #include "engine/model/tokenizer.h"
 #include "engine/run/request.h"
+#include "server/chat_format.h"
+#include "server/chat_output.h"
 
 #include <stdbool.h>
 #include <stddef.h>
@@ -13,11 +15,13 @@ struct arena;
 struct model_config;
 struct strbuf;              /* engine/base/strbuf.h */
 
-/* The OpenAI wire format of /v1/completions: bodies to native types and back.
+/* The OpenAI wire format of /v1/completions and /v1/chat/completions: bodies to
+ * native types and back; and the two small calls of /tokenize and /detokenize.
  *
- * Pure: no sockets, no engine, no clock.  api_parse_completion may run on a
- * thread of the libuv pool; it touches only what it is given.  JSON trees die
- * inside; what a completion refers to lives in its arena. */
+ * Pure: no sockets, no engine, no clock (but for the date in Llama 3.2's
+ * prompts).  What parses may run on a thread of the libuv pool; it touches only
+ * what it is given.  JSON trees die inside; what a completion refers to lives
+ * in its arena. */
 
 /* A refusal, as the client will see it.  message is one sentence and names the
  * field, the value's problem and the limit. */
@@ -46,6 +50,8 @@ struct api_context {
     const struct model_config *model;   /* defaults of sampling, vocab */
     const char *const *model_names;     /* accepted in "model", the first is the canonical one */
     int n_model_names;
+    enum chat_format chat;   /* CHAT_NONE: chat is refused, because */
+    const char *no_chat;     /* of this, half a sentence */
     struct api_limits limits;
 };
 
@@ -66,6 +72,10 @@ struct api_completion {
     int logprobs;            /* -1: not asked for */
     bool has_seed;           /* else template.seed is to be drawn by the caller, one a choice */
     const char *model;       /* as written by the client, or the canonical name */
+    /* Of the template's stops and stop ids, how many the client gave; those behind are the
+     * chat format's, and no client is told of them. */
+    uint32_t n_own_stops, n_own_stop_ids;
+    const struct chat_output_config *chat;    /* how to read the output, or NULL: as text */
     /* Everything else of a request, the same for all: sampling, stops, biases,
      * max_tokens, min_tokens, sparse, n_top, score_prompt.  Not for submission itself. */
     struct request template;
@@ -76,6 +86,8 @@ struct api_completion {
 struct api_completion *api_parse_completion(const char *body, size_t n,
                                             const struct api_context *cx,
                                             struct api_error *err);
+struct api_completion *api_parse_chat(const char *body, size_t n, const struct api_context *cx,
+                                      struct api_error *err);
 void api_completion_free(struct api_completion *c);    /* NULL is fine */
 
 /* One choice's part of an answer, for the writers below. */
