@@ -90,6 +90,12 @@ struct api_completion *api_parse_chat(const char *body, size_t n, const struct a
                                       struct api_error *err);
 void api_completion_free(struct api_completion *c);    /* NULL is fine */
 
+/* /tokenize and /detokenize: append the answer's document to out, or fill *err. */
+enum status api_tokenize(struct strbuf *out, const char *body, size_t n,
+                         const struct api_context *cx, struct api_error *err) MUST_USE;
+enum status api_detokenize(struct strbuf *out, const char *body, size_t n,
+                           const struct api_context *cx, struct api_error *err) MUST_USE;
+
 /* One choice's part of an answer, for the writers below. */
 struct api_piece {
     uint32_t index;
@@ -106,14 +112,35 @@ struct api_piece {
     const struct token_logprob *top;    /* [n_tokens, n_top] or NULL */
     uint32_t n_top;
     const uint64_t *offsets; /* [n_tokens] where each begins in the text, in code points */
+    /* Of a chat: what the text of a chunk is, or the whole message. */
+    bool role;               /* the first chunk, which says who speaks and has no text */
+    enum chat_part part;
+    uint32_t call;           /* which one, and of a CHAT_CALL its id; the text is its name */
+    const char *call_id;
+    const struct api_message *message;
+};
+
+enum { API_CALL_ID_BYTES = 32 };
+
+struct api_call {
+    char id[API_CALL_ID_BYTES];
+    struct strbuf name, arguments;
+};
+
+struct api_message {
+    struct strbuf content, reasoning;
+    struct api_call *calls;
+    uint32_t n_calls;
 };
 
 struct api_usage {
     uint64_t prompt_tokens, completion_tokens, cached_tokens;
+    bool chat;                   /* then it says as well how many of the completion's were */
+    uint64_t reasoning_tokens;   /* thoughts */
 };
 
 struct api_head {            /* the same in every chunk of an answer */
-    const char *id;          /* "cmpl-..." */
+    const char *id;          /* "cmpl-...", "chatcmpl-..." */
     const char *model;
     int64_t created;         /* Unix seconds */
 };
@@ -123,6 +150,13 @@ struct api_head {            /* the same in every chunk of an answer */
 void api_write_completion(struct strbuf *out, const struct api_head *head,
                           const struct tokenizer *t, const struct api_piece *pieces,
                           uint32_t n_pieces, const struct api_usage *usage, bool usage_null);
+/* Of a chat: the answer as a whole, or a chunk of it. */
+void api_write_chat(struct strbuf *out, const struct api_head *head, const struct tokenizer *t,
+                    const struct api_piece *pieces, uint32_t n_pieces,
+                    const struct api_usage *usage);
+void api_write_chat_chunk(struct strbuf *out, const struct api_head *head,
+                          const struct tokenizer *t, const struct api_piece *piece,
+                          const struct api_usage *usage, bool usage_null);
 void api_write_error(struct strbuf *out, const struct api_error *err);
 void api_write_models(struct strbuf *out, const char *const *names, int n_names,
                       int64_t created, uint32_t max_model_len, bool one);

@@ -17,9 +17,9 @@ struct conversation {
     struct api_parse *p;
     const struct chat_format_facts *facts;
     struct chat chat;
-    cJSON **trees;               /* of arguments that came as strings */
+    cJSON **trees; /* of arguments that came as strings */
     uint32_t n_trees, capacity;
-    size_t values_left;          /* of those trees */
+    size_t values_left; /* of those trees */
 };
 
 static void drop_trees(struct conversation *c)
@@ -58,8 +58,10 @@ static enum status read_role(struct conversation *c, const cJSON *message, uint3
     static const struct {
         const char *name;
         enum chat_role role;
-    } roles[] = { { "system", CHAT_SYSTEM }, { "developer", CHAT_SYSTEM },
-                  { "user", CHAT_USER }, { "assistant", CHAT_ASSISTANT },
+    } roles[] = { { "system", CHAT_SYSTEM },
+                  { "developer", CHAT_SYSTEM },
+                  { "user", CHAT_USER },
+                  { "assistant", CHAT_ASSISTANT },
                   { "tool", CHAT_TOOL } };
     const cJSON *v = member(message, "role");
 
@@ -68,8 +70,10 @@ static enum status read_role(struct conversation *c, const cJSON *message, uint3
             *out = roles[k].role;
             return ST_OK;
         }
-    return api_refuse(c->p, "messages", "'messages[%u].role' must be \"system\", \"developer\", "
-                      "\"user\", \"assistant\" or \"tool\".", i);
+    return api_refuse(c->p, "messages",
+                      "'messages[%u].role' must be \"system\", \"developer\", "
+                      "\"user\", \"assistant\" or \"tool\".",
+                      i);
 }
 
 static enum status part_text(struct conversation *c, const cJSON *part, uint32_t i, size_t k,
@@ -81,14 +85,17 @@ static enum status part_text(struct conversation *c, const cJSON *part, uint32_t
     if (cJSON_IsString(part))
         *out = part->valuestring;
     else if (cJSON_IsString(type) && strcmp(type->valuestring, "text") != 0)
-        return api_refuse(c->p, "messages", "'messages[%u].content[%zu]' is of type '%.*s'; this "
-                          "server reads text only.", i, k,
-                          api_quotable_bytes(type->valuestring), type->valuestring);
+        return api_refuse(c->p, "messages",
+                          "'messages[%u].content[%zu]' is of type '%.*s'; this "
+                          "server reads text only.",
+                          i, k, api_quotable_bytes(type->valuestring), type->valuestring);
     else if (cJSON_IsString(type) && cJSON_IsString(text))
         *out = text->valuestring;
     return *out ? ST_OK
-                : api_refuse(c->p, "messages", "'messages[%u].content[%zu]' must be "
-                             "{\"type\": \"text\", \"text\": \"...\"}.", i, k);
+                : api_refuse(c->p, "messages",
+                             "'messages[%u].content[%zu]' must be "
+                             "{\"type\": \"text\", \"text\": \"...\"}.",
+                             i, k);
 }
 
 /* Parts are joined without anything between them. */
@@ -127,7 +134,8 @@ static enum status read_content(struct conversation *c, const cJSON *message, ui
         return join_parts(c, v, i, &m->content);
     else if (v)
         return api_refuse(c->p, "messages",
-                          "'messages[%u].content' must be a string or a list of text parts.", i);
+                          "'messages[%u].content' must be a string or a list of text parts.",
+                          i);
     else if (m->role != CHAT_ASSISTANT)
         return api_refuse(c->p, "messages", "'messages[%u].content' is missing.", i);
     return ST_OK;
@@ -153,8 +161,10 @@ static enum status parse_arguments(struct conversation *c, struct chat_call *cal
     struct error err;
 
     if (values > c->values_left)
-        return api_refuse(c->p, "messages", "'messages' has more than %zu values in the "
-                          "arguments of its tool calls.", c->p->cx->limits.max_json_values);
+        return api_refuse(c->p, "messages",
+                          "'messages' has more than %zu values in the "
+                          "arguments of its tool calls.",
+                          c->p->cx->limits.max_json_values);
     c->values_left -= values;
     if (json_scan(&scan, text, n, values, NULL) != ST_OK || !scan.object)
         return api_refuse(c->p, "messages", "'%s' must be a JSON object, written as a string.",
@@ -290,7 +300,8 @@ static enum status read_messages(struct conversation *c)
     if (!v->tree)
         return api_refuse(c->p, "messages", "You must provide 'messages'.");
     if (!cJSON_IsArray(v->tree) || !v->tree->child)
-        return api_refuse(c->p, "messages", "'messages' must be a list of at least one message.");
+        return api_refuse(c->p, "messages",
+                          "'messages' must be a list of at least one message.");
     TRY(prepare(c->p, "messages", v));
     for (const cJSON *m = v->tree->child; m; m = m->next)
         n++;
@@ -320,11 +331,14 @@ static enum status check_tool(struct conversation *c, const cJSON *tool, uint32_
     if (!cJSON_IsString(type) || strcmp(type->valuestring, "function") != 0)
         return api_refuse(c->p, "tools", "'tools[%u].type' must be \"function\".", i);
     if (!is_name(member(function, "name")))
-        return api_refuse(c->p, "tools", "'tools[%u].function.name' must be a string of 1 to %d "
+        return api_refuse(c->p, "tools",
+                          "'tools[%u].function.name' must be a string of 1 to %d "
                           "bytes without blanks, quotes, backslashes, braces and angle "
-                          "brackets.", i, MAX_NAME_BYTES);
+                          "brackets.",
+                          i, MAX_NAME_BYTES);
     if (parameters && !cJSON_IsObject(parameters))
-        return api_refuse(c->p, "tools", "'tools[%u].function.parameters' must be an object.", i);
+        return api_refuse(c->p, "tools", "'tools[%u].function.parameters' must be an object.",
+                          i);
     return ST_OK;
 }
 
@@ -335,7 +349,8 @@ static enum status read_tool_choice(struct conversation *c)
     if (cJSON_IsString(v) && strcmp(v->valuestring, "none") == 0)
         c->chat.tools = NULL;
     else if (v && !(cJSON_IsString(v) && strcmp(v->valuestring, "auto") == 0))
-        return api_refuse(c->p, "tool_choice", "'tool_choice' must be \"auto\" or \"none\"; this "
+        return api_refuse(c->p, "tool_choice",
+                          "'tool_choice' must be \"auto\" or \"none\"; this "
                           "server does not force calls.");
     return ST_OK;
 }
@@ -377,8 +392,10 @@ static enum status read_date(struct conversation *c, const cJSON *v)
     if (cJSON_IsNull(v))
         return ST_OK;
     if (!is_text(v) || strlen(v->valuestring) > MAX_DATE_BYTES)
-        return api_refuse(c->p, "chat_template_kwargs", "'date_string' must be a string of 1 to "
-                          "%d bytes.", MAX_DATE_BYTES);
+        return api_refuse(c->p, "chat_template_kwargs",
+                          "'date_string' must be a string of 1 to "
+                          "%d bytes.",
+                          MAX_DATE_BYTES);
     c->chat.date = v->valuestring;
     return ST_OK;
 }
@@ -400,7 +417,8 @@ static enum status read_kwargs(struct conversation *c)
         else if (strcmp(v->string, "date_string") == 0)
             TRY(read_date(c, v));
         else
-            return api_refuse(c->p, "chat_template_kwargs", "'chat_template_kwargs' has '%.*s', "
+            return api_refuse(c->p, "chat_template_kwargs",
+                              "'chat_template_kwargs' has '%.*s', "
                               "which the chat formats of this server do not know.",
                               api_quotable_bytes(v->string), v->string);
     }
@@ -414,17 +432,25 @@ static enum status check_switches(struct conversation *c)
     const char *name = c->facts->name;
 
     if (c->chat.thinking == CHAT_ON && !c->facts->thinks)
-        return api_refuse(c->p, "enable_thinking", "'enable_thinking' is true, but models of the "
-                          "chat format %s do not think.", name);
+        return api_refuse(c->p, "enable_thinking",
+                          "'enable_thinking' is true, but models of the "
+                          "chat format %s do not think.",
+                          name);
     if (c->chat.thinking == CHAT_OFF && f == CHAT_QWEN3_THINKING)
-        return api_refuse(c->p, "enable_thinking", "'enable_thinking' is false, but models of "
-                          "the chat format %s always think.", name);
+        return api_refuse(c->p, "enable_thinking",
+                          "'enable_thinking' is false, but models of "
+                          "the chat format %s always think.",
+                          name);
     if (c->chat.clear_thinking == CHAT_OFF && f != CHAT_GLM47)
-        return api_refuse(c->p, "chat_template_kwargs", "'clear_thinking' is false, but the chat "
-                          "format %s always leaves out earlier thoughts.", name);
+        return api_refuse(c->p, "chat_template_kwargs",
+                          "'clear_thinking' is false, but the chat "
+                          "format %s always leaves out earlier thoughts.",
+                          name);
     if (c->chat.date && f != CHAT_LLAMA31 && f != CHAT_LLAMA32)
-        return api_refuse(c->p, "chat_template_kwargs", "'date_string' has no place in the chat "
-                          "format %s.", name);
+        return api_refuse(c->p, "chat_template_kwargs",
+                          "'date_string' has no place in the chat "
+                          "format %s.",
+                          name);
     return ST_OK;
 }
 
@@ -481,9 +507,10 @@ static enum status keep_output(struct conversation *c)
     out = memory;
     c->p->out->chat = out;
     bool open = f == CHAT_QWEN3_THINKING || (f == CHAT_GLM47 && chat->thinking != CHAT_OFF);
-    *out = (struct chat_output_config){ .format = f, .open_thoughts = open && chat->generate,
-                                        .may_think = c->facts->thinks &&
-                                                     chat->thinking != CHAT_OFF,
+    *out = (struct chat_output_config){ .format = f,
+                                        .open_thoughts = open && chat->generate,
+                                        .may_think =
+                                            c->facts->thinks && chat->thinking != CHAT_OFF,
                                         .one_call = !c->p->fields.parallel_calls };
     for (const cJSON *tool = chat->tools ? chat->tools->child : NULL; tool; tool = tool->next)
         n++;
@@ -538,8 +565,10 @@ static enum status add_ends(struct conversation *c)
 
 static enum status refuse_chat(struct api_parse *p)
 {
-    enum status status = api_refuse(p, "messages", "This model is not served for chat: %s. Text "
-                                    "completions work.", p->cx->no_chat);
+    enum status status = api_refuse(p, "messages",
+                                    "This model is not served for chat: %s. Text "
+                                    "completions work.",
+                                    p->cx->no_chat);
 
     p->err->code = "chat_not_available";
     return status;
@@ -606,12 +635,13 @@ static enum status choose_logprobs(struct api_parse *p)
     struct api_fields *f = &p->fields;
 
     if (f->top_logprobs >= 0 && !f->want_logprobs)
-        return f->top_logprobs == 0
-                   ? ST_OK
-                   : api_refuse(p, "top_logprobs", "'top_logprobs' is only allowed when "
-                                "'logprobs' is true.");
+        return f->top_logprobs == 0 ? ST_OK
+                                    : api_refuse(p, "top_logprobs",
+                                                 "'top_logprobs' is only allowed when "
+                                                 "'logprobs' is true.");
     if (f->top_logprobs > (int64_t)p->cx->limits.max_logprobs)
-        return api_refuse(p, "top_logprobs", "'top_logprobs' must be between 0 and %u, not %lld.",
+        return api_refuse(p, "top_logprobs",
+                          "'top_logprobs' must be between 0 and %u, not %lld.",
                           p->cx->limits.max_logprobs, (long long)f->top_logprobs);
     if (f->want_logprobs)
         f->logprobs = f->top_logprobs > 0 ? f->top_logprobs : 0;

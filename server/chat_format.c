@@ -19,22 +19,41 @@ static const struct chat_format_facts facts[CHAT_N_FORMATS] = {
     [CHAT_PLAIN] = { .name = "plain", .stop = "\nUser:" },
     [CHAT_CHATML] = { .name = "chatml", .ends = { "<|im_end|>" }, .controls = { IM } },
     [CHAT_SMOLLM2] = { .name = "smollm2", .ends = { "<|im_end|>" }, .controls = { IM } },
-    [CHAT_QWEN25] = { .name = "qwen2.5", .tools = true, .ends = { "<|im_end|>" },
+    [CHAT_QWEN25] = { .name = "qwen2.5",
+                      .tools = true,
+                      .ends = { "<|im_end|>" },
                       .controls = { IM } },
-    [CHAT_QWEN3] = { .name = "qwen3", .tools = true, .thinks = true, .verbatim = true,
-                     .ends = { "<|im_end|>" }, .controls = { IM } },
-    [CHAT_QWEN3_THINKING] = { .name = "qwen3-thinking", .tools = true, .thinks = true,
-                              .verbatim = true, .ends = { "<|im_end|>" }, .controls = { IM } },
-    [CHAT_QWEN3_INSTRUCT] = { .name = "qwen3-instruct", .tools = true, .verbatim = true,
-                              .ends = { "<|im_end|>" }, .controls = { IM } },
-    [CHAT_GLM47] = { .name = "glm-4.7", .tools = true, .thinks = true,
+    [CHAT_QWEN3] = { .name = "qwen3",
+                     .tools = true,
+                     .thinks = true,
+                     .verbatim = true,
+                     .ends = { "<|im_end|>" },
+                     .controls = { IM } },
+    [CHAT_QWEN3_THINKING] = { .name = "qwen3-thinking",
+                              .tools = true,
+                              .thinks = true,
+                              .verbatim = true,
+                              .ends = { "<|im_end|>" },
+                              .controls = { IM } },
+    [CHAT_QWEN3_INSTRUCT] = { .name = "qwen3-instruct",
+                              .tools = true,
+                              .verbatim = true,
+                              .ends = { "<|im_end|>" },
+                              .controls = { IM } },
+    [CHAT_GLM47] = { .name = "glm-4.7",
+                     .tools = true,
+                     .thinks = true,
                      .ends = { "<|endoftext|>", "<|user|>", "<|observation|>" },
                      .controls = { "<|user|>", "<|assistant|>", "<|observation|>", "<sop>" } },
     [CHAT_LLAMA3] = { .name = "llama-3", .ends = { "<|eot_id|>" }, .controls = { HEADERS } },
-    [CHAT_LLAMA31] = { .name = "llama-3.1", .tools = true,
-                       .ends = { "<|eot_id|>", "<|eom_id|>" }, .controls = { HEADERS } },
-    [CHAT_LLAMA32] = { .name = "llama-3.2", .tools = true,
-                       .ends = { "<|eot_id|>", "<|eom_id|>" }, .controls = { HEADERS } },
+    [CHAT_LLAMA31] = { .name = "llama-3.1",
+                       .tools = true,
+                       .ends = { "<|eot_id|>", "<|eom_id|>" },
+                       .controls = { HEADERS } },
+    [CHAT_LLAMA32] = { .name = "llama-3.2",
+                       .tools = true,
+                       .ends = { "<|eot_id|>", "<|eom_id|>" },
+                       .controls = { HEADERS } },
 };
 
 const struct chat_format_facts *chat_format_facts(enum chat_format f)
@@ -45,43 +64,45 @@ const struct chat_format_facts *chat_format_facts(enum chat_format f)
 
 /* ---- recognising a template */
 
-#define QWEN_TOOLS "You may call one or more functions to assist with the user query.",        \
-                   "<tools>", "<tool_response>", "{\\\"name\\\": <function-name>"
+#define QWEN_TOOLS                                                                             \
+    "You may call one or more functions to assist with the user query.", "<tools>",            \
+        "<tool_response>", "{\"name\": <function-name>"
 /* Templates that grew out of these and differ: images, other ways to call functions. */
-#define NOT_QWEN "<function=", "<|vision_start|>", "<arg_key>", "[gMASK]", "bos_token",         \
-                 "raise_exception", "reasoning_effort", "preserve_thinking"
-#define LLAMA_TOOLS "Cutting Knowledge Date: December 2023", "26 Jul 2024",                    \
-                    "tools_in_user_message", "Environment: ipython",                           \
-                    "<|start_header_id|>ipython<|end_header_id|>"
+#define NOT_QWEN                                                                               \
+    "<function=", "<|vision_start|>", "<arg_key>", "[gMASK]", "bos_token", "raise_exception",  \
+        "reasoning_effort", "preserve_thinking"
+#define LLAMA_TOOLS                                                                            \
+    "Cutting Knowledge Date: December 2023", "26 Jul 2024", "tools_in_user_message",           \
+        "Environment: ipython", "<|start_header_id|>ipython<|end_header_id|>"
 #define NOT_LLAMA "<|image|>", "<|python_start|>", "<|im_start|>", "[gMASK]", "<think>"
 
-/* Texts that a template of a format has, and texts that it has not.  Line ends inside its
- * strings are written as a backslash and an n, as they stand in the source. */
+/* Texts that a template of a format has, and texts that it has not; see unescape(). */
 static const struct marks {
     enum chat_format format;
     const char *has[10], *lacks[16];
 } marks[] = {
     { CHAT_CHATML,
-      { "<|im_start|>", "<|im_end|>", "add_generation_prompt", "assistant\\n" },
+      { "<|im_start|>", "<|im_end|>", "add_generation_prompt", "assistant\n" },
       { "system", "tool", "think", "trim", "strip", "eos_token", "[0]", "loop", NOT_QWEN } },
     { CHAT_SMOLLM2,
-      { "<|im_start|>system\\nYou are a helpful AI assistant named SmolLM, trained by Hugging "
-        "Face<|im_end|>\\n", "add_generation_prompt", "<|im_start|>assistant\\n" },
+      { "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging "
+        "Face<|im_end|>\n",
+        "add_generation_prompt", "<|im_start|>assistant\n" },
       { "tool", "think", "trim", NOT_QWEN } },
     { CHAT_QWEN25,
       { QWEN_TOOLS, "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
-        "<|im_start|>assistant\\n" },
+        "<|im_start|>assistant\n" },
       { "think", NOT_QWEN } },
     { CHAT_QWEN3,
-      { QWEN_TOOLS, "<think>\\n\\n</think>\\n\\n", "enable_thinking is false",
-        "last_query_index", "<|im_start|>assistant\\n" },
-      { "You are Qwen", "<|im_start|>assistant\\n<think>", NOT_QWEN } },
+      { QWEN_TOOLS, "<think>\n\n</think>\n\n", "enable_thinking is false", "last_query_index",
+        "<|im_start|>assistant\n" },
+      { "You are Qwen", "<|im_start|>assistant\n<think>", NOT_QWEN } },
     { CHAT_QWEN3_THINKING,
-      { QWEN_TOOLS, "last_query_index", "'<|im_start|>assistant\\n<think>\\n'" },
+      { QWEN_TOOLS, "last_query_index", "'<|im_start|>assistant\n<think>\n'" },
       { "You are Qwen", "enable_thinking", NOT_QWEN } },
     { CHAT_QWEN3_INSTRUCT,
-      { QWEN_TOOLS, "messages[0].content + '\\n\\n'", "<|im_start|>assistant\\n" },
-      { "You are ", "enable_thinking", "assistant\\n<think>", NOT_QWEN } },
+      { QWEN_TOOLS, "messages[0].content + '\n\n'", "<|im_start|>assistant\n" },
+      { "You are Qwen", "You are a ", "enable_thinking", "assistant\n<think>", NOT_QWEN } },
     { CHAT_GLM47,
       { "[gMASK]<sop>", "<|system|>\n# Tools\n", "<arg_key>{arg-key-1}</arg_key>",
         "clear_thinking is defined and not clear_thinking", "<|observation|>",
@@ -92,9 +113,24 @@ static const struct marks {
         "message['content'] | trim + '<|eot_id|>'", "<|start_header_id|>assistant" },
       { "tool", "Cutting Knowledge", "system", NOT_LLAMA } },
     { CHAT_LLAMA31, { LLAMA_TOOLS, "builtin_tools" }, { "strftime_now", NOT_LLAMA } },
-    { CHAT_LLAMA32, { LLAMA_TOOLS, "strftime_now(\"%d %b %Y\")" },
+    { CHAT_LLAMA32,
+      { LLAMA_TOOLS, "strftime_now(\"%d %b %Y\")" },
       { "builtin_tools", NOT_LLAMA } },
 };
+
+/* Some templates have line ends and quotes in their strings as they are, others escaped. */
+static char *unescape(const char *source)
+{
+    char *text = mem_strdup(source), *to = text;
+
+    for (const char *from = source; *from; from++) {
+        bool escape = from[0] == '\\' && (from[1] == 'n' || from[1] == '"');
+        from += escape;
+        *to++ = escape && *from == 'n' ? '\n' : *from;
+    }
+    *to = '\0';
+    return text;
+}
 
 static bool fits(const struct marks *m, const char *source)
 {
@@ -107,24 +143,32 @@ static bool fits(const struct marks *m, const char *source)
     return true;
 }
 
-enum status chat_format_recognise(enum chat_format *out, const char *source, struct error *err)
+static enum status recognise(enum chat_format *out, const char *text, struct error *err)
 {
     *out = CHAT_NONE;
     for (size_t i = 0; i < sizeof marks / sizeof marks[0]; i++) {
-        if (!fits(&marks[i], source))
+        if (!fits(&marks[i], text))
             continue;
-        enum chat_format other = *out;
+        if (*out != CHAT_NONE)
+            return error_set(err, ST_UNSUPPORTED,
+                             "its chat template has marks of both %s and %s", facts[*out].name,
+                             facts[marks[i].format].name);
         *out = marks[i].format;
-        if (other == CHAT_NONE)
-            continue;
-        error_set(err, ST_UNSUPPORTED, "its chat template has marks of both %s and %s",
-                  facts[other].name, facts[*out].name);
-        *out = CHAT_NONE;
-        return ST_UNSUPPORTED;
     }
-    return *out == CHAT_NONE ? error_set(err, ST_UNSUPPORTED,
-                                         "its chat template is none of those that are known")
-                             : ST_OK;
+    return *out != CHAT_NONE ? ST_OK
+                             : error_set(err, ST_UNSUPPORTED,
+                                         "its chat template is none of those that are known");
+}
+
+enum status chat_format_recognise(enum chat_format *out, const char *source, struct error *err)
+{
+    char *text = unescape(source);
+    enum status status = recognise(out, text, err);
+
+    mem_free(text);
+    if (status != ST_OK)
+        *out = CHAT_NONE;
+    return status;
 }
 
 /* ---- the folder */

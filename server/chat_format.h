@@ -18,20 +18,20 @@ struct tokenizer;
  * worse one. */
 
 enum chat_format {            /* in the order of the option's words */
-    CHAT_AUTO,                /* as the folder says; never a result */
-    CHAT_NONE,
-    CHAT_PLAIN,               /* "User: text"; only when asked for */
-    CHAT_CHATML,              /* turns between <|im_start|> and <|im_end|>, nothing else */
-    CHAT_SMOLLM2,             /* with a system turn of its own where there is none */
-    CHAT_QWEN25,
-    CHAT_QWEN3,               /* thinks or not, as enable_thinking says */
-    CHAT_QWEN3_THINKING,      /* always thinks: Thinking-2507 */
-    CHAT_QWEN3_INSTRUCT,      /* never does: Instruct-2507 */
-    CHAT_GLM47,
-    CHAT_LLAMA3,
-    CHAT_LLAMA31,
-    CHAT_LLAMA32,             /* like 3.1, but with today's date */
-    CHAT_N_FORMATS
+                   CHAT_AUTO, /* as the folder says; never a result */
+                   CHAT_NONE,
+                   CHAT_PLAIN,   /* "User: text"; only when asked for */
+                   CHAT_CHATML,  /* turns between <|im_start|> and <|im_end|>, nothing else */
+                   CHAT_SMOLLM2, /* with a system turn of its own where there is none */
+                   CHAT_QWEN25,
+                   CHAT_QWEN3,          /* thinks or not, as enable_thinking says */
+                   CHAT_QWEN3_THINKING, /* always thinks: Thinking-2507 */
+                   CHAT_QWEN3_INSTRUCT, /* never does: Instruct-2507 */
+                   CHAT_GLM47,
+                   CHAT_LLAMA3,
+                   CHAT_LLAMA31,
+                   CHAT_LLAMA32, /* like 3.1, but with today's date */
+                   CHAT_N_FORMATS
 };
 #define CHAT_FORMAT_WORDS                                                                      \
     "auto|none|plain|chatml|smollm2|qwen2.5|qwen3|qwen3-thinking|qwen3-instruct|glm-4.7|"      \

@@ -8,14 +8,14 @@
 #include <string.h>
 
 enum state {
-    START,            /* may begin with <think> */
+    START, /* may begin with <think> */
     REASONING_START,
     REASONING,
-    SPACE,            /* between the parts */
+    SPACE, /* between the parts */
     CONTENT,
-    CALL,             /* a marker has been read: is this a call that can be streamed? */
-    CALL_WHOLE,       /* no, it has to be read as a whole */
-    ARGUMENTS,        /* bytes up to the brace that closes them */
+    CALL,       /* a marker has been read: is this a call that can be streamed? */
+    CALL_WHOLE, /* no, it has to be read as a whole */
+    ARGUMENTS,  /* bytes up to the brace that closes them */
     CALL_END,
     GLM_NAME,
     GLM_ARGUMENTS
@@ -98,8 +98,8 @@ static enum match match(const struct view *v, size_t at, const char *marker)
 /* Where marker begins at or behind `from`, or v->n. */
 static size_t find(const struct view *v, size_t from, const char *marker)
 {
-    const char *hit = from < v->n ? memmem(v->s + from, v->n - from, marker, strlen(marker))
-                                  : NULL;
+    const char *hit =
+        from < v->n ? memmem(v->s + from, v->n - from, marker, strlen(marker)) : NULL;
 
     return hit ? (size_t)(hit - v->s) : v->n;
 }
@@ -214,8 +214,8 @@ static bool read_space(struct chat_output *o, const struct view *v, bool *more)
     bool between = o->thought || o->n_calls > 0;
     size_t at = o->at;
 
-    while (at < v->n && ((between && v->s[at] == '\n') ||
-                         (o->skip_blanks && is_blank(v->s[at]))))
+    while (at < v->n &&
+           ((between && v->s[at] == '\n') || (o->skip_blanks && is_blank(v->s[at]))))
         at++;
     size_t first = may_be_bare_call(o) ? skip_blanks(v, at) : at;
     *more = first < v->n || (v->final && at < v->n);
@@ -287,7 +287,8 @@ static enum match match_head(const struct chat_output *o, const struct view *v, 
     if (m != MATCH_YES)
         return m;
     *name = *at;
-    while (*at < v->n && v->s[*at] != '"' && v->s[*at] != '\\' && (unsigned char)v->s[*at] >= ' ')
+    while (*at < v->n && v->s[*at] != '"' && v->s[*at] != '\\' &&
+           (unsigned char)v->s[*at] >= ' ')
         ++*at;
     if (*at == v->n)
         return v->final ? MATCH_NO : MATCH_PART;

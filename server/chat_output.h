@@ -26,9 +26,9 @@ enum chat_part { CHAT_REASONING, CHAT_CONTENT, CHAT_CALL, CHAT_ARGUMENTS };
 
 struct chat_delta {
     enum chat_part part;
-    const char *s;               /* until the next call; of a CHAT_CALL the function's name */
+    const char *s; /* until the next call; of a CHAT_CALL the function's name */
     size_t n;
-    uint32_t call;               /* which one, from 0 */
+    uint32_t call; /* which one, from 0 */
 };
 
 /* Of a function what its calls need: which arguments are strings. */
@@ -40,32 +40,32 @@ struct chat_tool {
 
 struct chat_output_config {
     enum chat_format format;
-    bool open_thoughts;          /* the prompt has begun them */
-    bool may_think;              /* otherwise markers of thoughts are text */
-    bool one_call;               /* leave out all but the first */
+    bool open_thoughts; /* the prompt has begun them */
+    bool may_think;     /* otherwise markers of thoughts are text */
+    bool one_call;      /* leave out all but the first */
     const struct chat_tool *tools;
-    uint32_t n_tools;            /* 0: calls are text */
+    uint32_t n_tools; /* 0: calls are text */
 };
 
 struct chat_output {
     struct chat_output_config cfg;
     int state;
-    size_t at;                   /* bytes of the text that are dealt with */
-    size_t scan;                 /* how far what is waited for has been looked for */
-    size_t body;                 /* where the call's body begins */
-    uint32_t n_calls;            /* that have begun */
-    bool skip_blanks;            /* at the beginning of content */
-    bool in_string, escaped;     /* in arguments, like */
+    size_t at;               /* bytes of the text that are dealt with */
+    size_t scan;             /* how far what is waited for has been looked for */
+    size_t body;             /* where the call's body begins */
+    uint32_t n_calls;        /* that have begun */
+    bool skip_blanks;        /* at the beginning of content */
+    bool in_string, escaped; /* in arguments, like */
     uint32_t depth;
     bool has_pair;
-    bool thought;                /* there were thoughts, up to */
+    bool thought; /* there were thoughts, up to */
     size_t thoughts_end;
     struct strbuf name, scratch;
     const struct chat_tool *tool;
 };
 
 void chat_output_init(struct chat_output *o, const struct chat_output_config *cfg);
-void chat_output_fini(struct chat_output *o);    /* a zeroed one is fine */
+void chat_output_fini(struct chat_output *o); /* a zeroed one is fine */
 
 /* The next part of text[0..n), or false until there is more.  final: this is all. */
 bool chat_output_next(struct chat_output *o, const char *text, size_t n, bool final,

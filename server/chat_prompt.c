@@ -77,11 +77,10 @@ static struct part drop_newlines(struct part p)
 /* The bytes of the white space character that s begins with, 0 if there is none. */
 static size_t space_bytes(const char *s, size_t n)
 {
-    static const char *const wide[] = {
-        "\xC2\x85", "\u00A0", "\u1680", "\u2000", "\u2001", "\u2002", "\u2003", "\u2004", "\u2005",
-        "\u2006", "\u2007", "\u2008", "\u2009", "\u200A", "\u2028", "\u2029", "\u202F", "\u205F",
-        "\u3000"
-    };
+    static const char *const wide[] = { "\xC2\x85", "\u00A0", "\u1680", "\u2000", "\u2001",
+                                        "\u2002",   "\u2003", "\u2004", "\u2005", "\u2006",
+                                        "\u2007",   "\u2008", "\u2009", "\u200A", "\u2028",
+                                        "\u2029",   "\u202F", "\u205F", "\u3000" };
 
     if (n == 0)
         return 0;
@@ -348,10 +347,11 @@ static void glm_tools(struct chat_prompt *p, const cJSON *tools)
         json_dump(&p->text, tool, 0);
         mark(p, "\n");
     }
-    mark(p, "</tools>\n\nFor each function call, output the function name and arguments within "
-            "the following XML format:\n<tool_call>{function-name}<arg_key>{arg-key-1}</arg_key>"
-            "<arg_value>{arg-value-1}</arg_value><arg_key>{arg-key-2}</arg_key>"
-            "<arg_value>{arg-value-2}</arg_value>...</tool_call>");
+    mark(p,
+         "</tools>\n\nFor each function call, output the function name and arguments within "
+         "the following XML format:\n<tool_call>{function-name}<arg_key>{arg-key-1}</arg_key>"
+         "<arg_value>{arg-value-1}</arg_value><arg_key>{arg-key-2}</arg_key>"
+         "<arg_value>{arg-value-2}</arg_value>...</tool_call>");
 }
 
 static void glm_call(struct chat_prompt *p, const struct chat_call *call)
@@ -390,7 +390,7 @@ static void glm_assistant(struct chat_prompt *p, const struct chat *c, uint32_t 
 
 static void render_glm(struct chat_prompt *p, const struct chat *c)
 {
-    uint32_t n_before = 0;    /* messages up to the user's last one */
+    uint32_t n_before = 0; /* messages up to the user's last one */
 
     for (uint32_t i = 0; i < c->n_messages; i++)
         if (c->messages[i].role == CHAT_USER)
@@ -453,10 +453,11 @@ static void llama_date(struct chat_prompt *p, enum chat_format f, const struct c
 static void llama_tools(struct chat_prompt *p, const cJSON *tools, const char *content)
 {
     llama_header(p, "user");
-    mark(p, "Given the following functions, please respond with a JSON for a function call with "
-            "its proper arguments that best answers the given prompt.\n\nRespond in the format "
-            "{\"name\": function name, \"parameters\": dictionary of argument name and its "
-            "value}.Do not use variables.\n\n");
+    mark(p,
+         "Given the following functions, please respond with a JSON for a function call with "
+         "its proper arguments that best answers the given prompt.\n\nRespond in the format "
+         "{\"name\": function name, \"parameters\": dictionary of argument name and its "
+         "value}.Do not use variables.\n\n");
     for (const cJSON *tool = tools->child; tool; tool = tool->next) {
         json_dump(&p->text, tool, 4);
         mark(p, "\n\n");
@@ -492,9 +493,11 @@ static enum status render_llama31(struct chat_prompt *p, enum chat_format f,
         if (c->messages[k].n_calls > 1)
             return error_set(err, ST_INVALID,
                              "'messages[%u].tool_calls' has %u calls; this model's chat format "
-                             "takes one a message.", k, c->messages[k].n_calls);
+                             "takes one a message.",
+                             k, c->messages[k].n_calls);
     if (c->tools && i == c->n_messages)
-        return error_set(err, ST_INVALID, "'messages' has no message to put the tools into; "
+        return error_set(err, ST_INVALID,
+                         "'messages' has no message to put the tools into; "
                          "this model's chat format needs one beside the system's.");
     mark(p, "<|begin_of_text|>");
     llama_header(p, "system");
@@ -543,12 +546,16 @@ static enum status check_tools(enum chat_format f, const struct chat *c, struct 
     if (chat_format_facts(f)->tools)
         return ST_OK;
     if (c->tools)
-        return error_set(err, ST_INVALID, "'tools' is not supported by the chat format %s of "
-                         "this model.", name);
+        return error_set(err, ST_INVALID,
+                         "'tools' is not supported by the chat format %s of "
+                         "this model.",
+                         name);
     for (uint32_t i = 0; i < c->n_messages; i++)
         if (c->messages[i].role == CHAT_TOOL || c->messages[i].n_calls > 0)
-            return error_set(err, ST_INVALID, "'messages[%u]' is about a tool call, which the "
-                             "chat format %s of this model cannot express.", i, name);
+            return error_set(err, ST_INVALID,
+                             "'messages[%u]' is about a tool call, which the "
+                             "chat format %s of this model cannot express.",
+                             i, name);
     return ST_OK;
 }
 

@@ -26,14 +26,14 @@ enum chat_switch { CHAT_UNSET, CHAT_OFF, CHAT_ON };
 
 struct chat_call {
     const char *name;
-    const char *spelling;            /* arguments as the client wrote them, or NULL */
-    const struct cJSON *arguments;   /* an object, prepared by json_dump_prepare() */
+    const char *spelling;          /* arguments as the client wrote them, or NULL */
+    const struct cJSON *arguments; /* an object, prepared by json_dump_prepare() */
 };
 
 struct chat_message {
     enum chat_role role;
-    const char *content;             /* never NULL */
-    const char *reasoning;           /* NULL: not given */
+    const char *content;   /* never NULL */
+    const char *reasoning; /* NULL: not given */
     const struct chat_call *calls;
     uint32_t n_calls;
 };
@@ -48,7 +48,7 @@ struct chat {
     const char *date;                /* "26 Jul 2024", or NULL: the format's own */
 };
 
-struct chat_prompt {                 /* zero-initialise */
+struct chat_prompt { /* zero-initialise */
     struct strbuf text;
     struct token_span *marked;
     size_t n_marked, capacity;

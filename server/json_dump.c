@@ -45,7 +45,7 @@ static void spell_float(char out[NUMBER_BYTES], double v)
     char *d = digits + (digits[0] == '-');
     exponent = (int)strtol(strchr(d, 'e') + 1, NULL, 10);
     if (n > 1)
-        memmove(d + 1, d + 2, (size_t)n - 1);   /* the point goes */
+        memmove(d + 1, d + 2, (size_t)n - 1); /* the point goes */
     d[n] = '\0';
     if (exponent < -4 || exponent >= 16)
         snprintf(out, NUMBER_BYTES, "%s%c%s%se%c%02d", sign, d[0], n > 1 ? "." : "", d + 1,
@@ -118,8 +118,8 @@ static enum status check_keys(const cJSON *object, struct error *err)
     qsort(keys, n, sizeof *keys, key_order);
     for (i = 1; i < n && status == ST_OK; i++)
         if (strcmp(keys[i], keys[i - 1]) == 0)
-            status = error_set(err, ST_INVALID, "has the key '%.60s' twice in an object.",
-                               keys[i]);
+            status =
+                error_set(err, ST_INVALID, "has the key '%.60s' twice in an object.", keys[i]);
     mem_free(keys);
     return status;
 }

@@ -14,28 +14,49 @@ static const struct chat_tool tools[] = {
     { .name = "f" },
 };
 
-enum kind { THINK, THINK_TOOLS, OPEN, OPEN_TOOLS, QUIET, QUIET_TOOLS, GLM, GLM_QUIET, LLAMA,
-            PLAIN, ONE_CALL, N_KINDS };
+enum kind {
+    THINK,
+    THINK_TOOLS,
+    OPEN,
+    OPEN_TOOLS,
+    QUIET,
+    QUIET_TOOLS,
+    GLM,
+    GLM_QUIET,
+    LLAMA,
+    PLAIN,
+    ONE_CALL,
+    N_KINDS
+};
 static const struct chat_output_config configs[N_KINDS] = {
     [THINK] = { .format = CHAT_QWEN3, .may_think = true },
     [THINK_TOOLS] = { .format = CHAT_QWEN3, .may_think = true, .tools = tools, .n_tools = 2 },
     [OPEN] = { .format = CHAT_QWEN3_THINKING, .may_think = true, .open_thoughts = true },
-    [OPEN_TOOLS] = { .format = CHAT_QWEN3_THINKING, .may_think = true, .open_thoughts = true,
-                     .tools = tools, .n_tools = 2 },
+    [OPEN_TOOLS] = { .format = CHAT_QWEN3_THINKING,
+                     .may_think = true,
+                     .open_thoughts = true,
+                     .tools = tools,
+                     .n_tools = 2 },
     [QUIET] = { .format = CHAT_QWEN25 },
     [QUIET_TOOLS] = { .format = CHAT_QWEN25, .tools = tools, .n_tools = 2 },
-    [GLM] = { .format = CHAT_GLM47, .may_think = true, .open_thoughts = true, .tools = tools,
+    [GLM] = { .format = CHAT_GLM47,
+              .may_think = true,
+              .open_thoughts = true,
+              .tools = tools,
               .n_tools = 2 },
     [GLM_QUIET] = { .format = CHAT_GLM47, .tools = tools, .n_tools = 2 },
     [LLAMA] = { .format = CHAT_LLAMA31, .tools = tools, .n_tools = 2 },
     [PLAIN] = { .format = CHAT_PLAIN },
-    [ONE_CALL] = { .format = CHAT_QWEN3_INSTRUCT, .tools = tools, .n_tools = 2,
+    [ONE_CALL] = { .format = CHAT_QWEN3_INSTRUCT,
+                   .tools = tools,
+                   .n_tools = 2,
                    .one_call = true },
 };
 
 #define CALL "<tool_call>\n{\"name\": \"f\", \"arguments\": {\"a\": 1}}\n</tool_call>"
-#define PARIS "<tool_call>\n{\"name\": \"get_weather\", \"arguments\": {\"city\": \"Pa}ris\\\"\"," \
-              " \"l\": [{}]}}\n</tool_call>"
+#define PARIS                                                                                  \
+    "<tool_call>\n{\"name\": \"get_weather\", \"arguments\": {\"city\": \"Pa}ris\\\"\","       \
+    " \"l\": [{}]}}\n</tool_call>"
 #define GLM_CALL(pairs) "<tool_call>get_weather" pairs "</tool_call>"
 #define PAIR(k, v) "<arg_key>" k "</arg_key><arg_value>" v "</arg_value>"
 
@@ -74,26 +95,34 @@ static const struct {
     { THINK_TOOLS, "<think>\nI call\n" CALL, "R[I call]0:f({\"a\": 1})" },
     { OPEN_TOOLS, "I call\n" CALL "x", "R[I call]0:f({\"a\": 1})C[x]" },
     { QUIET_TOOLS, "<tool_call>{\"name\":\"f\",\"arguments\":{}}</tool_call>", "0:f({})" },
-    { QUIET_TOOLS, "<tool_call>{\"name\":\"other\",\"arguments\":{\"s\":\"</tool_call>\"}}"
-      "</tool_call>", "0:other({\"s\":\"</tool_call>\"})" },
+    { QUIET_TOOLS,
+      "<tool_call>{\"name\":\"other\",\"arguments\":{\"s\":\"</tool_call>\"}}"
+      "</tool_call>",
+      "0:other({\"s\":\"</tool_call>\"})" },
     /* in another order, in a string, without arguments */
     { QUIET_TOOLS, "<tool_call>{\"arguments\": {\"a\" : [1]}, \"name\": \"f\"}</tool_call>",
       "0:f({\"a\" : [1]})" },
     { QUIET_TOOLS, "<tool_call>{\"name\":\"f\",\"arguments\":\"{\\\"a\\\":1}\"}</tool_call>",
       "0:f({\"a\":1})" },
     { QUIET_TOOLS, "<tool_call>\n{\"name\": \"f\"}\n</tool_call>", "0:f({})" },
-    { QUIET_TOOLS, "<tool_call>{\"name\":\"\\u0066\",\"arguments\":{}}</tool_call>", "0:f({})" },
+    { QUIET_TOOLS, "<tool_call>{\"name\":\"\\u0066\",\"arguments\":{}}</tool_call>",
+      "0:f({})" },
     { QUIET_TOOLS, "<tool_call>{\"name\":\"f\",\"arguments\":null}", "0:f({})" },
     /* broken or cut off */
     { QUIET_TOOLS, "<tool_call>f(1)</tool_call> ok", "C[<tool_call>f(1)</tool_call> ok]" },
     { QUIET_TOOLS, "<tool_call>{oops}</tool_call> ok", "C[<tool_call>{oops}</tool_call> ok]" },
     { QUIET_TOOLS, "<tool_call>{oops}", "C[<tool_call>{oops}]" },
-    { QUIET_TOOLS, "<tool_call>{\"name\": 1}</tool_call>", "C[<tool_call>{\"name\": 1}</tool_call>]" },
-    { QUIET_TOOLS, "<tool_call>[]</tool_call>" CALL, "C[<tool_call>[]</tool_call>]0:f({\"a\": 1})" },
+    { QUIET_TOOLS, "<tool_call>{\"name\": 1}</tool_call>",
+      "C[<tool_call>{\"name\": 1}</tool_call>]" },
+    { QUIET_TOOLS, "<tool_call>[]</tool_call>" CALL,
+      "C[<tool_call>[]</tool_call>]0:f({\"a\": 1})" },
     { QUIET_TOOLS, "<tool_call>\n{\"name\": \"get_w", "C[<tool_call>\n{\"name\": \"get_w]" },
-    { QUIET_TOOLS, "<tool_call>\n{\"name\": \"f\", \"arguments\": {\"a\": \"x", "0:f({\"a\": \"x)" },
-    { QUIET_TOOLS, "<tool_call>\n{\"name\": \"f\", \"arguments\": {\"a\": 1}", "0:f({\"a\": 1})" },
-    { QUIET_TOOLS, "<tool_call>{\"name\":\"f\",\"arguments\":{\"a\":1}}</tool_c", "0:f({\"a\":1})" },
+    { QUIET_TOOLS, "<tool_call>\n{\"name\": \"f\", \"arguments\": {\"a\": \"x",
+      "0:f({\"a\": \"x)" },
+    { QUIET_TOOLS, "<tool_call>\n{\"name\": \"f\", \"arguments\": {\"a\": 1}",
+      "0:f({\"a\": 1})" },
+    { QUIET_TOOLS, "<tool_call>{\"name\":\"f\",\"arguments\":{\"a\":1}}</tool_c",
+      "0:f({\"a\":1})" },
     { QUIET_TOOLS, "<tool_call>{\"name\":\"f\",\"arguments\":{\"a\":1}} junk</tool_call>",
       "0:f({\"a\":1})C[junk</tool_call>]" },
     { QUIET_TOOLS, "<tool_call>{\"name\":\"f\",\"arguments\":{\"a\":</tool_call>x",
@@ -104,7 +133,8 @@ static const struct {
     { GLM, "hmm" GLM_CALL(PAIR("city", "Paris") PAIR("days", "2")),
       "R[hmm]0:get_weather({\"city\": \"Paris\", \"days\": 2})" },
     { GLM_QUIET, GLM_CALL(""), "0:get_weather({})" },
-    { GLM_QUIET, "Yes.\n<tool_call> get_weather\n<arg_key>city</arg_key>\n<arg_value>12</arg_value>\n"
+    { GLM_QUIET,
+      "Yes.\n<tool_call> get_weather\n<arg_key>city</arg_key>\n<arg_value>12</arg_value>\n"
       "</tool_call>\n" GLM_CALL(PAIR("q", "[1, {\"a\": null}]")),
       "C[Yes.]0:get_weather({\"city\": \"12\"})1:get_weather({\"q\": [1, {\"a\": null}]})" },
     { GLM_QUIET, GLM_CALL(PAIR("text", "a \"b\"\n<c> \xC3\xA9") PAIR("n", "1.50")),
@@ -126,7 +156,8 @@ static const struct {
     { LLAMA, " \n ", "C[ \n ]" },
 };
 
-static void write_delta(struct strbuf *out, const struct chat_delta *d, int *open, uint32_t *call)
+static void write_delta(struct strbuf *out, const struct chat_delta *d, int *open,
+                        uint32_t *call)
 {
     static const char *const begin[] = { "R[", "C[", "", "" };
     static const char *const end[] = { "]", "]", ")", ")" };
@@ -247,12 +278,31 @@ END_TEST
  * never matter. */
 START_TEST(random_outputs)
 {
-    static const char *const pieces[] = {
-        "<think>", "</think>", "<tool_call>", "</tool_call>", "{\"name\": \"f\", ", "\"arguments\"",
-        ": ", "{", "}", "\"", "\\", "\n", " ", "a", "<", "<arg_key>", "</arg_key>", "<arg_value>",
-        "</arg_value>", "[", "]", "f", "{\"name\": \"f\", \"arguments\": {\"a\": 1}}", "\xC3\xA9",
-        "{\"name\": \"f\", \"parameters\": {"
-    };
+    static const char *const pieces[] = { "<think>",
+                                          "</think>",
+                                          "<tool_call>",
+                                          "</tool_call>",
+                                          "{\"name\": \"f\", ",
+                                          "\"arguments\"",
+                                          ": ",
+                                          "{",
+                                          "}",
+                                          "\"",
+                                          "\\",
+                                          "\n",
+                                          " ",
+                                          "a",
+                                          "<",
+                                          "<arg_key>",
+                                          "</arg_key>",
+                                          "<arg_value>",
+                                          "</arg_value>",
+                                          "[",
+                                          "]",
+                                          "f",
+                                          "{\"name\": \"f\", \"arguments\": {\"a\": 1}}",
+                                          "\xC3\xA9",
+                                          "{\"name\": \"f\", \"parameters\": {" };
     uint64_t state = 1234;
     struct strbuf text = { 0 }, whole = { 0 }, steps = { 0 };
 
@@ -267,8 +317,8 @@ START_TEST(random_outputs)
         read_in_steps(&whole, cfg, text.data, text.n);
         read_in_steps(&steps, cfg, text.data, 1 + (state >> 40) % 5);
         if (strcmp(whole.data, steps.data) != 0)
-            ck_abort_msg("format %d\n%s\n--- whole\n%s\n--- in steps\n%s", cfg->format, text.data,
-                         whole.data, steps.data);
+            ck_abort_msg("format %d\n%s\n--- whole\n%s\n--- in steps\n%s", cfg->format,
+                         text.data, whole.data, steps.data);
     }
     strbuf_fini(&text);
     strbuf_fini(&whole);

@@ -24,11 +24,20 @@ static void setup(void)
     tok = byte_tokenizer_open(true);
     model = (struct model_config){ .vocab = BYTE_IDS };
     cx = (struct api_context){
-        .tokenizer = tok, .model = &model, .model_names = names, .n_model_names = 1,
+        .tokenizer = tok,
+        .model = &model,
+        .model_names = names,
+        .n_model_names = 1,
         .no_chat = "nobody said how",
-        .limits = { .max_model_len = MAX_LEN, .max_choices = 8, .max_prompts = 4, .max_stops = 3,
-                    .max_stop_bytes = 10, .max_bias = 3, .max_logprobs = 5,
-                    .max_logprob_entries = 1 << 20, .max_json_values = 2000,
+        .limits = { .max_model_len = MAX_LEN,
+                    .max_choices = 8,
+                    .max_prompts = 4,
+                    .max_stops = 3,
+                    .max_stop_bytes = 10,
+                    .max_bias = 3,
+                    .max_logprobs = 5,
+                    .max_logprob_entries = 1 << 20,
+                    .max_json_values = 2000,
                     .max_arena_bytes = 1 << 20 },
     };
 }
@@ -95,26 +104,29 @@ END_TEST
 #define AGAIN "{\"role\":\"user\",\"content\":\"Again\"}"
 #define TERSE "{\"role\":\"system\",\"content\":\"Be terse.\"}"
 #define HELLO "{\"role\":\"assistant\",\"content\":\"<think>\\nhmm\\n</think>\\n\\nHello!\"}"
-#define TOOL "{\"type\":\"function\",\"function\":{\"name\":\"get_weather\",\"description\":"       \
-             "\"Get weather: \xC3\xA9\",\"parameters\":{\"type\":\"object\",\"properties\":"        \
-             "{\"city\":{\"type\":\"string\"},\"days\":{\"type\":\"integer\"}},\"required\":"       \
-             "[\"city\"]}}}"
-#define TOOL_TURNS "{\"role\":\"assistant\",\"content\":\"\",\"reasoning_content\":\"need tool\","  \
-                   "\"tool_calls\":[{\"function\":{\"name\":\"get_weather\",\"arguments\":"         \
-                   "{\"city\":\"Paris\",\"days\":2}}}]},"                                           \
-                   "{\"role\":\"tool\",\"content\":\"18C\"},{\"role\":\"tool\",\"content\":\"19C\"}"
-#define SPELLED "{\"type\": \"function\", \"function\": {\"name\": \"get_weather\", "               \
-                "\"description\": \"Get weather: \xC3\xA9\", \"parameters\": {\"type\": \"object\"," \
-                " \"properties\": {\"city\": {\"type\": \"string\"}, \"days\": {\"type\": "         \
-                "\"integer\"}}, \"required\": [\"city\"]}}}"
+#define TOOL                                                                                   \
+    "{\"type\":\"function\",\"function\":{\"name\":\"get_weather\",\"description\":"           \
+    "\"Get weather: \xC3\xA9\",\"parameters\":{\"type\":\"object\",\"properties\":"            \
+    "{\"city\":{\"type\":\"string\"},\"days\":{\"type\":\"integer\"}},\"required\":"           \
+    "[\"city\"]}}}"
+#define TOOL_TURNS                                                                             \
+    "{\"role\":\"assistant\",\"content\":\"\",\"reasoning_content\":\"need tool\","            \
+    "\"tool_calls\":[{\"function\":{\"name\":\"get_weather\",\"arguments\":"                   \
+    "{\"city\":\"Paris\",\"days\":2}}}]},"                                                     \
+    "{\"role\":\"tool\",\"content\":\"18C\"},{\"role\":\"tool\",\"content\":\"19C\"}"
+#define SPELLED                                                                                \
+    "{\"type\": \"function\", \"function\": {\"name\": \"get_weather\", "                      \
+    "\"description\": \"Get weather: \xC3\xA9\", \"parameters\": {\"type\": \"object\","       \
+    " \"properties\": {\"city\": {\"type\": \"string\"}, \"days\": {\"type\": "                \
+    "\"integer\"}}, \"required\": [\"city\"]}}}"
 #define QWEN_TOOLS                                                                             \
-    "# Tools\n\nYou may call one or more functions to assist with the user query.\n\nYou are "  \
-    "provided with function signatures within <tools></tools> XML tags:\n<tools>\n" SPELLED     \
+    "# Tools\n\nYou may call one or more functions to assist with the user query.\n\nYou are " \
+    "provided with function signatures within <tools></tools> XML tags:\n<tools>\n" SPELLED    \
     "\n</tools>\n\nFor each function call, return a json object with function name and "       \
-    "arguments within <tool_call></tool_call> XML tags:\n<tool_call>\n{\"name\": "              \
+    "arguments within <tool_call></tool_call> XML tags:\n<tool_call>\n{\"name\": "             \
     "<function-name>, \"arguments\": <args-json-object>}\n</tool_call><|im_end|>\n"
 #define LLAMA_SYSTEM                                                                           \
-    "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: "   \
+    "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: "  \
     "December 2023\nToday Date: 26 Jul 2024\n\n"
 #define ASK "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
 
@@ -125,7 +137,8 @@ static const struct {
     { "qwen3", "{\"messages\":[" TERSE "," USER "," TOOL_TURNS "],\"tools\":[" TOOL "]}",
       "<|im_start|>system\nBe terse.\n\n" QWEN_TOOLS
       "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n<think>\nneed tool\n</think>\n\n"
-      "<tool_call>\n{\"name\": \"get_weather\", \"arguments\": {\"city\": \"Paris\", \"days\": 2}}\n"
+      "<tool_call>\n{\"name\": \"get_weather\", \"arguments\": {\"city\": \"Paris\", \"days\": "
+      "2}}\n"
       "</tool_call><|im_end|>\n<|im_start|>user\n<tool_response>\n18C\n</tool_response>\n"
       "<tool_response>\n19C\n</tool_response><|im_end|>\n<|im_start|>assistant\n" },
     { "qwen3-thinking", "{\"messages\":[" USER "," HELLO "," AGAIN "]}",
@@ -155,7 +168,7 @@ static const struct {
       "<|im_start|>system\nBe terse.<|im_end|>\n" ASK },
     { "llama-3.1", "{\"messages\":[" USER "]}",
       LLAMA_SYSTEM "<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
-      "<|start_header_id|>assistant<|end_header_id|>\n\n" },
+                   "<|start_header_id|>assistant<|end_header_id|>\n\n" },
     { "plain", "{\"messages\":[" TERSE "," USER "," HELLO "," AGAIN "]}",
       "System: Be terse.\n\nUser: Hi\n\nAssistant: <think>\nhmm\n</think>\n\nHello!\n\n"
       "User: Again\n\nAssistant:" },
@@ -173,23 +186,36 @@ END_TEST
 START_TEST(numbers_are_spelled_as_python_does)
 {
     static const char *const pairs[][2] = {
-        { "1e2", "100.0" }, { "1.50", "1.5" }, { "-0", "0" }, { "-0.0", "-0.0" },
-        { "1E400", "Infinity" }, { "-1e999", "-Infinity" }, { "0.00001", "1e-05" },
-        { "0.0001", "0.0001" }, { "1e15", "1000000000000000.0" }, { "1e16", "1e+16" },
+        { "1e2", "100.0" },
+        { "1.50", "1.5" },
+        { "-0", "0" },
+        { "-0.0", "-0.0" },
+        { "1E400", "Infinity" },
+        { "-1e999", "-Infinity" },
+        { "0.00001", "1e-05" },
+        { "0.0001", "0.0001" },
+        { "1e15", "1000000000000000.0" },
+        { "1e16", "1e+16" },
         { "123456789012345678901234567890", "123456789012345678901234567890" },
-        { "5e-324", "5e-324" }, { "1.7976931348623157e308", "1.7976931348623157e+308" },
-        { "0.1e1", "1.0" }, { "12.5e-3", "0.0125" }, { "3e0", "3.0" },
+        { "5e-324", "5e-324" },
+        { "1.7976931348623157e308", "1.7976931348623157e+308" },
+        { "0.1e1", "1.0" },
+        { "12.5e-3", "0.0125" },
+        { "3e0", "3.0" },
     };
 
     for (size_t i = 0; i < sizeof pairs / sizeof pairs[0]; i++) {
         char body[400], want[400];
         snprintf(body, sizeof body,
-                 "{\"messages\":[" USER ",{\"role\":\"assistant\",\"tool_calls\":[{\"function\":"
+                 "{\"messages\":[" USER
+                 ",{\"role\":\"assistant\",\"tool_calls\":[{\"function\":"
                  "{\"name\":\"f\",\"arguments\":{\"a-1\":[%s]}}}]}],"
-                 "\"add_generation_prompt\":false}", pairs[i][0]);
+                 "\"add_generation_prompt\":false}",
+                 pairs[i][0]);
         snprintf(want, sizeof want,
                  "[gMASK]<sop><|user|>Hi<|assistant|></think><tool_call>f<arg_key>a-1</arg_key>"
-                 "<arg_value>[%s]</arg_value></tool_call>", pairs[i][1]);
+                 "<arg_value>[%s]</arg_value></tool_call>",
+                 pairs[i][1]);
         check_text("glm-4.7", pairs[i][0], body, want);
     }
 }
@@ -208,7 +234,8 @@ START_TEST(messages_cannot_write_control_tokens)
     int starts = 0, ends = 0, thoughts = 0;
 
     ck_assert_int_eq(tokenizer_open(&qwen, "tests/unit/data/tokenizer/qwen.json", &e), ST_OK);
-    int32_t start = tokenizer_find(qwen, "<|im_start|>"), end = tokenizer_find(qwen, "<|im_end|>");
+    int32_t start = tokenizer_find(qwen, "<|im_start|>"),
+            end = tokenizer_find(qwen, "<|im_end|>");
     int32_t think = tokenizer_find(qwen, "<think>");
     cx.tokenizer = qwen;
     cx.chat = CHAT_QWEN3;
@@ -225,7 +252,7 @@ START_TEST(messages_cannot_write_control_tokens)
         ends += id == end;
         thoughts += id == think;
     }
-    ck_assert_int_eq(starts, 3);     /* system, user, assistant */
+    ck_assert_int_eq(starts, 3); /* system, user, assistant */
     ck_assert_int_eq(ends, 2);
     ck_assert_int_eq(thoughts, 0);
     ck_assert_str_eq(text.data,
@@ -252,18 +279,20 @@ static const struct {
       "'messages' must be a list of at least one message." },
     { "qwen3", "{\"messages\":[1]}", "messages", "'messages[0]' must be an object." },
     { "qwen3", "{\"messages\":[{\"content\":\"x\"}]}", "messages",
-      "'messages[0].role' must be \"system\", \"developer\", \"user\", \"assistant\" or \"tool\"." },
+      "'messages[0].role' must be \"system\", \"developer\", \"user\", \"assistant\" or "
+      "\"tool\"." },
     { "qwen3", "{\"messages\":[" USER ",{\"role\":\"User\",\"content\":\"x\"}]}", "messages",
-      "'messages[1].role' must be \"system\", \"developer\", \"user\", \"assistant\" or \"tool\"." },
+      "'messages[1].role' must be \"system\", \"developer\", \"user\", \"assistant\" or "
+      "\"tool\"." },
     { "qwen3", "{\"messages\":[{\"role\":\"user\"}]}", "messages",
       "'messages[0].content' is missing." },
     { "qwen3", "{\"messages\":[{\"role\":\"user\",\"content\":1}]}", "messages",
       "'messages[0].content' must be a string or a list of text parts." },
     { "qwen3", "{\"messages\":[{\"role\":\"user\",\"content\":[{\"type\":\"image_url\"}]}]}",
-      "messages", "'messages[0].content[0]' is of type 'image_url'; this server reads text only." },
-    { "qwen3", "{\"messages\":[{\"role\":\"user\",\"content\":[{\"type\":\"text\"}]}]}",
       "messages",
-      "'messages[0].content[0]' must be {\"type\": \"text\", \"text\": \"...\"}." },
+      "'messages[0].content[0]' is of type 'image_url'; this server reads text only." },
+    { "qwen3", "{\"messages\":[{\"role\":\"user\",\"content\":[{\"type\":\"text\"}]}]}",
+      "messages", "'messages[0].content[0]' must be {\"type\": \"text\", \"text\": \"...\"}." },
     { "qwen3", "{\"messages\":[{\"role\":\"user\",\"content\":\"x\",\"mood\":1}]}", "messages",
       "'messages[0]' has 'mood', which is not supported by this server." },
     { "qwen3", "{\"messages\":[{\"role\":\"user\",\"role\":\"user\",\"content\":\"x\"}]}",
@@ -276,16 +305,19 @@ static const struct {
       "'messages[0].tool_calls[0].function.name' must be a string." },
     { "qwen3",
       "{\"messages\":[{\"role\":\"assistant\",\"tool_calls\":[{\"function\":{\"name\":\"f\","
-      "\"arguments\":\"[1]\"}}]}]}", "messages",
+      "\"arguments\":\"[1]\"}}]}]}",
+      "messages",
       "'messages[0].tool_calls[0].function.arguments' must be a JSON object, written as a "
       "string." },
     { "glm-4.7",
       "{\"messages\":[{\"role\":\"assistant\",\"tool_calls\":[{\"function\":{\"name\":\"f\","
-      "\"arguments\":\"{\\\"a\\\":1,\\\"a\\\":2}\"}}]}]}", "messages",
+      "\"arguments\":\"{\\\"a\\\":1,\\\"a\\\":2}\"}}]}]}",
+      "messages",
       "'messages[0].tool_calls[0].function.arguments' has the key 'a' twice in an object." },
     { "qwen3", M "\"tools\":{}}", "tools", "'tools' must be a list." },
     { "qwen3", M "\"tools\":[{}]}", "tools", "'tools[0].type' must be \"function\"." },
-    { "qwen3", M "\"tools\":[{\"type\":\"function\",\"function\":{\"name\":\"a b\"}}]}", "tools",
+    { "qwen3", M "\"tools\":[{\"type\":\"function\",\"function\":{\"name\":\"a b\"}}]}",
+      "tools",
       "'tools[0].function.name' must be a string of 1 to 128 bytes without blanks, quotes, "
       "backslashes, braces and angle brackets." },
     { "qwen3", M "\"tools\":[" TOOL "],\"tool_choice\":\"required\"}", "tool_choice",
@@ -299,23 +331,27 @@ static const struct {
       "express." },
     { "llama-3.1",
       "{\"messages\":[{\"role\":\"assistant\",\"tool_calls\":[{\"function\":{\"name\":\"f\"}},"
-      "{\"function\":{\"name\":\"f\"}}]}]}", "messages",
+      "{\"function\":{\"name\":\"f\"}}]}]}",
+      "messages",
       "'messages[0].tool_calls' has 2 calls; this model's chat format takes one a message." },
     { "llama-3.1", "{\"messages\":[" TERSE "],\"tools\":[" TOOL "]}", "messages",
       "'messages' has no message to put the tools into; this model's chat format needs one "
       "beside the system's." },
     { "qwen3-thinking", M "\"enable_thinking\":false}", "enable_thinking",
-      "'enable_thinking' is false, but models of the chat format qwen3-thinking always think." },
+      "'enable_thinking' is false, but models of the chat format qwen3-thinking always "
+      "think." },
     { "qwen2.5", M "\"enable_thinking\":true}", "enable_thinking",
       "'enable_thinking' is true, but models of the chat format qwen2.5 do not think." },
-    { "qwen3", M "\"enable_thinking\":true,\"chat_template_kwargs\":{\"enable_thinking\":false}}",
+    { "qwen3",
+      M "\"enable_thinking\":true,\"chat_template_kwargs\":{\"enable_thinking\":false}}",
       "enable_thinking", "'enable_thinking' is given twice, with different values." },
     { "qwen3", M "\"enable_thinking\":1}", "enable_thinking",
       "'enable_thinking' must be true or false." },
     { "qwen3", M "\"chat_template_kwargs\":{\"mood\":1}}", "chat_template_kwargs",
       "'chat_template_kwargs' has 'mood', which the chat formats of this server do not know." },
     { "qwen3", M "\"chat_template_kwargs\":{\"clear_thinking\":false}}", "chat_template_kwargs",
-      "'clear_thinking' is false, but the chat format qwen3 always leaves out earlier thoughts." },
+      "'clear_thinking' is false, but the chat format qwen3 always leaves out earlier "
+      "thoughts." },
     { "qwen3", M "\"chat_template_kwargs\":{\"date_string\":\"x\"}}", "chat_template_kwargs",
       "'date_string' has no place in the chat format qwen3." },
     { "qwen3", M "\"prompt\":\"x\"}", "prompt",
@@ -336,7 +372,8 @@ static const struct {
     { "qwen3", M "\"n\":9}", "n",
       "The request asks for 9 choices (1 prompts, 9 each); the limit is 8." },
     { "qwen3", M "\"max_tokens\":65536}", "max_tokens",
-      "This model's maximum context length is 65536 tokens. However, you requested 65588 tokens "
+      "This model's maximum context length is 65536 tokens. However, you requested 65588 "
+      "tokens "
       "(52 in the messages, 65536 in the completion)." },
 };
 
@@ -345,8 +382,8 @@ START_TEST(what_is_refused)
     struct api_error err;
 
     cx.chat = format_of(refusals[_i].format);
-    struct api_completion *c = api_parse_chat(refusals[_i].body, strlen(refusals[_i].body), &cx,
-                                              &err);
+    struct api_completion *c =
+        api_parse_chat(refusals[_i].body, strlen(refusals[_i].body), &cx, &err);
     ck_assert_msg(!c, "accepted: %s", refusals[_i].body);
     ck_assert_str_eq(err.message, refusals[_i].message);
     ck_assert_str_eq(err.param, refusals[_i].param);
@@ -378,9 +415,11 @@ START_TEST(fields_of_a_chat)
     ck_assert(c->chat->may_think && !c->chat->open_thoughts && !c->chat->one_call);
     api_completion_free(c);
 
-    c = accept(CHAT_GLM47, M "\"max_completion_tokens\":7,\"logprobs\":true,\"top_logprobs\":3,"
-               "\"n\":2,\"tools\":[" TOOL "],\"parallel_tool_calls\":false,\"tool_choice\":\"auto\","
-               "\"response_format\":{\"type\":\"text\"},\"user\":\"u\",\"seed\":3}");
+    c = accept(CHAT_GLM47,
+               M "\"max_completion_tokens\":7,\"logprobs\":true,\"top_logprobs\":3,"
+                 "\"n\":2,\"tools\":[" TOOL
+                 "],\"parallel_tool_calls\":false,\"tool_choice\":\"auto\","
+                 "\"response_format\":{\"type\":\"text\"},\"user\":\"u\",\"seed\":3}");
     ck_assert_uint_eq(c->template.max_tokens, 7);
     ck_assert_int_eq(c->logprobs, 3);
     ck_assert_uint_eq(c->n, 2);
@@ -392,8 +431,9 @@ START_TEST(fields_of_a_chat)
     ck_assert_str_eq(c->chat->tools[0].strings[0], "city");
     api_completion_free(c);
 
-    c = accept(CHAT_QWEN3, M "\"tools\":[" TOOL "],\"tool_choice\":\"none\",\"logprobs\":true,"
-               "\"enable_thinking\":false,\"max_tokens\":5,\"max_completion_tokens\":5}");
+    c = accept(CHAT_QWEN3,
+               M "\"tools\":[" TOOL "],\"tool_choice\":\"none\",\"logprobs\":true,"
+                 "\"enable_thinking\":false,\"max_tokens\":5,\"max_completion_tokens\":5}");
     ck_assert_uint_eq(c->chat->n_tools, 0);
     ck_assert(!c->chat->may_think);
     ck_assert_int_eq(c->logprobs, 0);
@@ -404,13 +444,14 @@ END_TEST
 /* What SDKs send back of an answer is taken, whatever empty members it has. */
 START_TEST(an_answer_comes_back)
 {
-    struct api_completion *c =
-        accept(CHAT_QWEN3, "{\"messages\":[" USER ",{\"role\":\"assistant\",\"content\":null,"
-               "\"refusal\":null,\"annotations\":[],\"audio\":null,\"function_call\":null,"
-               "\"name\":\"bot\",\"reasoning\":\"r\",\"tool_calls\":[{\"id\":\"call_1\",\"index\":0,"
-               "\"type\":\"function\",\"function\":{\"name\":\"f\",\"arguments\":\"\"}}]},"
-               "{\"role\":\"tool\",\"tool_call_id\":\"call_1\",\"content\":[{\"type\":\"text\","
-               "\"text\":\"ok\"}]}]}");
+    struct api_completion *c = accept(
+        CHAT_QWEN3,
+        "{\"messages\":[" USER ",{\"role\":\"assistant\",\"content\":null,"
+        "\"refusal\":null,\"annotations\":[],\"audio\":null,\"function_call\":null,"
+        "\"name\":\"bot\",\"reasoning\":\"r\",\"tool_calls\":[{\"id\":\"call_1\",\"index\":0,"
+        "\"type\":\"function\",\"function\":{\"name\":\"f\",\"arguments\":\"\"}}]},"
+        "{\"role\":\"tool\",\"tool_call_id\":\"call_1\",\"content\":[{\"type\":\"text\","
+        "\"text\":\"ok\"}]}]}");
 
     api_completion_free(c);
 }
