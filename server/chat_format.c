@@ -107,7 +107,7 @@ static const struct marks {
       { "[gMASK]<sop>", "<|system|>\n# Tools\n", "<arg_key>{arg-key-1}</arg_key>",
         "clear_thinking is defined and not clear_thinking", "<|observation|>",
         "'</think>' if (enable_thinking is defined and not enable_thinking) else '<think>'" },
-      { "/nothink", "<|begin_of_image|>", "<|im_start|>" } },
+      { "/nothink", "<|begin_of_image|>", "<|im_start|>", "<|start_header_id|>" } },
     { CHAT_LLAMA3,
       { "'<|start_header_id|>' + message['role'] + '<|end_header_id|>", "bos_token",
         "message['content'] | trim + '<|eot_id|>'", "<|start_header_id|>assistant" },
