@@ -11,7 +11,14 @@
 /* The conversation of a chat request.  Strings are borrowed from the body's tree: the prompt
  * is rendered and tokenised while that lives. */
 
-enum { MAX_DATE_BYTES = 64, MAX_NAME_BYTES = 128, PATH_BYTES = 64 };
+enum {
+    MAX_DATE_BYTES = 64,
+    MAX_NAME_BYTES = 128,
+    PATH_BYTES = 64,
+    /* Far more than any set of tools has (a guess).  Some formats print each on a line of its
+     * own, with blanks for its depth in front. */
+    MAX_TOOL_VALUES = 1 << 16
+};
 
 struct conversation {
     struct api_parse *p;
@@ -142,13 +149,13 @@ static enum status read_content(struct conversation *c, const cJSON *message, ui
 }
 
 /* Upper bound of the values in a JSON text: what stands in front of each but the first. */
-static size_t count_values(const char *s)
+static size_t count_values(const char *s, size_t n)
 {
-    size_t n = 1;
+    size_t values = 1;
 
-    for (; (s = strpbrk(s, ",:[{")); s++)
-        n++;
-    return n;
+    for (size_t i = 0; i < n; i++)
+        values += s[i] == ',' || s[i] == ':' || s[i] == '[' || s[i] == '{';
+    return values;
 }
 
 /* Arguments in a string.  Where the format puts them as they are written, no tree is made. */
@@ -156,7 +163,7 @@ static enum status parse_arguments(struct conversation *c, struct chat_call *cal
                                    const char *path)
 {
     const char *text = call->spelling;
-    size_t n = strlen(text), values = count_values(text);
+    size_t n = strlen(text), values = count_values(text, n);
     struct json_scan scan;
     struct error err;
 
@@ -363,6 +370,9 @@ static enum status read_tools(struct conversation *c)
     if (v->tree && !cJSON_IsArray(v->tree))
         return api_refuse(c->p, "tools", "'tools' must be a list.");
     if (v->tree && v->tree->child) {
+        if (count_values(v->text, v->text_bytes) > MAX_TOOL_VALUES)
+            return api_refuse(c->p, "tools", "'tools' has more than %d values.",
+                              MAX_TOOL_VALUES);
         TRY(prepare(c->p, "tools", v));
         for (const cJSON *tool = v->tree->child; tool; tool = tool->next, i++)
             TRY(check_tool(c, tool, i));
@@ -581,7 +591,8 @@ static enum status render(struct conversation *c, struct token_list *list, size_
     enum status status = chat_render(&prompt, c->p->cx->chat, &c->chat, &err);
 
     if (status != ST_OK)
-        status = api_refuse(c->p, "messages", "%s", err.text);
+        status = api_refuse(c->p, c->chat.tools && !c->facts->tools ? "tools" : "messages", "%s",
+                            err.text);
     else if (tokenizer_encode_marked(c->p->cx->tokenizer, list, prompt.text.data, prompt.text.n,
                                      prompt.marked, prompt.n_marked, max_ids) != ST_OK)
         status = api_refuse_length(c->p, max_ids + 1, false);

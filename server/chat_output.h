@@ -40,8 +40,8 @@ struct chat_tool {
 
 struct chat_output_config {
     enum chat_format format;
-    bool open_thoughts; /* the prompt has begun them */
     bool may_think;     /* otherwise markers of thoughts are text */
+    bool open_thoughts; /* and the prompt has begun them */
     bool one_call;      /* leave out all but the first */
     const struct chat_tool *tools;
     uint32_t n_tools; /* 0: calls are text */

@@ -98,7 +98,7 @@ void choice_init(struct choice *c, const struct api_completion *from, uint32_t p
         c->chat = true;
         chat_output_init(&c->output, from->chat);
     }
-    if (c->logprobs || c->chat)
+    if (c->logprobs || (c->chat && from->chat->may_think))
         c->starts = mem_calloc((size_t)c->n_echo + r->max_tokens + 1, sizeof *c->starts);
     if (c->logprobs)
         c->offsets = mem_calloc((size_t)c->n_echo + r->max_tokens + 1, sizeof *c->offsets);

@@ -201,11 +201,18 @@ static void on_load(uv_work_t *work)
         sv->loaded_chat = CHAT_NONE;
 }
 
-/* A model without chat is no failure: most likely it was never meant to. */
-static void announce_chat(const struct service *sv)
+/* A model without chat is no failure: most likely it was never meant to.  Clients are not
+ * told of files. */
+static void take_chat_format(struct service *sv)
 {
+    sv->api.chat = sv->loaded_chat;
+    sv->api.no_chat = sv->no_chat.code == ST_UNSUPPORTED
+                          ? sv->no_chat.text
+                          : "its folder's chat template cannot be read";
     if (sv->api.chat != CHAT_NONE)
         log_info("service", "chat format %s", chat_format_facts(sv->api.chat)->name);
+    else if (sv->cfg->chat_format == CHAT_NONE)
+        log_info("service", "no chat: chat-format is none");
     else
         log_warn("service", "no chat with this model: %s (chat-format)", sv->no_chat.text);
 }
@@ -249,15 +256,13 @@ static void on_loaded(uv_work_t *work, int status)
     sv->api.tokenizer = engine_tokenizer(sv->engine);
     sv->api.model = engine_model(sv->engine);
     sv->api.limits.max_model_len = engine_max_model_len(sv->engine);
-    sv->api.chat = sv->loaded_chat;
-    sv->api.no_chat = sv->no_chat.text;
     if (sv->state != SERVICE_LOADING) {
         service_note_end(sv);
         return;
     }
     sv->state = SERVICE_READY;
     sv->progress_ns = clock_now_ns();
-    announce_chat(sv);
+    take_chat_format(sv);
     announce(sv);
 }
 

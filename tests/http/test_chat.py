@@ -218,7 +218,7 @@ class NoChat(Sdk):
         self.assertEqual(e.code, "chat_not_available")
         self.assertIn("chat-format is none", e.message)
         self.assertTrue(self.client.completions.create(model=NAME, prompt="x", max_tokens=1))
-        self.assertIn("no chat with this model", self.d.log_text())
+        self.assertIn("no chat: chat-format is none", self.d.log_text())
 
 
 class UnknownTemplate(unittest.TestCase):
@@ -228,6 +228,7 @@ class UnknownTemplate(unittest.TestCase):
             status, _, body = d.request("POST", "/v1/chat/completions", {"messages": ASK})
             self.assertEqual(status, 400)
             self.assertIn("none of those that are known", json.loads(body)["error"]["message"])
+            self.assertIn("no chat with this model", d.log_text())
             self.assertEqual(d.complete(prompt="\n", max_tokens=1, temperature=0)["choices"][0]
                              ["text"], "xyzzy")
 

@@ -324,7 +324,7 @@ static const struct {
       "'tool_choice' must be \"auto\" or \"none\"; this server does not force calls." },
     { "qwen3", M "\"tools\":[" TOOL "],\"tool_choice\":{\"type\":\"function\"}}", "tool_choice",
       "'tool_choice' must be \"auto\" or \"none\"; this server does not force calls." },
-    { "smollm2", M "\"tools\":[" TOOL "]}", "messages",
+    { "smollm2", M "\"tools\":[" TOOL "]}", "tools",
       "'tools' is not supported by the chat format smollm2 of this model." },
     { "plain", "{\"messages\":[{\"role\":\"tool\",\"content\":\"x\"}]}", "messages",
       "'messages[0]' is about a tool call, which the chat format plain of this model cannot "
