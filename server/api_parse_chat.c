@@ -591,11 +591,14 @@ static enum status render(struct conversation *c, struct token_list *list, size_
     enum status status = chat_render(&prompt, c->p->cx->chat, &c->chat, &err);
 
     if (status != ST_OK)
-        status = api_refuse(c->p, c->chat.tools && !c->facts->tools ? "tools" : "messages", "%s",
-                            err.text);
+        status = api_refuse(c->p, c->chat.tools && !c->facts->tools ? "tools" : "messages",
+                            "%s", err.text);
     else if (tokenizer_encode_marked(c->p->cx->tokenizer, list, prompt.text.data, prompt.text.n,
                                      prompt.marked, prompt.n_marked, max_ids) != ST_OK)
-        status = api_refuse_length(c->p, max_ids + 1, false);
+        status = c->p->endpoint == API_CHAT
+                     ? api_refuse_length(c->p, max_ids + 1, false)
+                     : api_refuse(c->p, "messages",
+                                  "The conversation has more than %zu tokens.", max_ids);
     chat_prompt_fini(&prompt);
     return status;
 }
@@ -638,6 +641,10 @@ static enum status choose_max_tokens(struct api_parse *p)
                           "'max_tokens' and 'max_completion_tokens' differ; send one of them.");
     if (f->max_completion_tokens >= 0)
         f->max_tokens = f->max_completion_tokens;
+    if (f->max_tokens == 0)
+        return api_refuse(
+            p, f->max_completion_tokens == 0 ? "max_completion_tokens" : "max_tokens",
+            "A chat needs 'max_tokens' or 'max_completion_tokens' of at least 1.");
     return ST_OK;
 }
 

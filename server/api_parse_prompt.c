@@ -18,9 +18,10 @@ static const char *where(char out[WHERE_BYTES], const struct api_parse *p, uint3
     return out;
 }
 
-static bool is_chat(const struct api_parse *p)
+/* What the prompt is made of. */
+static const char *field_of(const struct api_parse *p)
 {
-    return p->endpoint == API_CHAT;
+    return p->endpoint == API_CHAT ? "messages" : "prompt";
 }
 
 /* exact: n_prompt is all there is; otherwise counting stopped there. */
@@ -30,12 +31,11 @@ enum status api_refuse_length(struct api_parse *p, uint64_t n_prompt, bool exact
     uint32_t limit = p->cx->limits.max_model_len;
     const char *least = exact ? "" : "at least ";
     enum status status =
-        api_refuse(p, n_prompt <= limit ? "max_tokens" : is_chat(p) ? "messages" : "prompt",
+        api_refuse(p, n_prompt > limit ? field_of(p) : "max_tokens",
                    "This model's maximum context length is %u tokens. However, you requested "
                    "%s%llu tokens (%s%llu in the %s, %llu in the completion).",
                    limit, least, (unsigned long long)(n_prompt + n_completion), least,
-                   (unsigned long long)n_prompt, is_chat(p) ? "messages" : "prompt",
-                   (unsigned long long)n_completion);
+                   (unsigned long long)n_prompt, field_of(p), (unsigned long long)n_completion);
 
     p->err->code = "context_length_exceeded";
     return status;
@@ -113,10 +113,9 @@ static enum status check_rows(struct api_parse *p, const struct token_list *list
 {
     for (size_t i = 0; i < list->n; i++)
         if (list->ids[i] >= p->cx->model->vocab)
-            return api_refuse(p, "prompt",
-                              "'prompt' has the token %d, which the model does not "
-                              "know.",
-                              list->ids[i]);
+            return api_refuse(p, field_of(p),
+                              "'%s' has the token %d, which the model does not know.",
+                              field_of(p), list->ids[i]);
     return ST_OK;
 }
 

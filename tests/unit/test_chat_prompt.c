@@ -368,7 +368,7 @@ static const struct {
     { "qwen3", M "\"max_tokens\":1,\"max_completion_tokens\":2}", "max_completion_tokens",
       "'max_tokens' and 'max_completion_tokens' differ; send one of them." },
     { "qwen3", M "\"max_tokens\":0}", "max_tokens",
-      "'max_tokens' must be at least 1 unless 'echo' is true." },
+      "A chat needs 'max_tokens' or 'max_completion_tokens' of at least 1." },
     { "qwen3", M "\"n\":9}", "n",
       "The request asks for 9 choices (1 prompts, 9 each); the limit is 8." },
     { "qwen3", M "\"max_tokens\":65536}", "max_tokens",
