@@ -375,7 +375,9 @@ static bool read_call_end(struct chat_output *o, const struct view *v, bool *mor
     if (at < v->n && v->s[at] == '}')
         at = skip_blanks(v, at + 1);
     *more = false;
-    if (at == v->n || (v->final && strncmp(call_end, v->s + at, v->n - at) == 0)) {
+    size_t rest = v->n - at;
+    if (rest == 0 ||
+        (v->final && rest < sizeof call_end - 1 && memcmp(call_end, v->s + at, rest) == 0)) {
         if (v->final)
             go(o, SPACE, v->n);
         return false;
@@ -485,10 +487,7 @@ static void add_glm_value(struct chat_output *o, const char *key, const char *s,
         strbuf_add(&o->scratch, s, n);
         return;
     }
-    struct strbuf text = { 0 };
-    strbuf_add(&text, s, n);
-    json_dump_string(&o->scratch, text.data ? text.data : "");
-    strbuf_fini(&text);
+    json_dump_string(&o->scratch, s, n);
 }
 
 static bool read_glm_pair(struct chat_output *o, const struct view *v, size_t at,
@@ -513,7 +512,7 @@ static bool read_glm_pair(struct chat_output *o, const struct view *v, size_t at
     strbuf_add(&o->name, v->s + key, end - key);
     strbuf_clear(&o->scratch);
     strbuf_puts(&o->scratch, o->has_pair ? ", " : "{");
-    json_dump_string(&o->scratch, o->name.data ? o->name.data : "");
+    json_dump_string(&o->scratch, v->s + key, end - key);
     strbuf_puts(&o->scratch, ": ");
     add_glm_value(o, o->name.data ? o->name.data : "", v->s + text, close - text);
     o->has_pair = true;

@@ -477,7 +477,7 @@ static void llama_message(struct chat_prompt *p, const struct chat_message *m)
         mark(p, "}<|eot_id|>");
     } else if (m->role == CHAT_TOOL) {
         llama_header(p, "ipython");
-        json_dump_string(&p->text, m->content);
+        json_dump_string(&p->text, m->content, strlen(m->content));
         mark(p, "<|eot_id|>");
     } else {
         llama_turn(p, role_name(m->role), m->content);

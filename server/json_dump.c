@@ -151,26 +151,31 @@ enum status json_dump_prepare(cJSON *root, const char *text, size_t n, struct er
 
 /* ---- printing */
 
-void json_dump_string(struct strbuf *out, const char *s)
+void json_dump_string(struct strbuf *out, const char *s, size_t n)
 {
     static const char names[] = "\b\t\n\f\r\"\\", letters[] = "btnfr\"\\";
+    size_t run = 0; /* s[run..i) is copied as it is */
 
     strbuf_puts(out, "\"");
-    for (const char *run = s;; s++) {
-        unsigned char c = (unsigned char)*s;
+    for (size_t i = 0; i < n; i++) {
+        unsigned char c = (unsigned char)s[i];
         if (c >= 0x20 && c != '"' && c != '\\')
             continue;
-        strbuf_add(out, run, (size_t)(s - run));
-        run = s + 1;
-        if (c == '\0')
-            break;
-        const char *name = strchr(names, c);
+        strbuf_add(out, s + run, i - run);
+        run = i + 1;
+        const char *name = c ? strchr(names, c) : NULL;
         if (name)
             strbuf_printf(out, "\\%c", letters[name - names]);
         else
             strbuf_printf(out, "\\u%04x", c);
     }
+    strbuf_add(out, s + run, n - run);
     strbuf_puts(out, "\"");
+}
+
+static void print_string(struct strbuf *out, const char *s)
+{
+    json_dump_string(out, s, strlen(s));
 }
 
 static void print_open(struct strbuf *out, const cJSON *node)
@@ -180,7 +185,7 @@ static void print_open(struct strbuf *out, const cJSON *node)
     if (array || cJSON_IsObject(node))
         strbuf_puts(out, node->child ? (array ? "[" : "{") : (array ? "[]" : "{}"));
     else if (cJSON_IsString(node))
-        json_dump_string(out, node->valuestring);
+        print_string(out, node->valuestring);
     else if (cJSON_IsRaw(node))
         strbuf_puts(out, node->valuestring);
     else
@@ -199,7 +204,7 @@ void json_dump(struct strbuf *out, const cJSON *root, int indent)
 
     for (const cJSON *node = root;;) {
         if (parents.n > 0 && cJSON_IsObject(parents.nodes[parents.n - 1])) {
-            json_dump_string(out, node->string);
+            print_string(out, node->string);
             strbuf_puts(out, ": ");
         }
         print_open(out, node);

@@ -22,6 +22,6 @@ enum status json_dump_prepare(struct cJSON *root, const char *text, size_t n,
 
 /* Append a prepared value.  indent 0: on one line, with ", " and ": ". */
 void json_dump(struct strbuf *out, const struct cJSON *v, int indent);
-void json_dump_string(struct strbuf *out, const char *s);
+void json_dump_string(struct strbuf *out, const char *s, size_t n);
 
 #endif

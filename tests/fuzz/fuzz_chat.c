@@ -8,8 +8,8 @@
 #include "engine/base/utf8.h"
 #include "engine/model/model_config.h"
 #include "server/api.h"
-#include "server/json_scan.h"
 
+#include <cjson/cJSON.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -54,11 +54,13 @@ static struct api_context *context(void)
     return &cx;
 }
 
+/* Texts of tokens may have a NUL, which is JSON but nothing that bodies may hold. */
 static void check_json(const struct strbuf *text)
 {
-    struct json_scan scan;
+    cJSON *root = cJSON_ParseWithLength(text->data, text->n);
 
-    ASSERT(json_scan(&scan, text->data, text->n, 1000000, NULL) == ST_OK && scan.object);
+    ASSERT(cJSON_IsObject(root) && utf8_is_valid(text->data, text->n));
+    cJSON_Delete(root);
 }
 
 static void check_error(const struct api_error *err)
