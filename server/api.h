@@ -4,6 +4,8 @@
 #include "engine/base/status.h"
 #include "engine/model/tokenizer.h"
 #include "engine/run/request.h"
+#include "server/chat_format.h"
+#include "server/chat_output.h"
 
 #include <stdbool.h>
 #include <stddef.h>
@@ -13,11 +15,13 @@ struct arena;
 struct model_config;
 struct strbuf;              /* engine/base/strbuf.h */
 
-/* The OpenAI wire format of /v1/completions: bodies to native types and back.
+/* The OpenAI wire format of /v1/completions and /v1/chat/completions: bodies to
+ * native types and back; and the two small calls of /tokenize and /detokenize.
  *
- * Pure: no sockets, no engine, no clock.  api_parse_completion may run on a
- * thread of the libuv pool; it touches only what it is given.  JSON trees die
- * inside; what a completion refers to lives in its arena. */
+ * Pure: no sockets, no engine, no clock (but for the date in Llama 3.2's
+ * prompts).  What parses may run on a thread of the libuv pool; it touches only
+ * what it is given.  JSON trees die inside; what a completion refers to lives
+ * in its arena. */
 
 /* A refusal, as the client will see it.  message is one sentence and names the
  * field, the value's problem and the limit. */
@@ -46,6 +50,8 @@ struct api_context {
     const struct model_config *model;   /* defaults of sampling, vocab */
     const char *const *model_names;     /* accepted in "model", the first is the canonical one */
     int n_model_names;
+    enum chat_format chat;   /* CHAT_NONE: chat is refused, because */
+    const char *no_chat;     /* of this, half a sentence */
     struct api_limits limits;
 };
 
@@ -66,6 +72,10 @@ struct api_completion {
     int logprobs;            /* -1: not asked for */
     bool has_seed;           /* else template.seed is to be drawn by the caller, one a choice */
     const char *model;       /* as written by the client, or the canonical name */
+    /* Of the template's stops and stop ids, how many the client gave; those behind are the
+     * chat format's, and no client is told of them. */
+    uint32_t n_own_stops, n_own_stop_ids;
+    const struct chat_output_config *chat;    /* how to read the output, or NULL: as text */
     /* Everything else of a request, the same for all: sampling, stops, biases,
      * max_tokens, min_tokens, sparse, n_top, score_prompt.  Not for submission itself. */
     struct request template;
@@ -76,7 +86,15 @@ struct api_completion {
 struct api_completion *api_parse_completion(const char *body, size_t n,
                                             const struct api_context *cx,
                                             struct api_error *err);
+struct api_completion *api_parse_chat(const char *body, size_t n, const struct api_context *cx,
+                                      struct api_error *err);
 void api_completion_free(struct api_completion *c);    /* NULL is fine */
+
+/* /tokenize and /detokenize: append the answer's document to out, or fill *err. */
+enum status api_tokenize(struct strbuf *out, const char *body, size_t n,
+                         const struct api_context *cx, struct api_error *err) MUST_USE;
+enum status api_detokenize(struct strbuf *out, const char *body, size_t n,
+                           const struct api_context *cx, struct api_error *err) MUST_USE;
 
 /* One choice's part of an answer, for the writers below. */
 struct api_piece {
@@ -94,14 +112,35 @@ struct api_piece {
     const struct token_logprob *top;    /* [n_tokens, n_top] or NULL */
     uint32_t n_top;
     const uint64_t *offsets; /* [n_tokens] where each begins in the text, in code points */
+    /* Of a chat: what the text of a chunk is, or the whole message. */
+    bool role;               /* the first chunk, which says who speaks and has no text */
+    enum chat_part part;
+    uint32_t call;           /* which one, and of a CHAT_CALL its id; the text is its name */
+    const char *call_id;
+    const struct api_message *message;
+};
+
+enum { API_CALL_ID_BYTES = 32 };
+
+struct api_call {
+    char id[API_CALL_ID_BYTES];
+    struct strbuf name, arguments;
+};
+
+struct api_message {
+    struct strbuf content, reasoning;
+    struct api_call *calls;
+    uint32_t n_calls;
 };
 
 struct api_usage {
     uint64_t prompt_tokens, completion_tokens, cached_tokens;
+    bool chat;                   /* then it says as well how many of the completion's were */
+    uint64_t reasoning_tokens;   /* thoughts */
 };
 
 struct api_head {            /* the same in every chunk of an answer */
-    const char *id;          /* "cmpl-..." */
+    const char *id;          /* "cmpl-...", "chatcmpl-..." */
     const char *model;
     int64_t created;         /* Unix seconds */
 };
@@ -111,6 +150,13 @@ struct api_head {            /* the same in every chunk of an answer */
 void api_write_completion(struct strbuf *out, const struct api_head *head,
                           const struct tokenizer *t, const struct api_piece *pieces,
                           uint32_t n_pieces, const struct api_usage *usage, bool usage_null);
+/* Of a chat: the answer as a whole, or a chunk of it. */
+void api_write_chat(struct strbuf *out, const struct api_head *head, const struct tokenizer *t,
+                    const struct api_piece *pieces, uint32_t n_pieces,
+                    const struct api_usage *usage);
+void api_write_chat_chunk(struct strbuf *out, const struct api_head *head,
+                          const struct tokenizer *t, const struct api_piece *piece,
+                          const struct api_usage *usage, bool usage_null);
 void api_write_error(struct strbuf *out, const struct api_error *err);
 void api_write_models(struct strbuf *out, const char *const *names, int n_names,
                       int64_t created, uint32_t max_model_len, bool one);

@@ -70,6 +70,10 @@ static struct api_fields defaults(const struct model_config *m)
         .repetition = m->has_repetition ? (double)m->repetition : 1.0,
         .skip_special = true,
         .add_special = true,
+        .top_logprobs = -1,
+        .max_completion_tokens = -1,
+        .parallel_calls = true,
+        .generate = true,
     };
 }
 
@@ -363,16 +367,24 @@ static enum status check_logprob_entries(struct api_parse *p)
 
 static enum status build(struct api_parse *p)
 {
-    TRY(read_model(p));
     TRY(read_stream_options(p));
-    TRY(check_counts(p));
+    /* Of a chat max_tokens follows from the conversation; it is checked there. */
+    if (p->endpoint == API_TEXT)
+        TRY(check_counts(p));
     TRY(read_attention(p));
     TRY(read_salt(p));
     TRY(read_stops(p));
     TRY(read_stop_ids(p));
     TRY(read_bias(p));
+    p->out->n_own_stops = p->out->template.n_stops;
+    p->out->n_own_stop_ids = p->out->template.n_stop_ids;
+    if (p->endpoint == API_CHAT) {
+        TRY(api_read_chat(p));
+        TRY(check_counts(p));
+    }
     fill(p);
-    TRY(api_read_prompts(p));
+    if (p->endpoint == API_TEXT)
+        TRY(api_read_prompts(p));
     return check_logprob_entries(p);
 }
 
@@ -392,19 +404,37 @@ static enum status parse_tree(struct api_parse *p, cJSON **out, struct json_scan
     return ST_OK;
 }
 
-struct api_completion *api_parse_completion(const char *body, size_t n,
-                                            const struct api_context *cx, struct api_error *err)
+void api_parse_init(struct api_parse *p, enum api_endpoint endpoint,
+                    const struct api_context *cx, struct api_error *err)
 {
-    struct api_parse p = { .cx = cx, .err = err, .fields = defaults(cx->model) };
-    struct json_scan scan;
-    cJSON *root = NULL;
-
     ASSERT(cx->n_model_names > 0 && cx->limits.max_model_len > 0);
-    p.out = mem_calloc(1, sizeof *p.out);
-    p.out->arena = arena_create(cx->limits.max_arena_bytes);
-    enum status status = parse_tree(&p, &root, &scan, body, n);
-    if (status == ST_OK)
-        status = api_read_fields(&p, root, &scan, body);
+    *p = (struct api_parse){
+        .endpoint = endpoint, .cx = cx, .err = err, .fields = defaults(cx->model)
+    };
+    p->out = mem_calloc(1, sizeof *p->out);
+    p->out->arena = arena_create(cx->limits.max_arena_bytes);
+}
+
+enum status api_read_body(struct api_parse *p, cJSON **root, const char *body, size_t n)
+{
+    struct json_scan scan;
+
+    *root = NULL;
+    TRY(parse_tree(p, root, &scan, body, n));
+    TRY(api_read_fields(p, *root, &scan, body));
+    return read_model(p);
+}
+
+static struct api_completion *parse(enum api_endpoint endpoint, const char *body, size_t n,
+                                    const struct api_context *cx, struct api_error *err)
+{
+    struct api_parse p;
+    cJSON *root;
+
+    api_parse_init(&p, endpoint, cx, err);
+    if (endpoint == API_CHAT)
+        p.fields.max_tokens = -1;
+    enum status status = api_read_body(&p, &root, body, n);
     if (status == ST_OK)
         status = build(&p);
     cJSON_Delete(root);
@@ -412,6 +442,18 @@ struct api_completion *api_parse_completion(const char *body, size_t n,
         return p.out;
     api_completion_free(p.out);
     return NULL;
+}
+
+struct api_completion *api_parse_completion(const char *body, size_t n,
+                                            const struct api_context *cx, struct api_error *err)
+{
+    return parse(API_TEXT, body, n, cx, err);
+}
+
+struct api_completion *api_parse_chat(const char *body, size_t n, const struct api_context *cx,
+                                      struct api_error *err)
+{
+    return parse(API_CHAT, body, n, cx, err);
 }
 
 void api_completion_free(struct api_completion *c)

@@ -6,7 +6,10 @@
 
 #include <cjson/cJSON.h>
 
-/* What the files behind api_parse_completion share; nobody else includes it. */
+/* What the files behind the parsers of api.h share; nobody else includes it. */
+
+/* Whose body it is, a bit each. */
+enum api_endpoint { API_TEXT = 1, API_CHAT = 2, API_TOKENIZE = 4, API_DETOKENIZE = 8 };
 
 /* A field of the body: its tree and its text. */
 struct api_value {
@@ -19,14 +22,18 @@ struct api_value {
 /* The fields as written, checked one by one but not against each other. */
 struct api_fields {
     struct api_value model, prompt, stop, stop_ids, bias, stream_options, cache_salt, attention;
+    struct api_value messages, tools, tool_choice, template_kwargs, enable_thinking, tokens;
     int64_t max_tokens, min_tokens, n, top_k, seed;
-    int64_t best_of, logprobs; /* -1: absent */
+    int64_t best_of, logprobs; /* -1: absent, like */
+    int64_t top_logprobs, max_completion_tokens;
     double temperature, top_p, min_p, presence, frequency, repetition;
     bool stream, include_usage, echo, has_seed;
     bool ignore_eos, include_stop, skip_special, add_special;
+    bool want_logprobs, parallel_calls, generate, return_strings;
 };
 
 struct api_parse {
+    enum api_endpoint endpoint;
     const struct api_context *cx;
     struct api_error *err;
     struct api_fields fields;
@@ -46,9 +53,28 @@ enum status api_read_fields(struct api_parse *p, const cJSON *root,
 
 /* api_parse_prompt.c: p->out->prompts.  max_tokens must be checked before. */
 enum status api_read_prompts(struct api_parse *p) MUST_USE;
+/* How many choices there will be; before tokenising, which is the expensive part. */
+enum status api_check_choices(struct api_parse *p, uint32_t n_prompts) MUST_USE;
+/* Make list prompt number i, which must fit the model and its context. */
+enum status api_keep_ids(struct api_parse *p, const struct token_list *list,
+                         uint32_t i) MUST_USE;
+enum status api_refuse_length(struct api_parse *p, uint64_t n_prompt, bool exact) MUST_USE;
 /* Id number i of a list, of JSON number v. */
 enum status api_read_id(struct api_parse *p, const char *param, const cJSON *v, size_t i,
                         int32_t *out) MUST_USE;
+
+/* api_parse_chat.c: the conversation as out->prompts[0], and out->chat. */
+enum status api_read_chat(struct api_parse *p) MUST_USE;
+/* The ids of the conversation alone. */
+enum status api_read_conversation(struct api_parse *p, struct token_list *list,
+                                  size_t max_ids) MUST_USE;
+
+/* api_parse.c: the body as a tree, its fields read and the model checked.  *root is to be
+ * deleted whatever the result is. */
+enum status api_read_body(struct api_parse *p, cJSON **root, const char *body,
+                          size_t n) MUST_USE;
+void api_parse_init(struct api_parse *p, enum api_endpoint endpoint,
+                    const struct api_context *cx, struct api_error *err);
 
 /* Zeroed memory of the completion; refuses the request when there is too much. */
 enum status api_alloc(struct api_parse *p, void **out, size_t count, size_t bytes) MUST_USE;

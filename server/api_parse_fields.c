@@ -20,6 +20,7 @@ struct field {
     size_t offset;
     double min, max; /* inclusive */
     bool above_min;  /* min itself is out */
+    unsigned where;  /* enum api_endpoint; 0: completions, text and chat */
 };
 
 #define AT(member) .offset = offsetof(struct api_fields, member)
@@ -27,13 +28,21 @@ struct field {
 /* clang-format off */
 /* Bounds that depend on each other or on a limit are checked in api_parse.c. */
 static const struct field fields[] = {
-    { .name = "model", .kind = FIELD_STRING, AT(model) },
-    { .name = "prompt", .kind = FIELD_ANY, AT(prompt) },
+    { .name = "model", .kind = FIELD_STRING, AT(model),
+      .where = API_TEXT | API_CHAT | API_TOKENIZE | API_DETOKENIZE },
+    { .name = "prompt", .kind = FIELD_ANY, AT(prompt), .where = API_TEXT | API_TOKENIZE },
     { .name = "max_tokens", .kind = FIELD_INT, AT(max_tokens), .max = UINT32_MAX },
+    { .name = "max_completion_tokens", .kind = FIELD_INT, AT(max_completion_tokens),
+      .max = UINT32_MAX, .where = API_CHAT },
     { .name = "min_tokens", .kind = FIELD_INT, AT(min_tokens), .max = UINT32_MAX },
     { .name = "n", .kind = FIELD_INT, AT(n), .min = 1, .max = 128 },
-    { .name = "best_of", .kind = FIELD_INT, AT(best_of), .min = 1, .max = 128 },
-    { .name = "logprobs", .kind = FIELD_INT, AT(logprobs), .max = SAMPLE_MAX_TOP },
+    { .name = "best_of", .kind = FIELD_INT, AT(best_of), .min = 1, .max = 128,
+      .where = API_TEXT },
+    { .name = "logprobs", .kind = FIELD_INT, AT(logprobs), .max = SAMPLE_MAX_TOP,
+      .where = API_TEXT },
+    { .name = "logprobs", .kind = FIELD_BOOL, AT(want_logprobs), .where = API_CHAT },
+    { .name = "top_logprobs", .kind = FIELD_INT, AT(top_logprobs), .max = SAMPLE_MAX_TOP,
+      .where = API_CHAT },
     { .name = "temperature", .kind = FIELD_NUMBER, AT(temperature), .max = 2 },
     { .name = "top_p", .kind = FIELD_NUMBER, AT(top_p), .max = 1, .above_min = true },
     { .name = "top_k", .kind = FIELD_INT, AT(top_k), .min = -1, .max = INT32_MAX },
@@ -48,14 +57,31 @@ static const struct field fields[] = {
     { .name = "ignore_eos", .kind = FIELD_BOOL, AT(ignore_eos) },
     { .name = "include_stop_str_in_output", .kind = FIELD_BOOL, AT(include_stop) },
     { .name = "skip_special_tokens", .kind = FIELD_BOOL, AT(skip_special) },
-    { .name = "add_special_tokens", .kind = FIELD_BOOL, AT(add_special) },
-    { .name = "echo", .kind = FIELD_BOOL, AT(echo) },
+    { .name = "add_special_tokens", .kind = FIELD_BOOL, AT(add_special),
+      .where = API_TEXT | API_TOKENIZE },
+    { .name = "echo", .kind = FIELD_BOOL, AT(echo), .where = API_TEXT },
     { .name = "stream", .kind = FIELD_BOOL, AT(stream) },
     { .name = "stream_options", .kind = FIELD_ANY, AT(stream_options) },
     { .name = "attention", .kind = FIELD_STRING, AT(attention) },
     { .name = "cache_salt", .kind = FIELD_STRING, AT(cache_salt) },
     { .name = "user", .kind = FIELD_IGNORED },
     { .name = "metadata", .kind = FIELD_IGNORED },
+    { .name = "prompt_cache_key", .kind = FIELD_IGNORED, .where = API_CHAT },
+    { .name = "safety_identifier", .kind = FIELD_IGNORED, .where = API_CHAT },
+    { .name = "messages", .kind = FIELD_ANY, AT(messages), .where = API_CHAT | API_TOKENIZE },
+    { .name = "tools", .kind = FIELD_ANY, AT(tools), .where = API_CHAT | API_TOKENIZE },
+    { .name = "tool_choice", .kind = FIELD_ANY, AT(tool_choice), .where = API_CHAT },
+    { .name = "parallel_tool_calls", .kind = FIELD_BOOL, AT(parallel_calls),
+      .where = API_CHAT },
+    { .name = "chat_template_kwargs", .kind = FIELD_ANY, AT(template_kwargs),
+      .where = API_CHAT | API_TOKENIZE },
+    { .name = "enable_thinking", .kind = FIELD_ANY, AT(enable_thinking),
+      .where = API_CHAT | API_TOKENIZE },
+    { .name = "add_generation_prompt", .kind = FIELD_BOOL, AT(generate),
+      .where = API_CHAT | API_TOKENIZE },
+    { .name = "return_token_strs", .kind = FIELD_BOOL, AT(return_strings),
+      .where = API_TOKENIZE },
+    { .name = "tokens", .kind = FIELD_ANY, AT(tokens), .where = API_DETOKENIZE },
 };
 /* clang-format on */
 
@@ -78,14 +104,35 @@ struct missing {
     const char *advice; /* NULL: none */
 };
 
-static const struct missing missing[] = {
-    { "suffix", HARMLESS_NOTHING, NULL },
+static const struct missing missing_in_text[] = {
     { "messages", HARMLESS_NOTHING, "it belongs to chat completions; send 'prompt'" },
     { "max_completion_tokens", HARMLESS_NOTHING, "use 'max_tokens'" },
     { "top_logprobs", HARMLESS_NOTHING, "use 'logprobs'" },
-    { "response_format", HARMLESS_TEXT_FORMAT, NULL },
     { "tools", HARMLESS_EMPTY, NULL },
     { "tool_choice", HARMLESS_NOTHING, NULL },
+};
+
+static const struct missing missing_in_chat[] = {
+    { "prompt", HARMLESS_NOTHING, "it belongs to text completions; send 'messages'" },
+    { "echo", HARMLESS_FALSE, NULL },
+    { "best_of", HARMLESS_ONE, "use 'n'" },
+    { "add_special_tokens", HARMLESS_FALSE, "the chat format has its own" },
+    { "continue_final_message", HARMLESS_FALSE, NULL },
+    { "chat_template", HARMLESS_NOTHING, "only the model's own" },
+    { "documents", HARMLESS_EMPTY, NULL },
+    { "modalities", HARMLESS_NOTHING, "answers are text" },
+    { "audio", HARMLESS_NOTHING, NULL },
+    { "prediction", HARMLESS_NOTHING, NULL },
+    { "verbosity", HARMLESS_NOTHING, NULL },
+    { "web_search_options", HARMLESS_NOTHING, NULL },
+    { "include_reasoning", HARMLESS_TRUE, NULL },
+    { "separate_reasoning", HARMLESS_TRUE, NULL },
+    { "mm_processor_kwargs", HARMLESS_EMPTY, NULL },
+};
+
+static const struct missing missing[] = {
+    { "suffix", HARMLESS_NOTHING, NULL },
+    { "response_format", HARMLESS_TEXT_FORMAT, NULL },
     { "functions", HARMLESS_EMPTY, NULL },
     { "function_call", HARMLESS_NOTHING, NULL },
     { "reasoning_effort", HARMLESS_NOTHING, NULL },
@@ -121,6 +168,32 @@ static const struct missing missing[] = {
     { "kv_transfer_params", HARMLESS_NOTHING, NULL },
     { "vllm_xargs", HARMLESS_EMPTY, NULL },
 };
+
+static const struct missing *find_in(const struct missing *rows, size_t n, const char *name)
+{
+    for (size_t i = 0; i < n; i++)
+        if (strcmp(name, rows[i].name) == 0)
+            return &rows[i];
+    return NULL;
+}
+
+#define FIND_IN(rows, name) find_in(rows, sizeof(rows) / sizeof(rows)[0], name)
+
+static const struct missing *find_missing(const struct api_parse *p, const char *name)
+{
+    const struct missing *m = p->endpoint == API_TEXT   ? FIND_IN(missing_in_text, name)
+                              : p->endpoint == API_CHAT ? FIND_IN(missing_in_chat, name)
+                                                        : NULL;
+
+    if (m || !(p->endpoint & (API_TEXT | API_CHAT)))
+        return m;
+    return FIND_IN(missing, name);
+}
+
+static bool is_here(const struct api_parse *p, unsigned where)
+{
+    return p->endpoint & (where ? where : API_TEXT | API_CHAT);
+}
 
 static bool has_nothing(const cJSON *v)
 {
@@ -266,14 +339,14 @@ static enum status read_member(struct api_parse *p, const struct api_value *v)
 {
     const char *name = v->tree->string;
 
-    if (strcmp(name, "seed") == 0)
+    if (strcmp(name, "seed") == 0 && is_here(p, 0))
         return cJSON_IsNull(v->tree) ? ST_OK : read_seed(p, v);
     for (size_t i = 0; i < sizeof fields / sizeof fields[0]; i++)
-        if (strcmp(name, fields[i].name) == 0)
+        if (strcmp(name, fields[i].name) == 0 && is_here(p, fields[i].where))
             return cJSON_IsNull(v->tree) ? ST_OK : read_field(p, &fields[i], v);
-    for (size_t i = 0; i < sizeof missing / sizeof missing[0]; i++)
-        if (strcmp(name, missing[i].name) == 0)
-            return check_missing(p, &missing[i], v->tree);
+    const struct missing *m = find_missing(p, name);
+    if (m)
+        return check_missing(p, m, v->tree);
     return api_refuse(p, name, "Unrecognized request argument supplied: %.*s",
                       api_quotable_bytes(name), name);
 }

@@ -18,18 +18,24 @@ static const char *where(char out[WHERE_BYTES], const struct api_parse *p, uint3
     return out;
 }
 
+/* What the prompt is made of. */
+static const char *field_of(const struct api_parse *p)
+{
+    return p->endpoint == API_CHAT ? "messages" : "prompt";
+}
+
 /* exact: n_prompt is all there is; otherwise counting stopped there. */
-static enum status refuse_length(struct api_parse *p, uint64_t n_prompt, bool exact)
+enum status api_refuse_length(struct api_parse *p, uint64_t n_prompt, bool exact)
 {
     uint64_t n_completion = (uint64_t)p->fields.max_tokens;
     uint32_t limit = p->cx->limits.max_model_len;
     const char *least = exact ? "" : "at least ";
     enum status status =
-        api_refuse(p, n_prompt > limit ? "prompt" : "max_tokens",
+        api_refuse(p, n_prompt > limit ? field_of(p) : "max_tokens",
                    "This model's maximum context length is %u tokens. However, you requested "
-                   "%s%llu tokens (%s%llu in the prompt, %llu in the completion).",
+                   "%s%llu tokens (%s%llu in the %s, %llu in the completion).",
                    limit, least, (unsigned long long)(n_prompt + n_completion), least,
-                   (unsigned long long)n_prompt, (unsigned long long)n_completion);
+                   (unsigned long long)n_prompt, field_of(p), (unsigned long long)n_completion);
 
     p->err->code = "context_length_exceeded";
     return status;
@@ -40,7 +46,7 @@ static enum status check_length(struct api_parse *p, uint64_t n_prompt)
     uint64_t n_completion = (uint64_t)p->fields.max_tokens;
 
     return n_prompt + n_completion > p->cx->limits.max_model_len
-               ? refuse_length(p, n_prompt, true)
+               ? api_refuse_length(p, n_prompt, true)
                : ST_OK;
 }
 
@@ -107,14 +113,13 @@ static enum status check_rows(struct api_parse *p, const struct token_list *list
 {
     for (size_t i = 0; i < list->n; i++)
         if (list->ids[i] >= p->cx->model->vocab)
-            return api_refuse(p, "prompt",
-                              "'prompt' has the token %d, which the model does not "
-                              "know.",
-                              list->ids[i]);
+            return api_refuse(p, field_of(p),
+                              "'%s' has the token %d, which the model does not know.",
+                              field_of(p), list->ids[i]);
     return ST_OK;
 }
 
-static enum status keep_ids(struct api_parse *p, const struct token_list *list, uint32_t i)
+enum status api_keep_ids(struct api_parse *p, const struct token_list *list, uint32_t i)
 {
     struct api_prompt *prompt = &p->out->prompts[i];
     char name[WHERE_BYTES];
@@ -141,9 +146,9 @@ static enum status read_text(struct api_parse *p, const char *text, uint32_t i)
 
     /* Counting ends at the limit: a body of megabytes costs no more than a context. */
     if (tokenizer_encode(p->cx->tokenizer, &list, text, n, flags, limit) == ST_OK)
-        status = keep_ids(p, &list, i);
+        status = api_keep_ids(p, &list, i);
     else
-        status = refuse_length(p, limit + 1, false);
+        status = api_refuse_length(p, limit + 1, false);
     token_list_fini(&list);
     if (status == ST_OK && p->fields.echo) {
         void *copy;
@@ -189,8 +194,7 @@ static enum status count_prompts(struct api_parse *p, const cJSON *list, uint32_
     return ST_OK;
 }
 
-/* Before tokenising, which is the expensive part. */
-static enum status check_choices(struct api_parse *p, uint32_t n_prompts)
+enum status api_check_choices(struct api_parse *p, uint32_t n_prompts)
 {
     const struct api_fields *f = &p->fields;
     uint64_t choices = (uint64_t)n_prompts * (uint64_t)f->best_of;
@@ -223,7 +227,7 @@ enum status api_read_prompts(struct api_parse *p)
         TRY(count_prompts(p, list, &n));
     if (v->fraction)
         return api_refuse(p, "prompt", "'prompt' has a token id that is not an integer.");
-    TRY(check_choices(p, n));
+    TRY(api_check_choices(p, n));
     TRY(api_alloc(p, &prompts, n, sizeof(struct api_prompt)));
     p->out->prompts = prompts;
     p->out->n_prompts = n;

@@ -1,4 +1,4 @@
-#include "server/api.h"
+#include "server/api_write.h"
 
 #include "engine/base/invariant.h"
 #include "engine/base/strbuf.h"
@@ -10,7 +10,7 @@
 /* Written by hand: an answer is a chunk for every token, and a tree for each
  * would cost more than the rest of the loop's work. */
 
-static void add_number(struct strbuf *out, uint64_t value)
+void api_put_number(struct strbuf *out, uint64_t value)
 {
     char digits[20];
     size_t at = sizeof digits;
@@ -21,15 +21,15 @@ static void add_number(struct strbuf *out, uint64_t value)
     strbuf_add(out, digits + at, sizeof digits - at);
 }
 
-static void add_integer(struct strbuf *out, int64_t value)
+static void put_integer(struct strbuf *out, int64_t value)
 {
     if (value < 0)
         strbuf_add(out, "-", 1);
-    add_number(out, value < 0 ? -(uint64_t)value : (uint64_t)value);
+    api_put_number(out, value < 0 ? -(uint64_t)value : (uint64_t)value);
 }
 
 /* JSON has no infinity; clients of the legacy shape know this floor. */
-static void add_logprob(struct strbuf *out, float value)
+void api_put_logprob(struct strbuf *out, float value)
 {
     if (!(value > -9999.0f))
         strbuf_puts(out, "-9999.0");
@@ -101,7 +101,7 @@ void api_write_string(struct strbuf *out, const char *s, size_t n)
     strbuf_add(out, "\"", 1);
 }
 
-static void add_text(struct strbuf *out, const char *s)
+void api_put_text(struct strbuf *out, const char *s)
 {
     api_write_string(out, s, strlen(s));
 }
@@ -124,7 +124,7 @@ static void add_token_name(struct strbuf *out, const struct tokenizer *t, int32_
         strbuf_printf(out, "\\x%02x", (unsigned char)bytes[i]);
 }
 
-static void add_token(struct strbuf *out, const struct tokenizer *t, int32_t id,
+void api_put_token(struct strbuf *out, const struct tokenizer *t, int32_t id,
                       struct strbuf *scratch)
 {
     strbuf_clear(scratch);
@@ -171,7 +171,7 @@ static void add_top(struct strbuf *out, const struct tokenizer *t,
         api_write_string(out, names->data ? names->data + start[k] : "",
                          start[k + 1] - start[k]);
         strbuf_puts(out, ":");
-        add_logprob(out, value[k]);
+        api_put_logprob(out, value[k]);
     }
     strbuf_puts(out, "}");
 }
@@ -182,7 +182,7 @@ static void add_logprobs(struct strbuf *out, const struct tokenizer *t,
     strbuf_puts(out, "{\"text_offset\":[");
     for (uint32_t i = 0; i < p->n_tokens; i++) {
         strbuf_puts(out, i ? "," : "");
-        add_number(out, p->offsets[i]);
+        api_put_number(out, p->offsets[i]);
     }
     strbuf_puts(out, "],\"token_logprobs\":[");
     for (uint32_t i = 0; i < p->n_tokens; i++) {
@@ -190,12 +190,12 @@ static void add_logprobs(struct strbuf *out, const struct tokenizer *t,
         if (p->chosen[i].id < 0)
             strbuf_puts(out, "null");
         else
-            add_logprob(out, p->chosen[i].logprob);
+            api_put_logprob(out, p->chosen[i].logprob);
     }
     strbuf_puts(out, "],\"tokens\":[");
     for (uint32_t i = 0; i < p->n_tokens; i++) {
         strbuf_puts(out, i ? "," : "");
-        add_token(out, t, p->ids[i], scratch);
+        api_put_token(out, t, p->ids[i], scratch);
     }
     strbuf_puts(out, "],\"top_logprobs\":[");
     for (uint32_t i = 0; i < p->n_tokens; i++) {
@@ -212,11 +212,28 @@ static void add_logprobs(struct strbuf *out, const struct tokenizer *t,
 
 /* ---- documents */
 
+void api_put_finish(struct strbuf *out, const struct api_piece *p)
+{
+    strbuf_puts(out, ",\"finish_reason\":");
+    if (!p->finish_reason) {
+        strbuf_puts(out, "null");
+        return;
+    }
+    api_put_text(out, p->finish_reason);
+    strbuf_puts(out, ",\"stop_reason\":");
+    if (p->stop_string)
+        api_put_text(out, p->stop_string);
+    else if (p->stop_id >= 0)
+        api_put_number(out, (uint64_t)p->stop_id);
+    else
+        strbuf_puts(out, "null");
+}
+
 static void add_choice(struct strbuf *out, const struct tokenizer *t, const struct api_piece *p,
                        struct strbuf *scratch)
 {
     strbuf_puts(out, "{\"index\":");
-    add_number(out, p->index);
+    api_put_number(out, p->index);
     strbuf_puts(out, ",\"text\":");
     api_write_string(out, p->text_bytes ? p->text : "", p->text_bytes);
     strbuf_puts(out, ",\"logprobs\":");
@@ -224,33 +241,50 @@ static void add_choice(struct strbuf *out, const struct tokenizer *t, const stru
         add_logprobs(out, t, p, scratch);
     else
         strbuf_puts(out, "null");
-    strbuf_puts(out, ",\"finish_reason\":");
-    if (!p->finish_reason) {
-        strbuf_puts(out, "null}");
-        return;
-    }
-    add_text(out, p->finish_reason);
-    strbuf_puts(out, ",\"stop_reason\":");
-    if (p->stop_string)
-        add_text(out, p->stop_string);
-    else if (p->stop_id >= 0)
-        add_number(out, (uint64_t)p->stop_id);
-    else
-        strbuf_puts(out, "null");
+    api_put_finish(out, p);
     strbuf_puts(out, "}");
 }
 
-static void add_usage(struct strbuf *out, const struct api_usage *u)
+static void put_usage(struct strbuf *out, const struct api_usage *u)
 {
     strbuf_puts(out, "{\"prompt_tokens\":");
-    add_number(out, u->prompt_tokens);
+    api_put_number(out, u->prompt_tokens);
     strbuf_puts(out, ",\"completion_tokens\":");
-    add_number(out, u->completion_tokens);
+    api_put_number(out, u->completion_tokens);
     strbuf_puts(out, ",\"total_tokens\":");
-    add_number(out, u->prompt_tokens + u->completion_tokens);
+    api_put_number(out, u->prompt_tokens + u->completion_tokens);
     strbuf_puts(out, ",\"prompt_tokens_details\":{\"cached_tokens\":");
-    add_number(out, u->cached_tokens);
+    api_put_number(out, u->cached_tokens);
+    if (u->chat) {
+        strbuf_puts(out, "},\"completion_tokens_details\":{\"reasoning_tokens\":");
+        api_put_number(out, u->reasoning_tokens);
+    }
     strbuf_puts(out, "}}");
+}
+
+void api_put_head(struct strbuf *out, const struct api_head *head, const char *object)
+{
+    strbuf_puts(out, "{\"id\":");
+    api_put_text(out, head->id);
+    strbuf_puts(out, ",\"object\":");
+    api_put_text(out, object);
+    strbuf_puts(out, ",\"created\":");
+    put_integer(out, head->created);
+    strbuf_puts(out, ",\"model\":");
+    api_put_text(out, head->model);
+    strbuf_puts(out, ",\"choices\":[");
+}
+
+void api_put_tail(struct strbuf *out, const struct api_usage *usage, bool usage_null)
+{
+    strbuf_puts(out, "]");
+    if (usage || usage_null)
+        strbuf_puts(out, ",\"usage\":");
+    if (usage)
+        put_usage(out, usage);
+    else if (usage_null)
+        strbuf_puts(out, "null");
+    strbuf_puts(out, "}");
 }
 
 void api_write_completion(struct strbuf *out, const struct api_head *head,
@@ -259,32 +293,19 @@ void api_write_completion(struct strbuf *out, const struct api_head *head,
 {
     struct strbuf scratch = { 0 };
 
-    strbuf_puts(out, "{\"id\":");
-    add_text(out, head->id);
-    strbuf_puts(out, ",\"object\":\"text_completion\",\"created\":");
-    add_integer(out, head->created);
-    strbuf_puts(out, ",\"model\":");
-    add_text(out, head->model);
-    strbuf_puts(out, ",\"choices\":[");
+    api_put_head(out, head, "text_completion");
     for (uint32_t i = 0; i < n_pieces; i++) {
         strbuf_puts(out, i ? "," : "");
         add_choice(out, t, &pieces[i], &scratch);
     }
-    strbuf_puts(out, "]");
-    if (usage || usage_null)
-        strbuf_puts(out, ",\"usage\":");
-    if (usage)
-        add_usage(out, usage);
-    else if (usage_null)
-        strbuf_puts(out, "null");
-    strbuf_puts(out, "}");
+    api_put_tail(out, usage, usage_null);
     strbuf_fini(&scratch);
 }
 
 static void add_text_or_null(struct strbuf *out, const char *s)
 {
     if (s && s[0])
-        add_text(out, s);
+        api_put_text(out, s);
     else
         strbuf_puts(out, "null");
 }
@@ -292,7 +313,7 @@ static void add_text_or_null(struct strbuf *out, const char *s)
 void api_write_error(struct strbuf *out, const struct api_error *err)
 {
     strbuf_puts(out, "{\"error\":{\"message\":");
-    add_text(out, err->message);
+    api_put_text(out, err->message);
     strbuf_puts(out, ",\"type\":");
     add_text_or_null(out, err->type);
     strbuf_puts(out, ",\"param\":");
@@ -306,13 +327,13 @@ static void add_model(struct strbuf *out, const char *name, const char *root, in
                       uint32_t max_model_len)
 {
     strbuf_puts(out, "{\"id\":");
-    add_text(out, name);
+    api_put_text(out, name);
     strbuf_puts(out, ",\"object\":\"model\",\"created\":");
-    add_integer(out, created);
+    put_integer(out, created);
     strbuf_puts(out, ",\"owned_by\":\"asynctlsd\",\"root\":");
-    add_text(out, root);
+    api_put_text(out, root);
     strbuf_puts(out, ",\"parent\":null,\"max_model_len\":");
-    add_number(out, max_model_len);
+    api_put_number(out, max_model_len);
     strbuf_puts(out, "}");
 }
 

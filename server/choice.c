@@ -4,6 +4,7 @@
 #include "engine/base/mem.h"
 #include "engine/base/utf8.h"
 #include "engine/model/model_config.h"
+#include "server/request_head.h"
 
 #include <string.h>
 
@@ -77,7 +78,9 @@ void choice_init(struct choice *c, const struct api_completion *from, uint32_t p
     struct request *r = &c->req;
 
     *c = (struct choice){ .req = from->template, .tokenizer = t, .model = model,
-                          .index = index, .home = true, .logprobs = from->logprobs >= 0 };
+                          .index = index, .home = true, .logprobs = from->logprobs >= 0,
+                          .n_own_stops = from->n_own_stops,
+                          .n_own_stop_ids = from->n_own_stop_ids };
     r->prompt = p->ids;
     r->n_prompt = p->n_ids;
     r->stopped_by_id = r->stopped_by_string = -1;
@@ -91,12 +94,27 @@ void choice_init(struct choice *c, const struct api_completion *from, uint32_t p
         c->n_echo = c->logprobs && r->score_prompt ? p->n_ids : 0;
     }
     c->newest_start = c->echo_bytes;
-    if (c->logprobs) {
-        c->starts = mem_calloc((size_t)c->n_echo + r->max_tokens + 1, sizeof *c->starts);
-        c->offsets = mem_calloc((size_t)c->n_echo + r->max_tokens + 1, sizeof *c->offsets);
+    if (from->chat) {
+        c->chat = true;
+        chat_output_init(&c->output, from->chat);
     }
+    if (c->logprobs || (c->chat && from->chat->may_think))
+        c->starts = mem_calloc((size_t)c->n_echo + r->max_tokens + 1, sizeof *c->starts);
+    if (c->logprobs)
+        c->offsets = mem_calloc((size_t)c->n_echo + r->max_tokens + 1, sizeof *c->offsets);
     if (c->n_echo)
         locate_prompt(c, p);
+}
+
+static void fini_message(struct api_message *m)
+{
+    strbuf_fini(&m->content);
+    strbuf_fini(&m->reasoning);
+    for (uint32_t i = 0; i < m->n_calls; i++) {
+        strbuf_fini(&m->calls[i].name);
+        strbuf_fini(&m->calls[i].arguments);
+    }
+    mem_free(m->calls);
 }
 
 void choice_fini(struct choice *c)
@@ -112,6 +130,8 @@ void choice_fini(struct choice *c)
     mem_free(c->all_chosen);
     mem_free(c->all_top);
     strbuf_fini(&c->text);
+    chat_output_fini(&c->output);
+    fini_message(&c->message);
     *c = (struct choice){ 0 };
 }
 
@@ -211,12 +231,14 @@ static void describe_end(const struct choice *c, struct api_piece *out)
 {
     const struct request *r = &c->req;
 
-    out->finish_reason = r->finish == FINISH_STOP ? "stop" : "length";
+    out->finish_reason = r->finish != FINISH_STOP ? "length"
+                         : c->output.n_calls > 0  ? "tool_calls"
+                                                  : "stop";
     if (r->finish != FINISH_STOP)
         return;
-    if (r->stopped_by_string >= 0)
+    if (r->stopped_by_string >= 0 && (uint32_t)r->stopped_by_string < c->n_own_stops)
         out->stop_string = r->stops[r->stopped_by_string];
-    for (uint32_t i = 0; i < r->n_stop_ids; i++)
+    for (uint32_t i = 0; i < c->n_own_stop_ids; i++)
         if (r->stop_ids[i] == r->stopped_by_id)
             out->stop_id = r->stopped_by_id;
 }
@@ -260,10 +282,53 @@ static void describe_tokens(struct choice *c, struct api_piece *out, uint32_t fr
     out->offsets = c->offsets + from;
 }
 
+/* The next part of the text that no stop string can take back. */
+static bool next_part(struct choice *c, struct chat_delta *out)
+{
+    bool some = chat_output_next(&c->output, c->text.data ? c->text.data : "", visible_bytes(c),
+                                 c->flushed, out);
+
+    c->sent_bytes = c->output.at;
+    return some;
+}
+
+static bool next_of_chat(struct choice *c, struct api_piece *out)
+{
+    struct chat_delta delta;
+
+    *out = (struct api_piece){ .index = c->index, .stop_id = -1, .role = !c->role_sent };
+    if (!c->role_sent) {
+        c->role_sent = true;
+        return true;
+    }
+    if (next_part(c, &delta)) {
+        out->part = delta.part;
+        out->text = delta.s;
+        out->text_bytes = delta.n;
+        out->call = delta.call;
+        if (delta.part == CHAT_CALL)
+            request_id_make(c->call_id, sizeof c->call_id, "call_");
+        out->call_id = c->call_id;
+    } else if (c->flushed) {
+        describe_end(c, out);
+        c->end_sent = true;
+    } else {
+        return false;
+    }
+    if (c->logprobs) {
+        uint32_t to = tokens_before(c, c->sent_tokens, c->sent_bytes);
+        describe_tokens(c, out, c->sent_tokens, to);
+        c->sent_tokens = to;
+    }
+    return true;
+}
+
 bool choice_next(struct choice *c, struct api_piece *out)
 {
     if (c->end_sent || (choice_n_output(c) == 0 && !c->home))
         return false;
+    if (c->chat)
+        return next_of_chat(c, out);
     size_t end = visible_bytes(c);
     bool last = c->flushed;
 
@@ -313,9 +378,43 @@ static void join_logprobs(struct choice *c)
     }
 }
 
+static void add_part(struct api_message *m, const struct chat_delta *d)
+{
+    if (d->part == CHAT_REASONING || d->part == CHAT_CONTENT) {
+        strbuf_add(d->part == CHAT_CONTENT ? &m->content : &m->reasoning, d->s, d->n);
+        return;
+    }
+    if (d->part == CHAT_CALL) {
+        m->calls = mem_realloc(m->calls, m->n_calls + 1, sizeof *m->calls);
+        struct api_call *call = &m->calls[m->n_calls++];
+        *call = (struct api_call){ .id = "" };
+        request_id_make(call->id, sizeof call->id, "call_");
+        strbuf_add(&call->name, d->s, d->n);
+        return;
+    }
+    ASSERT(m->n_calls > 0);
+    strbuf_add(&m->calls[m->n_calls - 1].arguments, d->s, d->n);
+}
+
+static void whole_chat(struct choice *c, struct api_piece *out)
+{
+    struct chat_delta delta;
+
+    while (next_part(c, &delta))
+        add_part(&c->message, &delta);
+    *out = (struct api_piece){ .index = c->index, .stop_id = -1, .message = &c->message };
+    describe_end(c, out);
+    if (c->logprobs)
+        describe_tokens(c, out, 0, tokens_before(c, 0, c->text.n));
+}
+
 void choice_whole(struct choice *c, struct api_piece *out)
 {
     ASSERT(c->home && c->flushed);
+    if (c->chat) {
+        whole_chat(c, out);
+        return;
+    }
     *out = (struct api_piece){ .index = c->index, .stop_id = -1,
                                .text = c->text.data ? c->text.data : "",
                                .text_bytes = c->text.n };
@@ -332,6 +431,17 @@ void choice_whole(struct choice *c, struct api_piece *out)
     out->ids = c->all_ids;
     out->chosen = c->all_chosen;
     out->top = c->all_top;
+}
+
+uint32_t choice_n_thoughts(const struct choice *c)
+{
+    uint32_t n = 0;
+
+    if (!c->output.thought)
+        return 0;
+    while (n < c->n_read && c->starts[n] < c->output.thoughts_end)
+        n++;
+    return n;
 }
 
 double choice_mean_logprob(const struct choice *c)

@@ -14,8 +14,9 @@
  *
  * The text is the echoed prompt, if any, then what the ids decode to.  Parts
  * of it are withheld while the request runs: bytes that may still become a
- * stop string, and a last id that may be the end.  Loop thread only; no
- * sockets, no engine. */
+ * stop string, and a last id that may be the end.  The text of a chat is taken
+ * apart into thoughts, text and calls (chat_output.h) on its way out.  Loop
+ * thread only; no sockets, no engine. */
 
 struct choice {
     struct request req;
@@ -44,6 +45,13 @@ struct choice {
     uint64_t counted_points;
     bool end_sent;
 
+    bool chat;                   /* the text is taken apart: */
+    bool role_sent;
+    struct chat_output output;
+    char call_id[API_CALL_ID_BYTES];
+    struct api_message message;  /* for choice_whole() */
+    uint32_t n_own_stops, n_own_stop_ids;
+
     uint64_t submitted_ns, last_seen_ns;
 };
 
@@ -64,6 +72,7 @@ bool choice_next(struct choice *c, struct api_piece *out);
 void choice_whole(struct choice *c, struct api_piece *out);
 
 uint32_t choice_n_output(const struct choice *c);
+uint32_t choice_n_thoughts(const struct choice *c);   /* tokens of a chat's reasoning */
 double choice_mean_logprob(const struct choice *c);   /* home, n_top >= 0 */
 
 #endif

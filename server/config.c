@@ -11,7 +11,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { MAX_FILE_BYTES = 1 << 20, MAX_OPTIONS = 128, MAX_KEY_BYTES = 64, HELP_COLUMNS = 80 };
+enum { MAX_FILE_BYTES = 1 << 20, MAX_OPTIONS = 128, MAX_KEY_BYTES = 64 };
+enum { HELP_COLUMNS = 80, MAX_CHOICES_COLUMNS = 40 };
 
 static const char env_prefix[] = "ASYNCTLSD_";
 
@@ -442,7 +443,7 @@ static const char *value_word(const struct option *o)
         return "yes|no";
     case OPTION_CHOICE:
     case OPTION_WORD:
-        return o->choices;
+        return strlen(o->choices) <= MAX_CHOICES_COLUMNS ? o->choices : "WORD";
     case OPTION_TEXT:
     case OPTION_LIST:
         return "VALUE";

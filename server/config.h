@@ -45,6 +45,8 @@ struct config {
     struct engine_config engine;
     struct config_list model_names; /* served-model-name; never empty once complete */
 
+    enum chat_format chat_format;
+
     char *host;
     uint32_t port;               /* 0: any free one */
     struct config_list api_keys; /* api-key and the lines of api-key-file */

@@ -19,6 +19,12 @@ static const struct option table[] = {
     { .key = "served-model-name", .type = OPTION_LIST, AT(model_names), .initial = "none",
       .help = "Names that requests may put in \"model\", separated by commas; the first is "
               "the one that answers carry. none: the name of the model's folder." },
+    { .key = "chat-format", .type = OPTION_CHOICE, AT(chat_format), .initial = "auto",
+      .choices = CHAT_FORMAT_WORDS,
+      .help = "How conversations are written for the model: chatml, smollm2, qwen2.5, qwen3, "
+              "qwen3-thinking, qwen3-instruct, glm-4.7, llama-3, llama-3.1 or llama-3.2. auto: "
+              "as its folder's chat template says, if that is one of these; plain: \"User: "
+              "text\", for models that were not made for chat; none: no chat." },
     { .key = "backend", .type = OPTION_TEXT, AT(engine.backend), .initial = "auto",
       .help = "The device that computes: cpu, cuda:N, or auto: cuda:0 where there is a GPU, "
               "else cpu." },

@@ -151,8 +151,31 @@ static void answer_model(struct service *sv, struct http_exchange *x)
     reply_refusal(x, REFUSE_MODEL);
 }
 
+static void answer_text(struct service *sv, struct http_exchange *x)
+{
+    stream_start(sv, x, STREAM_TEXT);
+}
+
+static void answer_chat(struct service *sv, struct http_exchange *x)
+{
+    stream_start(sv, x, STREAM_CHAT);
+}
+
+static void answer_tokenize(struct service *sv, struct http_exchange *x)
+{
+    stream_start(sv, x, STREAM_TOKENIZE);
+}
+
+static void answer_detokenize(struct service *sv, struct http_exchange *x)
+{
+    stream_start(sv, x, STREAM_DETOKENIZE);
+}
+
 static const struct route routes[] = {
-    { "/v1/completions", ROUTE_POST | ROUTE_ENGINE, stream_start },
+    { "/v1/completions", ROUTE_POST | ROUTE_ENGINE, answer_text },
+    { "/v1/chat/completions", ROUTE_POST | ROUTE_ENGINE, answer_chat },
+    { "/tokenize", ROUTE_POST | ROUTE_ENGINE, answer_tokenize },
+    { "/detokenize", ROUTE_POST | ROUTE_ENGINE, answer_detokenize },
     { "/v1/models", ROUTE_GET | ROUTE_ENGINE, answer_models },
     { "/v1/models/", ROUTE_GET | ROUTE_ENGINE | ROUTE_PREFIX, answer_model },
     { "/health", ROUTE_GET | ROUTE_PUBLIC, answer_health },

@@ -4,6 +4,7 @@
 #include "engine/base/invariant.h"
 #include "engine/base/log.h"
 #include "engine/base/mem.h"
+#include "server/chat_format.h"
 #include "server/listen.h"
 #include "server/metrics.h"
 #include "server/reply.h"
@@ -195,6 +196,25 @@ static void on_load(uv_work_t *work)
     cfg.progress = &sv->load_progress;
     if (engine_create(&sv->loaded, &cfg, sv->mailbox, &sv->load_error) != ST_OK)
         sv->loaded = NULL;
+    else if (chat_format_find(&sv->loaded_chat, sv->cfg->chat_format, cfg.model_dir,
+                              engine_tokenizer(sv->loaded), &sv->no_chat) != ST_OK)
+        sv->loaded_chat = CHAT_NONE;
+}
+
+/* A model without chat is no failure: most likely it was never meant to.  Clients are not
+ * told of files. */
+static void take_chat_format(struct service *sv)
+{
+    sv->api.chat = sv->loaded_chat;
+    sv->api.no_chat = sv->no_chat.code == ST_UNSUPPORTED
+                          ? sv->no_chat.text
+                          : "its folder's chat template cannot be read";
+    if (sv->api.chat != CHAT_NONE)
+        log_info("service", "chat format %s", chat_format_facts(sv->api.chat)->name);
+    else if (sv->cfg->chat_format == CHAT_NONE)
+        log_info("service", "no chat: chat-format is none");
+    else
+        log_warn("service", "no chat with this model: %s (chat-format)", sv->no_chat.text);
 }
 
 static void announce(const struct service *sv)
@@ -242,6 +262,7 @@ static void on_loaded(uv_work_t *work, int status)
     }
     sv->state = SERVICE_READY;
     sv->progress_ns = clock_now_ns();
+    take_chat_format(sv);
     announce(sv);
 }
 

@@ -40,6 +40,8 @@ struct service {
     uv_work_t load;
     bool loading;
     struct engine *loaded;           /* the pool thread's while loading, like */
+    enum chat_format loaded_chat;
+    struct error no_chat;            /* why, if that is none */
     struct error load_error;
     struct progress load_progress;
     enum service_state state;

@@ -27,6 +27,7 @@ enum {
 static const char ping[] = ": ping\n\n";
 
 struct stream {
+    enum stream_kind kind;
     struct service *sv;
     struct http_exchange *x;         /* NULL once the client is gone */
     struct stream *prev, *next;      /* sv->streams */
@@ -36,6 +37,7 @@ struct stream {
     uv_work_t work;
     struct strbuf body;
     struct api_completion *completion;
+    struct strbuf document;          /* the answer of a small call, or empty: error */
     struct api_error error;
 
     struct choice *choices;          /* prompts times best_of, prompt by prompt */
@@ -58,7 +60,7 @@ _Static_assert(offsetof(struct choice, req) == 0, "a request leads back to its c
 
 static bool is_stream(const struct stream *s)
 {
-    return s->completion->stream;
+    return s->completion && s->completion->stream;
 }
 
 /* ---- lifetime */
@@ -80,6 +82,7 @@ static void maybe_free(struct stream *s)
         choice_fini(&s->choices[i]);
     mem_free(s->choices);
     api_completion_free(s->completion);
+    strbuf_fini(&s->document);
     ASSERT(!s->body.data);
     mem_free(s);
     service_note_end(sv);
@@ -161,7 +164,7 @@ static void fail_with(struct stream *s, enum refusal why, const char *message)
 static struct api_usage usage_of(const struct stream *s)
 {
     const struct api_completion *c = s->completion;
-    struct api_usage u = { 0 };
+    struct api_usage u = { .chat = c->chat != NULL };
 
     for (uint32_t p = 0; p < c->n_prompts; p++) {
         uint32_t cached = UINT32_MAX;
@@ -170,6 +173,7 @@ static struct api_usage usage_of(const struct stream *s)
             if (s->choices[i].home && r->n_cached < cached)
                 cached = r->n_cached;
             u.completion_tokens += choice_n_output(&s->choices[i]);
+            u.reasoning_tokens += choice_n_thoughts(&s->choices[i]);
         }
         u.prompt_tokens += c->prompts[p].n_ids;
         u.cached_tokens += cached == UINT32_MAX ? 0 : cached;
@@ -204,11 +208,25 @@ static bool failed(struct stream *s)
     return false;
 }
 
-static void send_events(struct stream *s)
+/* A chunk of one choice, or without one that of the usage. */
+static void write_chunk(struct stream *s, struct strbuf *json, const struct api_piece *piece,
+                        const struct api_usage *usage)
 {
     const struct tokenizer *t = s->sv->api.tokenizer;
     const struct api_head head = head_of(s);
-    bool include_usage = s->completion->include_usage, all_sent = true;
+    bool usage_null = s->completion->include_usage && !usage;
+
+    strbuf_clear(json);
+    if (s->completion->chat)
+        api_write_chat_chunk(json, &head, t, piece, usage, usage_null);
+    else
+        api_write_completion(json, &head, t, piece, piece ? 1 : 0, usage, usage_null);
+    write_event(s, json);
+}
+
+static void send_events(struct stream *s)
+{
+    bool all_sent = true;
     struct strbuf json = { 0 };
     struct api_piece piece;
 
@@ -216,18 +234,14 @@ static void send_events(struct stream *s)
         struct choice *c = &s->choices[i];
         while (http_stream_pending_bytes(s->x) < HIGH_WATER_BYTES && choice_next(c, &piece)) {
             begin(s);
-            strbuf_clear(&json);
-            api_write_completion(&json, &head, t, &piece, 1, NULL, include_usage);
-            write_event(s, &json);
+            write_chunk(s, &json, &piece, NULL);
         }
         all_sent = all_sent && c->end_sent;
     }
     if (all_sent) {
-        if (include_usage) {
+        if (s->completion->include_usage) {
             struct api_usage usage = usage_of(s);
-            strbuf_clear(&json);
-            api_write_completion(&json, &head, t, NULL, 0, &usage, false);
-            write_event(s, &json);
+            write_chunk(s, &json, NULL, &usage);
         }
         end_events(s);
     }
@@ -251,8 +265,8 @@ static void rank(struct choice **list, uint32_t count, uint32_t n)
 static void send_whole(struct stream *s)
 {
     const struct api_completion *c = s->completion;
+    const struct tokenizer *t = s->sv->api.tokenizer;
     const struct api_head head = head_of(s);
-    const struct api_usage usage = usage_of(s);
     struct api_piece *pieces = mem_calloc((size_t)c->n_prompts * c->n, sizeof *pieces);
     struct choice **list = mem_calloc(c->best_of, sizeof *list);
     struct strbuf json = { 0 };
@@ -268,8 +282,12 @@ static void send_whole(struct stream *s)
             piece->index = p * c->n + i;
         }
     }
-    api_write_completion(&json, &head, s->sv->api.tokenizer, pieces, c->n_prompts * c->n, &usage,
-                         false);
+    /* The thoughts have been counted now. */
+    const struct api_usage usage = usage_of(s);
+    if (c->chat)
+        api_write_chat(&json, &head, t, pieces, c->n, &usage);
+    else
+        api_write_completion(&json, &head, t, pieces, c->n_prompts * c->n, &usage, false);
     http_reply(s->x, 200, "application/json", &json);
     s->answered = true;
     mem_free(list);
@@ -365,7 +383,7 @@ static void take_parsed(struct stream *s)
     http_give_body(sv->http, &s->body);
     if (!s->x)
         return;
-    if (!s->completion) {
+    if (!s->completion && s->document.n == 0) {
         fail(s, &s->error);
         return;
     }
@@ -377,6 +395,11 @@ static void take_parsed(struct stream *s)
         http_drop(s->x);
         return;
     }
+    if (!s->completion) {
+        http_reply(s->x, 200, "application/json", &s->document);
+        s->answered = true;
+        return;
+    }
     make_choices(s);
     submit(s);
     if (s->half_closed && !s->answered)
@@ -385,8 +408,26 @@ static void take_parsed(struct stream *s)
 
 static void parse(struct stream *s)
 {
-    s->completion = api_parse_completion(s->body.data ? s->body.data : "", s->body.n,
-                                         &s->sv->api, &s->error);
+    const char *body = s->body.data ? s->body.data : "";
+    const struct api_context *cx = &s->sv->api;
+    enum status status = ST_OK;
+
+    switch (s->kind) {
+    case STREAM_TEXT:
+        s->completion = api_parse_completion(body, s->body.n, cx, &s->error);
+        break;
+    case STREAM_CHAT:
+        s->completion = api_parse_chat(body, s->body.n, cx, &s->error);
+        break;
+    case STREAM_TOKENIZE:
+        status = api_tokenize(&s->document, body, s->body.n, cx, &s->error);
+        break;
+    case STREAM_DETOKENIZE:
+        status = api_detokenize(&s->document, body, s->body.n, cx, &s->error);
+        break;
+    }
+    if (status != ST_OK)
+        strbuf_clear(&s->document);
 }
 
 static void on_parse(uv_work_t *work)
@@ -406,16 +447,17 @@ static void on_parsed(uv_work_t *work, int status)
     maybe_free(s);
 }
 
-void stream_start(struct service *sv, struct http_exchange *x)
+void stream_start(struct service *sv, struct http_exchange *x, enum stream_kind kind)
 {
     struct stream *s = mem_calloc(1, sizeof *s);
 
+    s->kind = kind;
     s->sv = sv;
     s->x = x;
     s->arrival_ns = http_arrival_ns(x);
     s->last_write_ns = s->arrival_ns;
     s->created = (int64_t)time(NULL);
-    request_id_make(s->id, sizeof s->id, "cmpl-");
+    request_id_make(s->id, sizeof s->id, kind == STREAM_CHAT ? "chatcmpl-" : "cmpl-");
     s->next = sv->streams;
     if (s->next)
         s->next->prev = s;
@@ -523,8 +565,9 @@ static void log_end(const struct stream *s, bool whole)
         if (t && (!first || t < first))
             first = t;
     }
-    log_info("http", "%s POST /v1/completions %d%s prompt=%llu cached=%llu completion=%llu "
-             "ttft=%.1fms total=%.1fms", http_request_id(s->x), http_status(s->x),
+    log_info("http", "%s POST %s %d%s prompt=%llu cached=%llu completion=%llu "
+             "ttft=%.1fms total=%.1fms", http_request_id(s->x), http_path(s->x),
+             http_status(s->x),
              whole && s->answered ? "" : " disconnected",
              (unsigned long long)u.prompt_tokens, (unsigned long long)u.cached_tokens,
              (unsigned long long)u.completion_tokens, ms_between(s->arrival_ns, first),

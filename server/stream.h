@@ -7,7 +7,8 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-/* One /v1/completions exchange, from its body to the last byte of its answer.
+/* One exchange with a body, from that to the last byte of its answer: completions, text and
+ * chat; and /tokenize and /detokenize, which are answered as soon as they are parsed.
  *
  *     body --> parsed --> admitted --> sending --> answered
  *                |            |           |
@@ -24,8 +25,10 @@
 struct service;
 struct stream;
 
+enum stream_kind { STREAM_TEXT, STREAM_CHAT, STREAM_TOKENIZE, STREAM_DETOKENIZE };
+
 /* The exchange's owner becomes the stream. */
-void stream_start(struct service *sv, struct http_exchange *x);
+void stream_start(struct service *sv, struct http_exchange *x, enum stream_kind kind);
 
 /* From the engine.  The message's request belongs to a stream. */
 void stream_take_message(struct service *sv, struct message *m);

@@ -114,6 +114,13 @@ struct encoder {
     struct bpe_scratch scratch;
 };
 
+static void encoder_fini(struct encoder *e)
+{
+    strbuf_fini(&e->normal);
+    mem_free(e->symbols);
+    bpe_scratch_fini(&e->scratch);
+}
+
 static enum status emit(struct encoder *e, int32_t id)
 {
     if (e->max_ids && e->out->n >= e->max_ids)
@@ -234,9 +241,43 @@ enum status tokenizer_encode(const struct tokenizer *t, struct token_list *out,
         status = encode_text(&e, text, n);
     if (status == ST_OK && wrap)
         status = emit_all(&e, t->suffix.ids, t->suffix.n);
-    strbuf_fini(&e.normal);
-    mem_free(e.symbols);
-    bpe_scratch_fini(&e.scratch);
+    encoder_fini(&e);
+    return status;
+}
+
+static enum status encode_marked(struct encoder *e, const char *text, size_t n,
+                                 const struct token_span *marked, size_t n_marked)
+{
+    struct added_walk walk;
+    struct added_match match;
+    size_t done = 0;
+
+    for (size_t i = 0; i < n_marked; i++) {
+        size_t start = marked[i].start;
+        ASSERT(start <= marked[i].end && marked[i].end <= n);
+        added_walk_init(&walk, &e->t->raw_added, text + start, marked[i].end - start);
+        while (added_walk_next(&walk, &match)) {
+            if (start + match.start > done)
+                TRY(encode_piece(e, text + done, start + match.start - done));
+            TRY(emit(e, match.id));
+            done = start + match.end;
+        }
+    }
+    return done < n ? encode_piece(e, text + done, n - done) : ST_OK;
+}
+
+enum status tokenizer_encode_marked(const struct tokenizer *t, struct token_list *out,
+                                    const char *text, size_t n, const struct token_span *marked,
+                                    size_t n_marked, size_t max_ids)
+{
+    /* Between the tokens nothing is matched any more. */
+    struct encoder e = { .t = t, .out = out, .max_ids = max_ids, .match_added = false };
+
+    if (n >= INT32_MAX)
+        return ST_INVALID;
+    ASSERT(utf8_is_valid(text, n));
+    enum status status = encode_marked(&e, text, n, marked, n_marked);
+    encoder_fini(&e);
     return status;
 }
 

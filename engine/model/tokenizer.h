@@ -47,6 +47,17 @@ void token_list_fini(struct token_list *list);
 enum status tokenizer_encode(const struct tokenizer *t, struct token_list *out,
                              const char *text, size_t n, int flags, size_t max_ids) MUST_USE;
 
+/* The same for a text of which only some stretches may hold added tokens: what a program
+ * wrote, as against what it was given.  Between the tokens found there the text is split
+ * and merged as a whole, so without added tokens elsewhere the ids are those of
+ * tokenizer_encode().  marked: in order, not overlapping; n_marked may be 0. */
+struct token_span {
+    size_t start, end;
+};
+enum status tokenizer_encode_marked(const struct tokenizer *t, struct token_list *out,
+                                    const char *text, size_t n, const struct token_span *marked,
+                                    size_t n_marked, size_t max_ids) MUST_USE;
+
 /* One more than the largest id.  Models may have more rows than this. */
 int32_t tokenizer_n_ids(const struct tokenizer *t);
 

@@ -153,7 +153,8 @@ class Wire(Case):
     def test_routes(self):
         for path in ("/", "/v1", "/v1/", "/v1/completions/", "/v1/completion", "//v1/completions",
                      "/V1/completions", "/v1/%6dodels", "/v1/models/", "/v1/models/other",
-                     "/v1/models/%zz", "/health/x", "/../health", "/v1/chat/completions"):
+                     "/v1/models/%zz", "/health/x", "/../health", "/v1/chat",
+                     "/v1/chat/completions/"):
             with self.subTest(path):
                 status, headers, body = self.d.request("GET", path)
                 error = self.assert_error(status, body, 404, kind="not_found_error")

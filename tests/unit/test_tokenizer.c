@@ -185,6 +185,42 @@ START_TEST(flags_and_queries)
 }
 END_TEST
 
+static const char *marked_ids_of(const struct tokenizer *t, const char *text,
+                                 const struct token_span *marked, size_t n)
+{
+    static char out[200];
+    struct token_list list = { 0 };
+    size_t at = 0;
+
+    out[0] = '\0';
+    ck_assert_int_eq(tokenizer_encode_marked(t, &list, text, strlen(text), marked, n, 0), ST_OK);
+    for (size_t i = 0; i < list.n; i++)
+        at += (size_t)snprintf(out + at, sizeof out - at, "%s%d", i ? " " : "", list.ids[i]);
+    token_list_fini(&list);
+    return out;
+}
+
+/* Added tokens count in marked stretches alone; what lies between is one text. */
+START_TEST(added_tokens_in_marked_stretches)
+{
+    struct tokenizer *t = parse_or_fail(small);
+    const struct token_span all[] = { { 0, 8 } }, first[] = { { 0, 3 } };
+    const struct token_span parts[] = { { 0, 1 }, { 2, 6 } }, half[] = { { 0, 2 } };
+
+    ck_assert_str_eq(marked_ids_of(t, "<s>ab<s>", all, 1), "7 3 7");
+    ck_assert_str_eq(marked_ids_of(t, "<s>ab<s>", first, 1), "7 3");
+    ck_assert_str_eq(marked_ids_of(t, "<s>ab<s>", half, 1), "3");
+    ck_assert_str_eq(marked_ids_of(t, "<s>ab<s>", NULL, 0), "3");
+    /* "ab" is one token, though "a" is marked and "b" is not. */
+    ck_assert_str_eq(marked_ids_of(t, "ab<s>ab", parts, 2), "3 7 3");
+    struct token_list list = { 0 };
+    ck_assert_int_eq(tokenizer_encode_marked(t, &list, "<s>ab<s>", 8, all, 1, 2), ST_INVALID);
+    ck_assert_uint_eq(list.n, 2);
+    token_list_fini(&list);
+    tokenizer_close(t);
+}
+END_TEST
+
 START_TEST(max_ids_is_a_limit_on_the_list)
 {
     struct tokenizer *t = parse_or_fail(small);
@@ -522,6 +558,7 @@ TCase *tokenizer_case(void)
     tcase_set_timeout(tc, 20);
     tcase_add_test(tc, recorded_vectors);
     tcase_add_test(tc, flags_and_queries);
+    tcase_add_test(tc, added_tokens_in_marked_stretches);
     tcase_add_test(tc, max_ids_is_a_limit_on_the_list);
     tcase_add_test(tc, max_ids_ends_the_work_early);
     tcase_add_loop_test(tc, blocks_do_not_show, 0, 2);
