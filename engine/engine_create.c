@@ -75,6 +75,18 @@ static enum status open_device(struct engine *e, const struct engine_config *cfg
     return ST_OK;
 }
 
+/* Full attention reads all K and V, so with a dense layer nobody can leave the device. */
+static enum status check_always(const struct engine_config *cfg, const struct select_plan *plan,
+                                struct error *err)
+{
+    for (int i = 0; cfg->offload == OFFLOAD_ALWAYS && i < plan->n_layers; i++)
+        if (plan->layer[i].dense)
+            return error_set(err, ST_INVALID,
+                             "offload always: layer-exceptions makes layer %d dense, and a layer "
+                             "with full attention keeps everybody on the device", i);
+    return ST_OK;
+}
+
 static enum status plan_selection(struct engine *e, const struct engine_config *cfg,
                                   const struct kv_shape *shape, struct error *err)
 {
@@ -93,7 +105,8 @@ static enum status plan_selection(struct engine *e, const struct engine_config *
                              "%s cannot be used; token-index channels needs it: run "
                              "asynctlsd --calibrate TEXTFILE once for this model", path);
     }
-    return select_plan_init(&e->select, &select, shape, layers, e->channels, err);
+    TRY(select_plan_init(&e->select, &select, shape, layers, e->channels, err));
+    return check_always(cfg, &e->select, err);
 }
 
 /* The longest context: what the model and the pool allow, or what was asked
