@@ -419,9 +419,8 @@ static enum status carve_memory(struct engine *e, const struct engine_config *cf
     limits.max_rows = (int)e->alone_tokens;
     TRY(kv_pool_create(&e->pool, e->be, &d.pool, err));
     TRY(open_tier(e, cfg, &d, err));
-    if (cfg->check_invariants && backend_info(e->be)->host_visible)
-        kv_pool_poison(e->pool, true,
-                       e->residency.tier ? host_tier_base(e->residency.tier) : NULL);
+    if (cfg->check_invariants)
+        kv_pool_poison(e->pool, e->residency.tier ? host_tier_base(e->residency.tier) : NULL);
     size_t scratch_bytes = model_scratch_bytes(e->model, &limits, &e->select);
     TRY(model_prepare(e->model, &limits, &e->select, err));
     e->step = (struct step_context){

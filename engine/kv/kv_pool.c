@@ -503,6 +503,8 @@ void kv_pool_destroy(struct kv_pool *p)
         return;
     for (kv_block b = 0; b < p->ids.n; b++)
         ASSERT(p->entries[b].pins == 0 && !p->entries[b].coming);
+    if (p->poison)
+        stream_destroy(p->poison);
     buffer_free(p->be, &p->kv);
     buffer_free(p->be, &p->index);
     for (int at = 0; at < PLACES; at++)

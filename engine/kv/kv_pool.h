@@ -182,9 +182,9 @@ int32_t kv_pool_staged_id(const struct kv_pool *pool, int layer, int buffer, int
 struct kv_pool_counts kv_pool_counts(const struct kv_pool *pool);
 void kv_pool_check(const struct kv_pool *pool);   /* O(blocks) */
 
-/* Tests: overwrite every free slot, and the destination of every transfer when it begins, with NaN
- * patterns, so that a read of stale memory shows.  host is the tier's memory, or NULL.
- * Host-visible back ends only. */
-void kv_pool_poison(struct kv_pool *pool, bool on, void *host);
+/* Tests: from now on, while nothing is taken yet, overwrite every free slot, and the destination of
+ * every transfer when it begins, with NaN patterns, so that a read of stale memory shows.  host is
+ * the tier's memory, or NULL.  Waits for the device whenever a slot becomes free. */
+void kv_pool_poison(struct kv_pool *pool, void *host);
 
 #endif

@@ -67,7 +67,7 @@ struct kv_pool {
     struct list lists[LISTS];      /* that of LIST_NONE is not kept */
     uint64_t version;
     struct kv_pool_counts totals;  /* the counters since create */
-    bool poison;
+    struct stream *poison;         /* that writes NaN, or NULL */
     char *host;                    /* with poison; or NULL */
 };
 

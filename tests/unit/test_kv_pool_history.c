@@ -648,7 +648,7 @@ START_TEST(random_histories_keep_the_promises)
     n_ids = cfg.blocks + cfg.host_blocks;
     srandom((unsigned)_i + 1);
     pool_open(cfg, host_ready);
-    kv_pool_poison(pool, true, pool_host);
+    kv_pool_poison(pool, pool_host);
     for (operation = 0; operation < OPERATIONS; operation++) {
         step();
         kv_pool_check(pool);
