@@ -127,6 +127,8 @@ void kv_pool_host_ready(struct kv_pool *pool, uint32_t n);
 enum status kv_pool_take(struct kv_pool *pool, uint32_t n, kv_block *out) MUST_USE;
 /* How many kv_pool_take() would give now. */
 uint32_t kv_pool_available(const struct kv_pool *pool);
+/* How many more it would give if the transfers that are under way had arrived. */
+uint32_t kv_pool_clearing(const struct kv_pool *pool);
 
 /* What is not pinned yet must have a name.  Whoever holds a block releases it before unpinning. */
 void kv_pool_pin(struct kv_pool *pool, kv_block b);
