@@ -1,18 +1,13 @@
-/* Long contexts out of host memory: the same answers to the bit as with room for all, out of pools
- * that hold a small part of one context, or one of several.  Where they are longest is a matter of
- * patience: prompts up to some thousand tokens by default, LONG_TOKENS in the environment for more
- * (`make test-long`; docs/DESIGN.md, Offload). */
+/* Long contexts out of host memory: the same answers to the bit as with room for all, from pools
+ * that hold a small part of one context, one, or two.  How long is a matter of patience: prompts of
+ * some thousand tokens by default, up to LONG_TOKENS of the environment with `make test-long`. */
 
 #include "tests/support/engine_history.h"
 
 #include <check.h>
 #include <stdlib.h>
 
-enum { MEDIUM_TOKENS = 3000, STEP = 512 };
-
-/* What a step of that many tokens needs at least, so that steps are no longer where only one
- * sequence streams. */
-enum { LEAST = 2 * (STEP / 64 + 2) };
+enum { MEDIUM_TOKENS = 3000 };
 
 static uint32_t long_tokens(void)
 {
@@ -21,28 +16,29 @@ static uint32_t long_tokens(void)
     return said ? (uint32_t)atoi(said) : MEDIUM_TOKENS;
 }
 
+/* _i: enum selection */
 START_TEST(no_answer_changes_in_long_contexts)
 {
-    static struct history_answer want[HISTORY_REQUESTS];
-    const uint32_t tokens = long_tokens(), one = tokens / 64 + 8;
-    const struct engine_history h = {
-        .seed = (uint64_t)_i + 1, .selection = (enum selection)_i, .scale = 1, .max_prompt = tokens,
-        .max_len = tokens + HISTORY_MAX_OUTPUT, .keep_blocks = 16, .keep_tokens = 512,
-        .n_texts = 3, .prompts_first = true, .step_tokens = STEP,
-    };
-    const struct history_kind kinds[] = {
-        { "all leave", 2 * one, .offload = OFFLOAD_ALWAYS, .must = OFFLOADS | MISSES },
-        { "one fits, cancels", one, .cancels = true, .must = OFFLOADS | MISSES },
-        { "one fits, slow copies", one, .delay_us = 1000, .must = OFFLOADS | LOADS },
-        { "streamed", LEAST, .must = MISSES },
-        { "streamed one at a time, cancels", LEAST, .sequences = 1, .cancels = true,
-          .must = MISSES },
-    };
+    const uint32_t tokens = long_tokens();
 
-    ck_assert_uint_ge(tokens, 2 * LEAST * 64);
-    history_reference(&h, want);
-    for (size_t i = 0; i < sizeof kinds / sizeof kinds[0]; i++)
-        history_hold_against(&h, &kinds[i], want);
+    history_play_long(&(struct engine_history){
+        .seed = (uint64_t)_i + 1, .selection = (enum selection)_i, .scale = 1,
+        .max_prompt = tokens, .max_len = tokens + HISTORY_MAX_OUTPUT, .keep_blocks = 16,
+        .keep_tokens = 512, .n_texts = 3, .prompts_first = true, .step_tokens = 512,
+    });
+}
+END_TEST
+
+START_TEST(nor_in_other_models)
+{
+    static const char *const dirs[] = { "build/models/qwen3-moe", "build/models/smollm2",
+                                        "build/models/qwen3-yarn-g5" };
+
+    history_play_long(&(struct engine_history){
+        .dir = dirs[_i], .seed = (uint64_t)_i + 11, .scale = 1, .max_prompt = 1100,
+        .max_len = 1100 + HISTORY_MAX_OUTPUT, .keep_blocks = 4, .keep_tokens = 96, .n_texts = 3,
+        .prompts_first = true, .step_tokens = 128,
+    });
 }
 END_TEST
 
@@ -50,8 +46,9 @@ TCase *engine_long_case(void)
 {
     TCase *tc = tcase_create("engine_long");
 
-    tcase_set_timeout(tc, getenv("LONG_TOKENS") ? 0 : 300);
+    tcase_set_timeout(tc, 300);
     tcase_add_loop_test(tc, no_answer_changes_in_long_contexts, SELECTION_EXACT,
                         SELECTION_LAGGED + 1);
+    tcase_add_loop_test(tc, nor_in_other_models, 0, 3);
     return tc;
 }

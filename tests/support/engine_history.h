@@ -37,7 +37,7 @@ struct engine_history {
     int n_texts;                     /* that prompts are taken from, 1 to 5; every second is noise */
     bool prompts_first;
     uint32_t step_tokens;            /* with prompts_first */
-    double tolerance;                /* of the first token's logprob, natural units; 0: all bits */
+    double tolerance;                /* of the first token's logprob; 0: all bits */
 };
 
 /* Prompts up to 430 times scale, outputs up to 210 tokens, on the CPU. */
@@ -56,23 +56,17 @@ struct history_kind {
     bool no_prefix_cache, cancels;
     int delay_us;                    /* the most a copy is held up */
     uint32_t step_tokens;            /* times scale, without prompts_first; 0: as small_config() */
-    int must;                        /* happen, however the threads run */
-};
-
-struct history_answer {
-    int32_t ids[HISTORY_MAX_OUTPUT];
-    float logprobs[HISTORY_MAX_OUTPUT];
+    int must;                        /* happen, however the threads of a CPU run */
 };
 
 struct engine_config history_config(const struct engine_history *h, const struct history_kind *k);
 struct request *history_request(const struct engine_history *h, int i);
 
-/* The answers of the engine with room for all. */
-void history_reference(const struct engine_history *h,
-                       struct history_answer out[HISTORY_REQUESTS]);
-/* Play it against another one and compare.  What happened. */
-int history_hold_against(const struct engine_history *h, const struct history_kind *k,
-                         const struct history_answer want[HISTORY_REQUESTS]);
+/* Play it against engines of all sorts, small_history() or alike.  What happened. */
+int history_play_mixed(const struct engine_history *h);
+/* With prompts_first, against engines whose pools hold several of the longest contexts, one, or a
+ * small part of one. */
+void history_play_long(const struct engine_history *h);
 
 /* For engine_config.before_copy: half of the copies are held up, at random. */
 struct copy_delay {
