@@ -16,21 +16,22 @@
  *   CACHED_INNER  unpinned, kv slot, but children would be lost with it: they are on the
  *                 host or being copied, else they would have gone before it
  *   OFFLOADABLE   pinned, kv slot without holds, copy on the host
- *   CLEARING        unpinned, kv slot, being copied; one of the first two afterwards, or free
- *   CLEARING_PINNED pinned, kv slot without holds, on its way to the host; OFFLOADABLE afterwards
+ *   CLEARING      unpinned, kv slot, being copied; afterwards as the first two, or free
+ *   CLEARING_PINNED  pinned, kv slot without holds, on its way to the host; then OFFLOADABLE
  *   HOST          unpinned, host slot; goes without harm: it has a kv slot as well, or no children
  *   HOST_INNER    unpinned, host slot alone, children
  *
  * The first five exclude each other, and so do the last two.  A block that is being copied is
- * on none but the two of CLEARING, which nobody takes from: they are there to be counted.  Where a block belongs follows from what it is (device_list, host_list); whoever changes
- * a block relists it. */
+ * on none but the two of CLEARING, which nobody takes from: they are there to be counted.  Where a
+ * block belongs follows from what it is (device_list, host_list); whoever changes a block relists
+ * it. */
 
 #define NONE KV_BLOCK_NONE
 
 enum place { AT_KV, AT_INDEX, AT_HOST, PLACES };
 enum side { ON_DEVICE, ON_HOST, SIDES };
-enum list_id { LIST_NONE, LIST_CACHED, LIST_CACHED_INNER, LIST_OFFLOADABLE,
-               LIST_CLEARING, LIST_CLEARING_PINNED, LIST_HOST, LIST_HOST_INNER, LISTS };
+enum list_id { LIST_NONE, LIST_CACHED, LIST_CACHED_INNER, LIST_OFFLOADABLE, LIST_CLEARING,
+               LIST_CLEARING_PINNED, LIST_HOST, LIST_HOST_INNER, LISTS };
 
 struct link {
     kv_block prev, next;

@@ -6,24 +6,24 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-/* A number of random requests, played against an engine with room for all of them and no host tier,
- * and then against others, whose answers must be the same.  The requests follow from the seed, not
- * when they are sent, cancelled or put back.  All that is free is NaN meanwhile.
+/* A number of random requests, played against an engine with room for all of them and no host
+ * tier, and then against others, whose answers must be the same.  The seed says what is asked for;
+ * when it is sent, cancelled or put back depends on threads.  All that is free is NaN meanwhile.
  *
  * On the CPU an answer is the same to the last bit whatever happens.  On a GPU it is (ops.h,
- * Independence) if no product of more than 16 rows and no dense sequence differs from run to run in
- * how many rows it has in a step.  With prompts_first that is so:
+ * Independence) if whatever is computed in products of more than 16 rows is so in products of as
+ * many rows in each run, and a dense slice of one row in none of them.  With prompts_first:
  *
- *  1. Each prompt is computed once, alone: in steps of step_tokens rows from what the prompts before
- *     it left in the cache, whatever the engine.  An engine that would take longer steps for what it
- *     streams has so small a pool that it does not (alone_tokens() in engine_create.c).
+ *  1. Each prompt is computed once, alone: from what the prompts before it left in the cache on, in
+ *     steps of step_tokens rows and a rest, the same in every engine.  One that streams may take
+ *     longer steps; it gets so small a pool that it does not (alone_tokens() in engine_create.c).
  *  2. Then all requests are sent.  There is room for all that they ever store, so a prompt is found
- *     but for its last 2 to 4 tokens, which are one slice; everything after it is sparse, and so a
+ *     but for its last 2 to 4 tokens, which are one slice.  Everything after it is sparse, and so a
  *     row for itself, also when it is computed a second time.  4 sequences have no more than 16
  *     rows.
  *
- * Without, a step of an engine on a GPU has other rows in each run.  What is compared then is the
- * first token's logprob, which no choice of tokens has a part in, and that nothing is NaN. */
+ * Without, the steps of an engine on a GPU have other rows in each run.  What is compared then is
+ * the first token's logprob, which no choice of tokens has a part in, and that nothing is NaN. */
 
 enum { HISTORY_REQUESTS = 15, HISTORY_MAX_OUTPUT = 210, HISTORY_FIRST_RUNNING = 4 };
 
@@ -34,7 +34,7 @@ struct engine_history {
     uint32_t scale;                  /* of the pools in struct history_kind */
     uint32_t max_prompt, max_len;    /* tokens */
     uint32_t keep_blocks, keep_tokens;
-    int n_texts;                     /* that prompts are taken from, 1 to 5; every second is noise */
+    int n_texts;                     /* that prompts are taken from; every second is noise */
     bool prompts_first;
     uint32_t step_tokens;            /* with prompts_first */
     double tolerance;                /* of the first token's logprob; 0: all bits */
