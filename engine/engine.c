@@ -251,17 +251,22 @@ static void note_admission(struct engine *e, struct sequence *q, uint64_t now_ns
     e->stats.prompt_tokens_cached += cached;
 }
 
+static bool admit_early(struct engine *e, struct step_plan *plan, struct sequence *q)
+{
+    if (!residency_leave_early(&e->residency, q))
+        return false;
+    see_room(e, &plan->left);
+    return scheduler_admit(e->scheduler, plan, q);
+}
+
 /* As a whole, or where there is no room for that without its K and V. */
 static bool admit_one(struct engine *e, struct step_plan *plan, struct sequence *q)
 {
-    struct residency_context *r = &e->residency;
-
     if (q->too_long)
-        return residency_leave_early(r, q) && scheduler_admit(e->scheduler, plan, q);
+        return admit_early(e, plan, q);
     if (scheduler_admit(e->scheduler, plan, q))
         return true;
-    return q->residency == LOADING && sequence_is_sparse_only(q) &&
-           residency_leave_early(r, q) && scheduler_admit(e->scheduler, plan, q);
+    return q->residency == LOADING && sequence_is_sparse_only(q) && admit_early(e, plan, q);
 }
 
 static void admit(struct engine *e, struct step_plan *plan)

@@ -291,12 +291,15 @@ uint32_t scheduler_spare_blocks(const struct scheduler *sc, const struct step_pl
 
 /* Whether the pool can hold all known tokens and one more block of it, beside what was promised,
  * and what its first slice of n tokens takes.  Alone it may have all there is: the pool holds the
- * longest context. */
+ * longest context, and of one that is longer what is in the way is its own and leaves when it runs.
+ */
 static bool has_room(const struct scheduler *sc, const struct step_plan *p,
                      const struct sequence *seq, uint32_t n)
 {
     uint32_t loads = sequence_wants_blocks(seq);
 
+    if (sc->running.n == 0 && seq->too_long)
+        return true;
     if (sc->running.n > 0 && loads + sequence_will_lack_blocks(seq) +
                                  promised_blocks(sc, p) > unclaimed(p))
         return false;
@@ -324,7 +327,8 @@ bool scheduler_admit(struct scheduler *sc, struct step_plan *plan, struct sequen
     queue_remove(&sc->waiting, seq);
     seq->state = SEQ_RUNNING;
     queue_insert(&sc->running, seq);
-    if (sequence_is_ready(seq))
+    if (sequence_is_ready(seq) &&
+        sequence_lacks_blocks(seq, seq->n_computed + n) <= unclaimed(plan))
         add_slice(sc, seq, n);
     return true;
 }

@@ -140,6 +140,47 @@ START_TEST(who_left_comes_back)
 }
 END_TEST
 
+static struct request *two_tokens(const int32_t *prompt, uint32_t n)
+{
+    struct request *r = new_request(prompt, n, 2);
+
+    run_one(r);
+    ck_assert_msg(r->finish == FINISH_LENGTH, "%s", r->error.text);
+    return r;
+}
+
+/* A text that streams goes on where a shorter one ended, whose blocks fill the pool: they are no
+ * more held than those of anybody who streams. */
+START_TEST(what_streams_finds_what_streamed_before)
+{
+    enum { FIRST = 1000, ALL = 1900 };
+    const struct engine_history h = { .scale = 1, .max_len = 2048, .keep_blocks = 4,
+                                      .keep_tokens = KEPT };
+    const struct history_kind k = { "streams on", 14, 64, OFFLOAD_AUTO, .step_tokens = 320 };
+    struct engine_config c = history_config(&h, &k);
+    int32_t prompt[ALL];
+    struct engine_stats s;
+
+    random_prompt(prompt, ALL, 1);
+    start(&c);
+    free_request(two_tokens(prompt, FIRST));
+    assert_gauges_are_zero();
+    struct request *again = two_tokens(prompt, ALL);
+    ck_assert_uint_eq(again->n_cached, FIRST / 64 * 64);
+    assert_gauges_are_zero();
+    engine_stats(engine, &s);
+    ck_assert_uint_eq(s.kv_blocks, k.blocks);
+    stop();
+    start(&c);
+    struct request *alone = two_tokens(prompt, ALL);
+    ck_assert_int_eq(memcmp(again->output, alone->output, 2 * sizeof *again->output), 0);
+    ck_assert(again->chosen[1].logprob == alone->chosen[1].logprob);
+    free_request(again);
+    free_request(alone);
+    stop();
+}
+END_TEST
+
 /* Copies go on when nobody is left; what they held is free once they have ended. */
 START_TEST(an_idle_engine_takes_in_what_arrives)
 {
@@ -342,6 +383,7 @@ TCase *engine_offload_case(void)
     tcase_set_timeout(tc, 300);
     tcase_add_test(tc, a_prefix_is_found_in_the_host_tier);
     tcase_add_test(tc, who_left_comes_back);
+    tcase_add_test(tc, what_streams_finds_what_streamed_before);
     tcase_add_test(tc, an_idle_engine_takes_in_what_arrives);
     tcase_add_test(tc, who_waits_for_blocks_can_be_cancelled);
     tcase_add_test(tc, destroying_does_not_wait_for_copies);

@@ -325,6 +325,23 @@ START_TEST(what_is_loaded_needs_room_and_gets_no_slice)
 }
 END_TEST
 
+/* Nobody else could make room for what is in the way of one that is too long. */
+START_TEST(who_is_too_long_and_alone_is_admitted_and_waits)
+{
+    struct sequence *a = waiting(1000, 640, false);
+
+    a->too_long = true;
+    a->residency = STREAMED;
+    pool_blocks = 5;                                /* it lacks six */
+    struct step_plan *p = plan();
+    ck_assert(scheduler_admit(sc, p, a));
+    ck_assert_uint_eq(p->n_slices, 0);
+    pool_blocks = 6;                                /* some of its own have left */
+    ck_assert_uint_eq(slice_of(plan(), a), 360);
+    ck_assert_int_eq(n_dropped, 0);
+}
+END_TEST
+
 /* It is not lost on those behind it. */
 START_TEST(who_waits_for_blocks_holds_nobody_up)
 {
@@ -404,6 +421,7 @@ TCase *scheduler_offload_case(void)
     tcase_add_test(tc, who_waits_for_copies_is_not_passed);
     tcase_add_test(tc, admission_offloads_and_preempts_nobody);
     tcase_add_loop_test(tc, what_is_loaded_needs_room_and_gets_no_slice, 0, N_LOADS);
+    tcase_add_test(tc, who_is_too_long_and_alone_is_admitted_and_waits);
     tcase_add_test(tc, who_waits_for_blocks_holds_nobody_up);
     tcase_add_test(tc, spare_is_what_nobody_will_want_before_long);
     tcase_add_test(tc, put_back_takes_the_youngest);
