@@ -204,9 +204,15 @@ static void drop_cancelled(struct engine *e, bool all)
     }
 }
 
-static uint32_t drop_preempted(void *arg, struct sequence *q)
+static void see_room(const struct engine *e, struct step_budget *b)
 {
-    struct engine *e = arg;
+    b->blocks = kv_pool_available(e->pool);
+    b->clearing = kv_pool_clearing(e->pool);
+}
+
+static void drop_preempted(struct step_budget *b, struct sequence *q)
+{
+    struct engine *e = b->arg;
 
     e->stats.preemptions++;
     e->n_put_back++;
@@ -215,16 +221,16 @@ static uint32_t drop_preempted(void *arg, struct sequence *q)
     step_release(&e->step, q);
     residency_end(&e->residency, q);
     sequence_drop_blocks(q, e->pool);
-    return kv_pool_available(e->pool);
+    see_room(e, b);
 }
 
-static bool offload(void *arg, struct sequence *q, uint32_t *blocks)
+static bool offload(struct step_budget *b, struct sequence *q)
 {
-    struct engine *e = arg;
+    struct engine *e = b->arg;
 
     if (!residency_offload(&e->residency, q))
         return false;
-    *blocks = kv_pool_available(e->pool);
+    see_room(e, b);
     return true;
 }
 
@@ -245,17 +251,22 @@ static void note_admission(struct engine *e, struct sequence *q, uint64_t now_ns
     e->stats.prompt_tokens_cached += cached;
 }
 
+static bool admit_early(struct engine *e, struct step_plan *plan, struct sequence *q)
+{
+    if (!residency_leave_early(&e->residency, q))
+        return false;
+    see_room(e, &plan->left);
+    return scheduler_admit(e->scheduler, plan, q);
+}
+
 /* As a whole, or where there is no room for that without its K and V. */
 static bool admit_one(struct engine *e, struct step_plan *plan, struct sequence *q)
 {
-    struct residency_context *r = &e->residency;
-
     if (q->too_long)
-        return residency_leave_early(r, q) && scheduler_admit(e->scheduler, plan, q);
+        return admit_early(e, plan, q);
     if (scheduler_admit(e->scheduler, plan, q))
         return true;
-    return q->residency == LOADING && sequence_is_sparse_only(q) &&
-           residency_leave_early(r, q) && scheduler_admit(e->scheduler, plan, q);
+    return q->residency == LOADING && sequence_is_sparse_only(q) && admit_early(e, plan, q);
 }
 
 static void admit(struct engine *e, struct step_plan *plan)
@@ -264,7 +275,7 @@ static void admit(struct engine *e, struct step_plan *plan)
 
     while ((q = scheduler_next(e->scheduler, plan)) != NULL) {
         sequence_attach(q, e->pool, &e->select);
-        plan->left.blocks = kv_pool_available(e->pool);
+        see_room(e, &plan->left);
         if (!admit_one(e, plan, q)) {
             residency_end(&e->residency, q);
             sequence_drop_blocks(q, e->pool);
@@ -273,7 +284,7 @@ static void admit(struct engine *e, struct step_plan *plan)
         note_admission(e, q, clock_now_ns());
         if (q->residency != ON_DEVICE)
             residency_start(&e->residency, q);
-        plan->left.blocks = kv_pool_available(e->pool);
+        see_room(e, &plan->left);
     }
 }
 
@@ -410,13 +421,13 @@ static void step(struct engine *e)
 {
     struct step_budget budget = {
         .tokens = streams_alone(e) ? e->alone_tokens : e->step_tokens,
-        .logit_rows = e->max_logit_rows,
-        .blocks = kv_pool_available(e->pool), .drop = drop_preempted,
+        .logit_rows = e->max_logit_rows, .drop = drop_preempted,
         .offload = e->residency.sets ? offload : NULL, .arg = e,
     };
     uint64_t began_ns = clock_now_ns(), waited_ns = model_waited_ns(e->model);
     struct error err;
 
+    see_room(e, &budget);
     struct step_plan *plan = scheduler_plan(e->scheduler, &budget);
     admit(e, plan);
     bring_back(e, plan);

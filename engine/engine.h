@@ -54,8 +54,8 @@ struct engine_config {
     enum offload_policy offload;
     bool prefix_cache;
     struct progress *progress;  /* of the weights' way to the device, or NULL; outlives the call */
-    bool check_invariants;  /* scheduler_check and kv_pool_check after every step; on the CPU what
-                               is free is NaN */
+    bool check_invariants;  /* scheduler_check and kv_pool_check after every step; what is free is
+                               NaN (kv_pool_poison) */
     bool (*before_copy)(void *arg, uint64_t number); /* tests: copy_engine.h; or NULL */
     void *before_copy_arg;
     struct select_config select;

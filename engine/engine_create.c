@@ -75,6 +75,18 @@ static enum status open_device(struct engine *e, const struct engine_config *cfg
     return ST_OK;
 }
 
+/* Full attention reads all K and V, so with a dense layer nobody can leave the device. */
+static enum status check_always(const struct engine_config *cfg, const struct select_plan *plan,
+                                struct error *err)
+{
+    for (int i = 0; cfg->offload == OFFLOAD_ALWAYS && i < plan->n_layers; i++)
+        if (plan->layer[i].dense)
+            return error_set(err, ST_INVALID,
+                             "offload always: layer-exceptions makes layer %d dense, and a layer "
+                             "with full attention keeps everybody on the device", i);
+    return ST_OK;
+}
+
 static enum status plan_selection(struct engine *e, const struct engine_config *cfg,
                                   const struct kv_shape *shape, struct error *err)
 {
@@ -93,7 +105,8 @@ static enum status plan_selection(struct engine *e, const struct engine_config *
                              "%s cannot be used; token-index channels needs it: run "
                              "asynctlsd --calibrate TEXTFILE once for this model", path);
     }
-    return select_plan_init(&e->select, &select, shape, layers, e->channels, err);
+    TRY(select_plan_init(&e->select, &select, shape, layers, e->channels, err));
+    return check_always(cfg, &e->select, err);
 }
 
 /* The longest context: what the model and the pool allow, or what was asked
@@ -406,9 +419,8 @@ static enum status carve_memory(struct engine *e, const struct engine_config *cf
     limits.max_rows = (int)e->alone_tokens;
     TRY(kv_pool_create(&e->pool, e->be, &d.pool, err));
     TRY(open_tier(e, cfg, &d, err));
-    if (cfg->check_invariants && backend_info(e->be)->host_visible)
-        kv_pool_poison(e->pool, true,
-                       e->residency.tier ? host_tier_base(e->residency.tier) : NULL);
+    if (cfg->check_invariants)
+        kv_pool_poison(e->pool, e->residency.tier ? host_tier_base(e->residency.tier) : NULL);
     size_t scratch_bytes = model_scratch_bytes(e->model, &limits, &e->select);
     TRY(model_prepare(e->model, &limits, &e->select, err));
     e->step = (struct step_context){

@@ -73,20 +73,6 @@ static struct copy_job *line_take_first(struct line *l)
     return job;
 }
 
-/* Move the jobs that want() chooses to another line; all where it is NULL. */
-static void line_move(struct line *from, struct line *to,
-                      bool (*want)(void *arg, const struct copy_job *job), void *arg)
-{
-    struct line kept;
-    line_init(&kept);
-    while (from->first) {
-        struct copy_job *job = line_take_first(from);
-        line_append(!want || want(arg, job) ? to : &kept, job);
-    }
-    if (kept.first)
-        *from = kept;
-}
-
 static bool nothing_waits(const struct copy_engine *c)
 {
     return !c->waiting[0][COPY_STORE].first && !c->waiting[0][COPY_LOAD].first &&
@@ -200,9 +186,7 @@ static void give_back(struct copy_engine *c, struct copy_job *job)
     job->ended_ns = clock_now_ns();
     pthread_mutex_lock(&c->lock);
     struct copy_counts *n = &c->counts;
-    if (job->cancelled) {
-        n->cancelled++;
-    } else if (!job->arrived) {
+    if (!job->arrived) {
         n->failed++;
     } else if (job->kind == COPY_STORE) {
         n->stores++;
@@ -254,8 +238,6 @@ static void begin(struct copy_engine *c, struct copy_job *job)
     }
     unsigned at = l->n_begun++ % COPIES_IN_FLIGHT;
     l->jobs[at] = job;
-    if (job->after)
-        event_wait(l->stream, job->after);
     queue_copies(c, job);
     event_record(l->arrived[at], l->stream);
 }
@@ -289,31 +271,13 @@ void copy_engine_post(struct copy_engine *c, struct copy_job *job)
 {
     ASSERT(job->kind == COPY_STORE || job->kind == COPY_LOAD);
     ASSERT(job->place.host >= 0);
-    job->arrived = job->cancelled = false;
+    job->arrived = false;
     job->posted_ns = clock_now_ns();
     job->began_ns = job->ended_ns = 0;
     pthread_mutex_lock(&c->lock);
     line_append(&c->waiting[job->urgent][job->kind], job);
     pthread_cond_signal(&c->posted);
     pthread_mutex_unlock(&c->lock);
-}
-
-void copy_engine_cancel(struct copy_engine *c, bool (*want)(void *arg, const struct copy_job *job),
-                        void *arg)
-{
-    struct line taken;
-
-    line_init(&taken);
-    pthread_mutex_lock(&c->lock);
-    for (int urgent = 0; urgent < 2; urgent++)
-        for (int kind = 0; kind < N_KINDS; kind++)
-            line_move(&c->waiting[urgent][kind], &taken, want, arg);
-    pthread_mutex_unlock(&c->lock);
-    while (taken.first) {
-        struct copy_job *job = line_take_first(&taken);
-        job->cancelled = true;
-        give_back(c, job);
-    }
 }
 
 /* ---- any thread */
@@ -397,6 +361,15 @@ enum status copy_engine_create(struct copy_engine **out, struct backend *be,
     return ST_OK;
 }
 
+/* What waits when there is no copy thread any more. */
+static void give_back_waiting(struct copy_engine *c)
+{
+    for (int urgent = 0; urgent < 2; urgent++)
+        for (int kind = 0; kind < N_KINDS; kind++)
+            while (c->waiting[urgent][kind].first)
+                give_back(c, line_take_first(&c->waiting[urgent][kind]));
+}
+
 void copy_engine_destroy(struct copy_engine *c)
 {
     if (!c)
@@ -407,7 +380,7 @@ void copy_engine_destroy(struct copy_engine *c)
         pthread_cond_signal(&c->posted);
         pthread_mutex_unlock(&c->lock);
         pthread_join(c->thread, NULL);
-        copy_engine_cancel(c, NULL, NULL);
+        give_back_waiting(c);
     }
     for (int kind = 0; kind < N_KINDS; kind++) {
         for (int i = 0; i < COPIES_IN_FLIGHT; i++)

@@ -10,7 +10,6 @@
 #include <stdint.h>
 
 struct backend;
-struct event;
 
 /* Moves blocks between the device and the host tier: one thread with streams of its own, one for
  * each direction.  It knows slots, not sequences.
@@ -20,18 +19,14 @@ struct event;
  * in the order of posting; what is under way on a stream is not overtaken.  No more than
  * COPIES_IN_FLIGHT jobs are on a stream at once, so an urgent job waits for little.
  *
- * A job reads device memory only after the event in it has happened, and the event may be recorded
- * again only when the job is back: whoever posts it keeps a ring of them.  A load writes
- * slots that nobody reads before it is back.
- *
- * copy_engine_cancel() takes back what has not begun: such jobs come back at once with
- * arrived false and cancelled true.
+ * It waits for no other stream: what a job reads is written when it is posted, and nobody reads or
+ * writes the slots that it writes before it is back.
  *
  * Failures.  A failed stream is final for the device (backend.h): the job and all that follow come
  * back with arrived false, when nothing is under way any more; copy_engine_failure() has the
  * reason.
  *
- * post, cancel: engine thread.  counts, failure: any thread. */
+ * post: engine thread.  counts, failure: any thread. */
 
 enum { COPIES_IN_FLIGHT = 4 };
 
@@ -42,10 +37,9 @@ struct copy_job {
     struct copy_job *next;           /* the engine's while it has the job */
     enum copy_kind kind;
     bool urgent;
-    bool arrived, cancelled;         /* set when it comes back */
+    bool arrived;                    /* set when it comes back */
     kv_block block;                  /* the caller's */
     struct block_place place;        /* kv or index -1: that part is not moved */
-    struct event *after;             /* or NULL */
     uint64_t posted_ns, began_ns, ended_ns;
 };
 
@@ -62,7 +56,7 @@ struct copy_engine_config {
 };
 
 struct copy_counts {
-    uint64_t stores, loads, bytes_stored, bytes_loaded, failed, cancelled;
+    uint64_t stores, loads, bytes_stored, bytes_loaded, failed;
     uint64_t load_wait_ns;           /* between posting and arriving, of all loads */
 };
 
@@ -70,13 +64,10 @@ struct copy_engine;
 
 enum status copy_engine_create(struct copy_engine **out, struct backend *be,
                                const struct copy_engine_config *cfg, struct error *err) MUST_USE;
-/* Finishes what is under way; what waits comes back cancelled.  NULL is fine. */
+/* Finishes what is under way; what waits comes back with arrived false.  NULL is fine. */
 void copy_engine_destroy(struct copy_engine *c);
 
 void copy_engine_post(struct copy_engine *c, struct copy_job *job);
-/* Take back the waiting jobs for which want() says so. */
-void copy_engine_cancel(struct copy_engine *c, bool (*want)(void *arg, const struct copy_job *job),
-                        void *arg);
 
 struct copy_counts copy_engine_counts(const struct copy_engine *c);
 enum status copy_engine_failure(const struct copy_engine *c, struct error *err);

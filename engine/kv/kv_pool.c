@@ -237,6 +237,15 @@ uint32_t kv_pool_available(const struct kv_pool *p)
     return kv < index ? kv : index;
 }
 
+uint32_t kv_pool_clearing(const struct kv_pool *p)
+{
+    uint32_t unpinned = p->lists[LIST_CLEARING].n;
+    uint32_t kv = kv_obtainable(p) + unpinned + p->lists[LIST_CLEARING_PINNED].n;
+    uint32_t index = index_obtainable(p) + unpinned;
+
+    return (kv < index ? kv : index) - kv_pool_available(p);
+}
+
 enum status kv_pool_take(struct kv_pool *p, uint32_t n, kv_block *out)
 {
     if (!make_room(p, n, n))
@@ -503,6 +512,8 @@ void kv_pool_destroy(struct kv_pool *p)
         return;
     for (kv_block b = 0; b < p->ids.n; b++)
         ASSERT(p->entries[b].pins == 0 && !p->entries[b].coming);
+    if (p->poison)
+        stream_destroy(p->poison);
     buffer_free(p->be, &p->kv);
     buffer_free(p->be, &p->index);
     for (int at = 0; at < PLACES; at++)

@@ -127,6 +127,8 @@ void kv_pool_host_ready(struct kv_pool *pool, uint32_t n);
 enum status kv_pool_take(struct kv_pool *pool, uint32_t n, kv_block *out) MUST_USE;
 /* How many kv_pool_take() would give now. */
 uint32_t kv_pool_available(const struct kv_pool *pool);
+/* How many more it would give if the transfers that are under way had arrived. */
+uint32_t kv_pool_clearing(const struct kv_pool *pool);
 
 /* What is not pinned yet must have a name.  Whoever holds a block releases it before unpinning. */
 void kv_pool_pin(struct kv_pool *pool, kv_block b);
@@ -182,9 +184,9 @@ int32_t kv_pool_staged_id(const struct kv_pool *pool, int layer, int buffer, int
 struct kv_pool_counts kv_pool_counts(const struct kv_pool *pool);
 void kv_pool_check(const struct kv_pool *pool);   /* O(blocks) */
 
-/* Tests: overwrite every free slot, and the destination of every transfer when it begins, with NaN
- * patterns, so that a read of stale memory shows.  host is the tier's memory, or NULL.
- * Host-visible back ends only. */
-void kv_pool_poison(struct kv_pool *pool, bool on, void *host);
+/* Tests: from now on, while nothing is taken yet, overwrite every free slot, and the destination of
+ * every transfer when it begins, with NaN patterns, so that a read of stale memory shows.  host is
+ * the tier's memory, or NULL.  Waits for the device whenever a slot becomes free. */
+void kv_pool_poison(struct kv_pool *pool, void *host);
 
 #endif

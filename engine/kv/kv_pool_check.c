@@ -7,6 +7,13 @@
 
 /* ---- poison */
 
+/* Before a slot is given to anybody: whoever writes there does it on a stream of its own. */
+static void wait_for_fills(struct kv_pool *p)
+{
+    if (stream_sync(p->poison, NULL) != ST_OK)
+        return;                  /* the device is lost, and those who use it learn it as well */
+}
+
 void kv_pool_fill_nan(struct kv_pool *p, enum place at, uint32_t slot)
 {
     size_t kv = kv_block_bytes(&p->cfg.shape), index = index_block_bytes(&p->cfg.shape);
@@ -19,20 +26,23 @@ void kv_pool_fill_nan(struct kv_pool *p, enum place at, uint32_t slot)
     }
     for (int layer = 0; layer < p->cfg.layers; layer++) {
         if (at == AT_KV)
-            memset((char *)kv_pool_kv(p, layer) + slot * kv, 0xff, kv);
+            stream_fill(p->poison, (char *)kv_pool_kv(p, layer) + slot * kv, 0xff, kv);
         else
-            memset(kv_pool_index(p, layer) + slot * index, 0xff, index);
+            stream_fill(p->poison, kv_pool_index(p, layer) + slot * index, 0xff, index);
     }
+    wait_for_fills(p);
 }
 
-void kv_pool_poison(struct kv_pool *p, bool on, void *host)
+void kv_pool_poison(struct kv_pool *p, void *host)
 {
-    ASSERT(!on || backend_info(p->be)->host_visible);
-    p->poison = on;
-    p->host = on ? host : NULL;
-    for (int at = 0; at < PLACES && on; at++)
-        for (uint32_t i = 0; i < p->slots[at].n_free; i++)
-            kv_pool_fill_nan(p, (enum place)at, p->slots[at].free[i]);
+    ASSERT(!p->poison && p->ids.n_free == p->ids.n);
+    p->poison = stream_create(p->be);
+    p->host = host;
+    stream_fill(p->poison, p->kv.base, 0xff, p->kv.bytes);
+    stream_fill(p->poison, p->index.base, 0xff, p->index.bytes);
+    wait_for_fills(p);
+    for (uint32_t slot = 0; slot < p->slots[AT_HOST].n; slot++)
+        kv_pool_fill_nan(p, AT_HOST, slot);
 }
 
 /* ---- invariants */

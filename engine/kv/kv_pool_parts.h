@@ -16,19 +16,22 @@
  *   CACHED_INNER  unpinned, kv slot, but children would be lost with it: they are on the
  *                 host or being copied, else they would have gone before it
  *   OFFLOADABLE   pinned, kv slot without holds, copy on the host
+ *   CLEARING      unpinned, kv slot, being copied; afterwards as the first two, or free
+ *   CLEARING_PINNED  pinned, kv slot without holds, on its way to the host; then OFFLOADABLE
  *   HOST          unpinned, host slot; goes without harm: it has a kv slot as well, or no children
  *   HOST_INNER    unpinned, host slot alone, children
  *
- * The first three exclude each other, and so do the last two.  A block that is being copied is
- * on none.  Where a block belongs follows from what it is (device_list, host_list); whoever changes
- * a block relists it. */
+ * The first five exclude each other, and so do the last two.  A block that is being copied is
+ * on none but the two of CLEARING, which nobody takes from: they are there to be counted.  Where a
+ * block belongs follows from what it is (device_list, host_list); whoever changes a block relists
+ * it. */
 
 #define NONE KV_BLOCK_NONE
 
 enum place { AT_KV, AT_INDEX, AT_HOST, PLACES };
 enum side { ON_DEVICE, ON_HOST, SIDES };
-enum list_id { LIST_NONE, LIST_CACHED, LIST_CACHED_INNER, LIST_OFFLOADABLE, LIST_HOST,
-               LIST_HOST_INNER, LISTS };
+enum list_id { LIST_NONE, LIST_CACHED, LIST_CACHED_INNER, LIST_OFFLOADABLE, LIST_CLEARING,
+               LIST_CLEARING_PINNED, LIST_HOST, LIST_HOST_INNER, LISTS };
 
 struct link {
     kv_block prev, next;
@@ -67,7 +70,7 @@ struct kv_pool {
     struct list lists[LISTS];      /* that of LIST_NONE is not kept */
     uint64_t version;
     struct kv_pool_counts totals;  /* the counters since create */
-    bool poison;
+    struct stream *poison;         /* that writes NaN, or NULL */
     char *host;                    /* with poison; or NULL */
 };
 
@@ -81,8 +84,12 @@ static inline enum list_id device_list(const struct entry *e)
 {
     bool on_host = e->slot[AT_HOST] != NONE;
 
-    if (e->slot[AT_KV] == NONE || e->coming || e->holds || !e->sealed)
+    if (e->slot[AT_KV] == NONE || e->holds || !e->sealed)
         return LIST_NONE;
+    if (e->coming && e->pins)
+        return e->coming == 1u << AT_HOST ? LIST_CLEARING_PINNED : LIST_NONE;
+    if (e->coming)
+        return LIST_CLEARING;
     if (e->pins)
         return on_host ? LIST_OFFLOADABLE : LIST_NONE;
     return on_host || e->n_children == 0 ? LIST_CACHED : LIST_CACHED_INNER;

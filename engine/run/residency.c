@@ -62,13 +62,6 @@ void residency_return(struct residency_context *r, struct sequence *q)
     residency_load_rest(r, q);
 }
 
-void residency_start(struct residency_context *r, struct sequence *q)
-{
-    if (q->residency != LOADING)
-        release_sealed(r, q);
-    residency_load_rest(r, q);
-}
-
 static void hold_all(struct residency_context *r, struct sequence *q)
 {
     for (uint32_t i = 0; i < q->n_blocks; i++)
@@ -100,6 +93,7 @@ bool residency_leave_early(struct residency_context *r, struct sequence *q)
     if (!can_have_set(r, q))
         return false;
     get_set(r, q);
+    release_sealed(r, q);
     q->residency = has_index(r, q) ? off_device(q) : LOADING_INDEX;
     return true;
 }
@@ -137,6 +131,12 @@ void residency_store(struct residency_context *r, struct sequence *q)
     } else if (r->always && q->residency == ON_DEVICE) {
         residency_offload(r, q);
     }
+}
+
+void residency_start(struct residency_context *r, struct sequence *q)
+{
+    residency_store(r, q);
+    residency_load_rest(r, q);
 }
 
 void residency_end(struct residency_context *r, struct sequence *q)

@@ -42,14 +42,15 @@ struct residency_context {
 bool residency_offload(struct residency_context *r, struct sequence *q);
 
 /* Of one that is attached and not admitted yet: be admitted without K and V, as STREAMED, OFFLOADED
- * or LOADING_INDEX.  It has a set then, which residency_end() gives back.  False where it cannot be
- * for now. */
+ * or LOADING_INDEX.  It has a set then, which residency_end() gives back, and holds nothing that is
+ * sealed: the pool may have more to give.  False where it cannot be for now. */
 bool residency_leave_early(struct residency_context *r, struct sequence *q);
 
 /* OFFLOADED to RETURNING; the pool has room for all of it. */
 void residency_return(struct residency_context *r, struct sequence *q);
 
-/* What was just admitted and is not ON_DEVICE: start. */
+/* What was just admitted and is not ON_DEVICE: start to load what it lacks, and to store what it
+ * has found on the device alone, since that may be in its own way. */
 void residency_start(struct residency_context *r, struct sequence *q);
 
 /* After host_tier_collect(): first the former for all sequences, then the latter.  Take hold of

@@ -156,7 +156,7 @@ static void preempt(struct scheduler *sc, struct sequence *seq)
     queue_remove(&sc->running, seq);
     seq->state = SEQ_WAITING;
     queue_insert(&sc->waiting, seq);
-    p->left.blocks = p->left.drop(p->left.arg, seq);
+    p->left.drop(&p->left, seq);
     p->n_preempted++;
 }
 
@@ -181,7 +181,7 @@ static bool offload_one(struct scheduler *sc)
                 longest = s;
         if (!longest)
             return false;
-        if (p->left.offload(p->left.arg, longest, &p->left.blocks))
+        if (p->left.offload(&p->left, longest))
             return true;
         refused = longest;
     }
@@ -189,14 +189,22 @@ static bool offload_one(struct scheduler *sc)
 }
 
 /* Make room for n tokens more of seq by offloading, then by preempting the youngest.  False
- * when that was seq itself.  Alone it has room for all it may become, but for blocks that others
- * left while they are being copied: then it waits, lest it be preempted for nothing again and
- * again. */
+ * when that was seq itself, or when it waits for blocks that others left and that are being
+ * copied: preempting more would free what nobody needs.  Alone it has room for all it may become,
+ * but for such blocks. */
 static bool make_room(struct scheduler *sc, struct sequence *seq, uint32_t n)
 {
-    while (sequence_lacks_blocks(seq, seq->n_computed + n) > unclaimed(&sc->plan)) {
+    struct step_plan *p = &sc->plan;
+    uint32_t lacks = sequence_lacks_blocks(seq, seq->n_computed + n);
+
+    if (p->waits && lacks > 0)
+        return false;            /* what there is is for who waits already */
+    while (lacks > unclaimed(p)) {
         if (offload_one(sc))
             continue;
+        p->waits = lacks <= unclaimed(p) + p->left.clearing;
+        if (p->waits)
+            return false;
         struct sequence *victim = sc->running.youngest;
         if (victim == sc->running.oldest || (victim == seq && seq->too_long))
             return false;        /* its own blocks are on their way to the host */
@@ -249,7 +257,8 @@ static bool group_is_in_prefill(const struct scheduler *sc, uint64_t group)
 
 struct sequence *scheduler_next(const struct scheduler *sc, const struct step_plan *plan)
 {
-    if (sc->running.n >= sc->max_running || plan->left.tokens == 0 || plan->n_preempted > 0)
+    if (sc->running.n >= sc->max_running || plan->left.tokens == 0 || plan->n_preempted > 0 ||
+        plan->waits)
         return NULL;
     struct sequence *s = sc->waiting.oldest;
     while (s && group_is_in_prefill(sc, s->group))
@@ -282,12 +291,15 @@ uint32_t scheduler_spare_blocks(const struct scheduler *sc, const struct step_pl
 
 /* Whether the pool can hold all known tokens and one more block of it, beside what was promised,
  * and what its first slice of n tokens takes.  Alone it may have all there is: the pool holds the
- * longest context. */
+ * longest context, and of one that is longer what is in the way is its own and leaves when it runs.
+ */
 static bool has_room(const struct scheduler *sc, const struct step_plan *p,
                      const struct sequence *seq, uint32_t n)
 {
     uint32_t loads = sequence_wants_blocks(seq);
 
+    if (sc->running.n == 0 && seq->too_long)
+        return true;
     if (sc->running.n > 0 && loads + sequence_will_lack_blocks(seq) +
                                  promised_blocks(sc, p) > unclaimed(p))
         return false;
@@ -315,7 +327,8 @@ bool scheduler_admit(struct scheduler *sc, struct step_plan *plan, struct sequen
     queue_remove(&sc->waiting, seq);
     seq->state = SEQ_RUNNING;
     queue_insert(&sc->running, seq);
-    if (sequence_is_ready(seq))
+    if (sequence_is_ready(seq) &&
+        sequence_lacks_blocks(seq, seq->n_computed + n) <= unclaimed(plan))
         add_slice(sc, seq, n);
     return true;
 }

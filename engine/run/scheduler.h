@@ -22,7 +22,8 @@
  * When blocks are short, for a running sequence or to admit one, the longest one that only
  * needs sparse rows any more goes to the host tier, if there is one, and the next.  What then still
  * lacks is made room for as ever: the youngest running sequence is put
- * back to waiting.  Youngest, because it has the least to lose; and since the
+ * back to waiting, but nobody where blocks enough are being copied and then free: who lacks them
+ * waits for that.  Youngest, because it has the least to lose; and since the
  * pool holds at least one context of the greatest length, the oldest always
  * progresses: nothing livelocks.
  *
@@ -35,12 +36,13 @@ struct step_budget {
     uint32_t tokens;             /* rows of the step */
     uint32_t logit_rows;
     uint32_t blocks;             /* that the pool can give: free and reclaimable */
-    /* Drop the blocks of a sequence that is preempted; returns what the pool can
-     * give then.  (Blocks shared with others stay, so nobody can know before.) */
-    uint32_t (*drop)(void *arg, struct sequence *seq);
+    uint32_t clearing;           /* that it can give besides when copies under way have ended */
+    /* Drop the blocks of a sequence that is preempted, and see what the pool can give
+     * then.  (Blocks shared with others stay, so nobody can know before.) */
+    void (*drop)(struct step_budget *b, struct sequence *seq);
     /* Or NULL.  Let K and V of a sequence leave the device, whose slices this changes nothing
-     * about; *blocks is what the pool can give then.  False where it cannot be. */
-    bool (*offload)(void *arg, struct sequence *seq, uint32_t *blocks);
+     * about, and see what the pool can give then.  False where it cannot be. */
+    bool (*offload)(struct step_budget *b, struct sequence *seq);
     void *arg;
 };
 
@@ -54,6 +56,7 @@ struct step_plan {
     struct step_slice *slices;   /* the scheduler's storage, valid until the next plan */
     uint32_t n_slices;
     uint32_t n_preempted;
+    bool waits;                  /* somebody lacks blocks and waits for copies to end */
     struct step_budget left;     /* of tokens and logit rows; blocks as the pool has them */
     uint32_t planned_blocks;     /* that the slices will take */
 };
@@ -73,7 +76,7 @@ struct step_plan *scheduler_plan(struct scheduler *sc, const struct step_budget 
 /* Sequences that wait for their blocks to be loaded have no slice.
  *
  * Claim 3, one at a time: the sequence to try next, or NULL.  The caller
- * attaches it to the prefix cache, sets plan->left.blocks anew, and asks
+ * attaches it to the prefix cache, sees anew what the pool can give, and asks
  * scheduler_admit(); on false it drops its blocks and stops for this step. */
 struct sequence *scheduler_next(const struct scheduler *sc, const struct step_plan *plan);
 bool scheduler_admit(struct scheduler *sc, struct step_plan *plan, struct sequence *seq);

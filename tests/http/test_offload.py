@@ -140,6 +140,10 @@ class Offload(unittest.TestCase):
     def test_always_needs_a_tier(self):
         self.assert_refused("offload always .*host-kv-bytes", offload="always")
 
+    def test_always_needs_all_layers_sparse(self):
+        self.assert_refused("offload always: .* layer 2 dense",
+                            **dict(TIER, offload="always", layer_exceptions="0:blocks=4,2-3:dense"))
+
     def test_hot_rows_hold_what_is_kept(self):
         self.assert_refused("hot-rows is 95.* 96", **dict(TIER, hot_rows="95"))
 

@@ -449,6 +449,12 @@ START_TEST(impossible_configurations_are_refused_with_numbers)
     c.select.layers = "0-7:dense";
     ck_assert_int_eq(engine_create(&engine, &c, NULL, &err), ST_INVALID);
     ck_assert_ptr_nonnull(strstr(err.text, "selection lagged"));
+    c = small_config();
+    c.host_kv_bytes = 64 << 20;
+    c.offload = OFFLOAD_ALWAYS;
+    c.select.layers = "3-4:dense";
+    ck_assert_int_eq(engine_create(&engine, &c, NULL, &err), ST_INVALID);
+    ck_assert_ptr_nonnull(strstr(err.text, "makes layer 3 dense"));
 }
 END_TEST
 

@@ -29,6 +29,9 @@ struct backend {
     uint64_t seed, fail_at;
     const char *fence;
     int refuse;
+    const char *held;
+    size_t held_bytes;
+    atomic_bool holds;           /* copies into held */
     _Atomic uint64_t n_steps, n_streams;
     atomic_int n_registers, registered;
     atomic_bool failed;          /* the device, and so all of its streams */
@@ -61,9 +64,19 @@ static void assert_beside_fence(const struct backend *be, const void *from, size
     ASSERT(!be->fence || at >= be->fence || at + bytes <= be->fence);
 }
 
+static bool is_held(const struct backend *be, const struct step *t)
+{
+    const char *to = t->dst;
+
+    return t->kind == STEP_COPY && atomic_load(&be->holds) && to >= be->held &&
+           to < be->held + be->held_bytes;
+}
+
 /* False where it has to wait. */
 static bool run_step(struct stream *s, const struct step *t)
 {
+    if (is_held(s->be, t))
+        return false;
     if (t->kind == STEP_WAIT && atomic_load(&t->ev->happened) < t->record)
         return false;
     if (atomic_fetch_add(&s->be->n_steps, 1) + 1 == s->be->fail_at)
@@ -255,6 +268,18 @@ struct backend *lazy_device_open(uint64_t seed)
 void lazy_device_fail_at(struct backend *be, uint64_t step)
 {
     be->fail_at = step;
+}
+
+void lazy_device_hold(struct backend *be, void *base, size_t bytes)
+{
+    be->held = base;
+    be->held_bytes = bytes;
+    atomic_store(&be->holds, true);
+}
+
+void lazy_device_release(struct backend *be)
+{
+    atomic_store(&be->holds, false);
 }
 
 void lazy_device_fence(struct backend *be, const void *address)

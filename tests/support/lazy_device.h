@@ -14,6 +14,9 @@ struct backend *lazy_device_open(uint64_t seed);
 
 /* The step at which the device fails, counted over all streams; 0: none does. */
 void lazy_device_fail_at(struct backend *be, uint64_t step);
+/* Copies into this memory wait until it is released. */
+void lazy_device_hold(struct backend *be, void *base, size_t bytes);
+void lazy_device_release(struct backend *be);
 /* No copy may span this address. */
 void lazy_device_fence(struct backend *be, const void *address);
 /* The call of host_register() that is refused, the first is 1; 0: none is. */

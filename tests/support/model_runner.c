@@ -29,8 +29,7 @@ static void open_pool(struct runner *r, const struct runner_options *o, int laye
 
     ck_assert_msg(kv_pool_create(&r->pool, r->backend, &cfg, &err) == ST_OK, "%s", err.text);
     kv_pool_host_ready(r->pool, host_blocks);
-    if (backend_info(r->backend)->host_visible)
-        kv_pool_poison(r->pool, true, r->tier.base);
+    kv_pool_poison(r->pool, r->tier.base);
 }
 
 static void open_hot_sets(struct runner *r, const struct runner_options *o, int layers)
@@ -302,16 +301,6 @@ void seq_fetch(struct runner *r, struct test_seq *seq, int block)
     seq->held[block] = true;
 }
 
-/* Where the host sees device memory the pool does this. */
-static void poison(struct runner *r, int32_t slot)
-{
-    size_t bytes = kv_block_bytes(&r->shape);
-
-    for (int layer = 0; layer < model_config(r->model)->layers; layer++)
-        stream_fill(r->stream, (char *)kv_pool_kv(r->pool, layer) + (size_t)slot * bytes, 0xff,
-                    bytes);
-}
-
 void runner_reclaim(struct runner *r)
 {
     uint32_t n = kv_pool_available(r->pool);
@@ -320,8 +309,6 @@ void runner_reclaim(struct runner *r)
     ck_assert_int_eq(kv_pool_take(r->pool, n, all), ST_OK);
     ck_assert_uint_eq(kv_pool_counts(r->pool).cached, 0);
     for (uint32_t i = 0; i < n; i++) {
-        if (!backend_info(r->backend)->host_visible)
-            poison(r, kv_pool_place(r->pool, all[i]).kv);
         kv_pool_release(r->pool, all[i]);
         kv_pool_unpin(r->pool, all[i]);
     }

@@ -162,7 +162,7 @@ END_TEST
 
 START_TEST(freed_blocks_are_poisoned)
 {
-    kv_pool_poison(pool, true, NULL);
+    kv_pool_poison(pool, NULL);
     kv_block b = pool_take();
     struct block_place place = kv_pool_place(pool, b);
 

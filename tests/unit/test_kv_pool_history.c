@@ -92,6 +92,7 @@ static uint32_t max(uint32_t a, uint32_t b)
 struct room {
     uint32_t kv_free, index_free, host_free;
     uint32_t unpinned, offloadable;         /* blocks that may lose a kv slot */
+    uint32_t clearing, clearing_pinned;     /* that may once they have been copied */
     uint32_t host_unpinned;
     bool easy[MAX_IDS], host_easy[MAX_IDS]; /* unpinned, and no child is lost with its slot */
 };
@@ -116,8 +117,11 @@ static struct room look_for_room(void)
         r.kv_free -= (k->place.kv >= 0) + (k->coming.kv >= 0);
         r.index_free -= (k->place.index >= 0) + (k->coming.index >= 0);
         r.host_free -= (k->place.host >= 0) + (k->coming.host >= 0);
-        if (is_copied(k))
+        if (is_copied(k)) {
+            r.clearing += k->pins == 0 && (k->place.kv >= 0 || k->coming.kv >= 0);
+            r.clearing_pinned += k->pins > 0 && k->holds == 0 && k->coming.host >= 0;
             continue;
+        }
         r.host_unpinned += k->pins == 0 && k->place.host >= 0;
         r.host_easy[b] = k->pins == 0 && k->place.host >= 0 &&
                          (k->place.kv >= 0 || !has_children(b));
@@ -136,6 +140,14 @@ static uint32_t available(const struct room *r)
     uint32_t index = r->index_free + r->unpinned;
 
     return kv < index ? kv : index;
+}
+
+/* What there would be if all copies had arrived. */
+static uint32_t available_later(struct room r)
+{
+    r.unpinned += r.clearing;
+    r.offloadable += r.clearing_pinned;
+    return available(&r);
 }
 
 /* ---- what changes */
@@ -522,6 +534,7 @@ static void expect_counts(void)
     struct kv_pool_counts c = kv_pool_counts(pool);
 
     EXPECT(kv_pool_available(pool) == available(&r));
+    EXPECT(kv_pool_clearing(pool) == available_later(r) - available(&r));
     EXPECT(c.free == r.kv_free && c.index_free == r.index_free && c.host_free == r.host_free);
     EXPECT(c.cached == r.unpinned + r.offloadable && c.host_cached == r.host_unpinned);
     EXPECT(c.free + c.cached + c.pinned == c.blocks && c.host_blocks == host_ready);
@@ -648,7 +661,7 @@ START_TEST(random_histories_keep_the_promises)
     n_ids = cfg.blocks + cfg.host_blocks;
     srandom((unsigned)_i + 1);
     pool_open(cfg, host_ready);
-    kv_pool_poison(pool, true, pool_host);
+    kv_pool_poison(pool, pool_host);
     for (operation = 0; operation < OPERATIONS; operation++) {
         step();
         kv_pool_check(pool);

@@ -603,7 +603,7 @@ START_TEST(what_is_not_readable_is_poisoned)
 
     open_again((struct kv_pool_config){ .blocks = 2, .index_blocks = 3, .host_blocks = 2,
                                         .prefix_cache = true }, 1);
-    kv_pool_poison(pool, true, pool_host);
+    kv_pool_poison(pool, pool_host);
     ck_assert(pool_is_poisoned(&all));
     kv_pool_host_ready(pool, 2);
     all.host = 1;

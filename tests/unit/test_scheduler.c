@@ -90,12 +90,11 @@ static void end(struct sequence *q)
     mem_free(r);
 }
 
-static uint32_t drop(void *arg, struct sequence *q)
+static void drop(struct step_budget *b, struct sequence *q)
 {
-    (void)arg;
     n_dropped++;
     sequence_drop_blocks(q, pool);
-    return kv_pool_available(pool);
+    b->blocks = kv_pool_available(pool);
 }
 
 static struct step_plan *plan_step(uint32_t tokens)

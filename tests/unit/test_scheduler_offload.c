@@ -15,6 +15,8 @@ static int n_seqs, n_asked;
 static const struct sequence *offloaded[MAX_RUNNING], *dropped[MAX_RUNNING], *refuses;
 static int n_offloaded, n_dropped;
 static uint32_t pool_blocks;         /* that the pool can give */
+static uint32_t clearing;            /* and when copies have ended */
+static bool stores_last;             /* what is dropped is being copied */
 
 static void setup(void)
 {
@@ -22,6 +24,8 @@ static void setup(void)
     n_seqs = n_offloaded = n_dropped = n_asked = 0;
     refuses = NULL;
     pool_blocks = 10000;
+    clearing = 0;
+    stores_last = false;
 }
 
 static void teardown(void)
@@ -34,33 +38,32 @@ static void teardown(void)
     scheduler_destroy(sc);
 }
 
-static bool offload(void *arg, struct sequence *q, uint32_t *blocks)
+static bool offload(struct step_budget *b, struct sequence *q)
 {
-    (void)arg;
     n_asked++;
     ck_assert(q->residency == ON_DEVICE || q->residency == RETURNING);
     if (q == refuses)
         return false;
     offloaded[n_offloaded++] = q;
-    *blocks = pool_blocks += q->n_held - 1;
+    b->blocks = pool_blocks += q->n_held - 1;
     q->n_held = 1;
     q->residency = OFFLOADED;
     return true;
 }
 
-static uint32_t drop(void *arg, struct sequence *q)
+static void drop(struct step_budget *b, struct sequence *q)
 {
-    (void)arg;
     dropped[n_dropped++] = q;
-    pool_blocks += q->n_held;
+    *(stores_last ? &clearing : &pool_blocks) += q->n_held;
     q->n_blocks = q->n_held = q->n_computed = 0;
-    return pool_blocks;
+    b->blocks = pool_blocks;
+    b->clearing = clearing;
 }
 
 static struct step_plan *plan(void)
 {
     struct step_budget budget = { .tokens = TOKENS, .logit_rows = TOKENS, .blocks = pool_blocks,
-                                  .drop = drop, .offload = offload };
+                                  .clearing = clearing, .drop = drop, .offload = offload };
 
     return scheduler_plan(sc, &budget);
 }
@@ -211,6 +214,52 @@ START_TEST(the_last_one_waits_and_is_not_preempted)
 }
 END_TEST
 
+/* What comes free is being copied still: one preemption is enough, and who lacks blocks waits. */
+START_TEST(what_is_being_copied_counts_before_anyone_is_preempted)
+{
+    struct sequence *a = decoding(65, false), *b = decoding(100, false);
+    struct sequence *c = decoding(640, false), *d = decoding(640, false);
+
+    stores_last = true;
+    pool_blocks = 0;
+    struct step_plan *p = plan();                   /* a lacks one */
+    ck_assert_int_eq(n_dropped, 1);
+    ck_assert_ptr_eq(dropped[0], d);
+    ck_assert_uint_eq(slice_of(p, a), 0);
+    ck_assert_uint_eq(slice_of(p, b) + slice_of(p, c), 2);
+    p = plan();                                     /* the copies take their time */
+    ck_assert_int_eq(n_dropped, 1);
+    ck_assert_uint_eq(slice_of(p, a), 0);
+    ck_assert_ptr_null(scheduler_next(sc, p));      /* d does not come back meanwhile */
+    pool_blocks = 1;
+    clearing -= 1;
+    ck_assert_uint_eq(slice_of(plan(), a), 1);
+    ck_assert_int_eq(n_dropped, 1);
+}
+END_TEST
+
+/* Nobody takes what they wait for, and what is too little is not waited for. */
+START_TEST(who_waits_for_copies_is_not_passed)
+{
+    struct sequence *a = waiting(200, 0, false), *b = waiting(500, 0, false);
+
+    pool_blocks = 20;
+    struct step_plan *p = plan();
+    ck_assert(scheduler_admit(sc, p, a));
+    ck_assert(scheduler_admit(sc, p, b));
+    pool_blocks = 3;
+    clearing = 1;
+    p = plan();                                     /* a lacks four, b eight */
+    ck_assert_int_eq(n_dropped, 0);
+    ck_assert_uint_eq(p->n_slices, 0);
+    clearing = 0;
+    stores_last = true;
+    plan();
+    ck_assert_int_eq(n_dropped, 1);
+    ck_assert_ptr_eq(dropped[0], b);
+}
+END_TEST
+
 /* ---- admission */
 
 START_TEST(admission_offloads_and_preempts_nobody)
@@ -273,6 +322,23 @@ START_TEST(what_is_loaded_needs_room_and_gets_no_slice)
     q->residency = ON_DEVICE;                       /* arrived */
     pool_blocks += 20;
     ck_assert_uint_gt(slice_of(plan(), q), 0);
+}
+END_TEST
+
+/* Nobody else could make room for what is in the way of one that is too long. */
+START_TEST(who_is_too_long_and_alone_is_admitted_and_waits)
+{
+    struct sequence *a = waiting(1000, 640, false);
+
+    a->too_long = true;
+    a->residency = STREAMED;
+    pool_blocks = 5;                                /* it lacks six */
+    struct step_plan *p = plan();
+    ck_assert(scheduler_admit(sc, p, a));
+    ck_assert_uint_eq(p->n_slices, 0);
+    pool_blocks = 6;                                /* some of its own have left */
+    ck_assert_uint_eq(slice_of(plan(), a), 360);
+    ck_assert_int_eq(n_dropped, 0);
 }
 END_TEST
 
@@ -351,8 +417,11 @@ TCase *scheduler_offload_case(void)
     tcase_add_test(tc, who_returns_may_have_to_leave_again);
     tcase_add_test(tc, without_anyone_to_offload_the_youngest_is_preempted);
     tcase_add_test(tc, the_last_one_waits_and_is_not_preempted);
+    tcase_add_test(tc, what_is_being_copied_counts_before_anyone_is_preempted);
+    tcase_add_test(tc, who_waits_for_copies_is_not_passed);
     tcase_add_test(tc, admission_offloads_and_preempts_nobody);
     tcase_add_loop_test(tc, what_is_loaded_needs_room_and_gets_no_slice, 0, N_LOADS);
+    tcase_add_test(tc, who_is_too_long_and_alone_is_admitted_and_waits);
     tcase_add_test(tc, who_waits_for_blocks_holds_nobody_up);
     tcase_add_test(tc, spare_is_what_nobody_will_want_before_long);
     tcase_add_test(tc, put_back_takes_the_youngest);
