@@ -2,6 +2,7 @@
  * index: what a layer needs whose keys and values must be fetched before they are
  * attended to, and the kinds that two_level.cu has no fused kernel for. */
 
+#include "kernels/cuda/latent.cuh"
 #include "kernels/cuda/rotate.cuh"
 #include "kernels/cuda/select.cuh"
 
@@ -244,7 +245,10 @@ void cuda_block_filter(struct stream *s, const struct block_filter_args *args)
     a.most_items = args->max_blocks;
     int blocks = (args->max_n_tokens + BLOCK_TOKENS - 1) / BLOCK_TOKENS;
     dim3 grid((blocks + SCORE_WARPS - 1) / SCORE_WARPS, a.kv_heads, args->seqs);
-    score_blocks<<<grid, SCORE_WARPS * WARP, 0, s->cu>>>(a);
+    if (latent::is_latent(&args->shape))
+        latent::queue_scores(s, args, a.keys);
+    else
+        score_blocks<<<grid, SCORE_WARPS * WARP, 0, s->cu>>>(a);
     choose<<<dim3(a.kv_heads, args->seqs), CHOOSE_THREADS, 0, s->cu>>>(a);
     stream_note(s, "block_filter");
 }
@@ -274,7 +278,10 @@ void cuda_token_select(struct stream *s, const struct token_select_args *args)
     a.recent_tokens = args->recent_tokens;
     a.most_items = args->keep_blocks * BLOCK_TOKENS;
     dim3 grid(args->keep_blocks, a.kv_heads, args->seqs);
-    score_kept<<<grid, BLOCK_TOKENS, 0, s->cu>>>(a);
+    if (latent::is_latent(&args->shape))
+        latent::queue_kept_scores(s, args, a.keys);
+    else
+        score_kept<<<grid, BLOCK_TOKENS, 0, s->cu>>>(a);
     choose<<<dim3(a.kv_heads, args->seqs), CHOOSE_THREADS, 0, s->cu>>>(a);
     stream_note(s, "token_select");
 }
