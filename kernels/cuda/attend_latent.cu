@@ -48,29 +48,27 @@ __host__ __device__ inline int chunks_of(int n)
 template <int COLUMNS, int DEPTH>
 constexpr int shared_bytes = sizeof(work<COLUMNS>) + DEPTH * TILE_BYTES;
 
-/* Tiles [first, end) of the tokens below n, through a ring of DEPTH tiles. */
+/* Tiles [first, end) of the tokens below n; row(i) is where token i lies, and visible(column) how
+ * many tokens it sees. */
 template <int COLUMNS, int DEPTH, typename R, typename V>
-__device__ __forceinline__ void attend_tiles(state<COLUMNS> *s, work<COLUMNS> *w, unsigned ring,
+__device__ __forceinline__ void attend_range(state<COLUMNS> *s, work<COLUMNS> *w, unsigned ring,
                                              int first, int end, int n, float scale, const R &row,
                                              const V &visible)
 {
-    auto start = [&](int tile, int slot) {
-        int from = tile * TILE;
-        start_tile(ring + slot * TILE_BYTES, tile < end ? min(n - from, (int)TILE) : 0,
+    auto start = [&](int tile) {
+        int from = (first + tile) * TILE;
+        start_tile(ring + tile % DEPTH * TILE_BYTES,
+                   first + tile < end ? min(n - from, (int)TILE) : 0,
                    [&](int i) { return row(from + i); });
     };
 #pragma unroll
     for (int i = 0; i < DEPTH - 1; i++)
-        start(first + i, i);
-    int slot = 0;
-    for (int tile = first; tile < end; tile++) {
-        copy_wait<DEPTH - 2>();
-        __syncthreads();         /* and the tile before has been left by all */
-        start(tile + DEPTH - 1, slot == 0 ? DEPTH - 1 : slot - 1);
-        attend_tile<COLUMNS>(s, w, ring + slot * TILE_BYTES, scale,
-                             [&](int column) { return visible(column) - tile * TILE; });
-        slot = slot == DEPTH - 1 ? 0 : slot + 1;
-    }
+        start(i);
+    attend_tiles<COLUMNS, DEPTH>(s, w, ring, end - first, scale, start, [&](int) {
+        copy_wait<DEPTH - 3>();
+        __syncthreads();
+    }, [&](int tile, int column) { return visible(column) - (first + tile) * TILE; });
+    copy_wait<0>();
     __syncthreads();
 }
 
@@ -99,7 +97,8 @@ __global__ void __launch_bounds__(THREADS, 1) attend_row(arguments a)
     const int32_t *table = a.table + (size_t)seq * a.max_blocks;
     state<COLUMNS> s;
 
-    load_queries<COLUMNS>(w, a.q + (size_t)row * a.q_stride, a.heads);
+    const __nv_bfloat16 *q = a.q + (size_t)row * a.q_stride;
+    load_queries<COLUMNS>(&s, w, a.heads, [&](int head) { return q + (size_t)head * D; });
     clear(&s);
     auto at = [&](int i) {
         if (TOKENS == ADDRESSED)
@@ -108,7 +107,7 @@ __global__ void __launch_bounds__(THREADS, 1) attend_row(arguments a)
         return a.kv + ((size_t)table[position / BLOCK_TOKENS] * BLOCK_TOKENS +
                        position % BLOCK_TOKENS) * D;
     };
-    attend_tiles<COLUMNS, DEPTH>(&s, w, ring, first, end, n, a.scale, at,
+    attend_range<COLUMNS, DEPTH>(&s, w, ring, first, end, n, a.scale, at,
                                  [&](int column) { return column < a.heads ? n : 0; });
     publish_sums<COLUMNS>(&s, w, a.scale);
     __syncthreads();
@@ -189,18 +188,14 @@ __global__ void __launch_bounds__(THREADS, 1) attend_rows(arguments a)
     const int32_t *table = a.table + (size_t)seq * a.max_blocks;
     state<COLUMNS> s;
 
-    for (int i = threadIdx.x; i < COLUMNS * PIECES; i += THREADS) {
-        int column = i / PIECES, at = i % PIECES * 8;
-        const __nv_bfloat16 *q = a.q + (size_t)(row + column / a.heads) * a.q_stride +
-                                 (size_t)(column % a.heads) * D + at;
-        *(uint4 *)&w->query[column][at] = column < columns ? *(const uint4 *)q
-                                                           : make_uint4(0, 0, 0, 0);
-    }
+    load_queries<COLUMNS>(&s, w, columns, [&](int column) {
+        return a.q + (size_t)(row + column / a.heads) * a.q_stride + (size_t)(column % a.heads) * D;
+    });
     clear(&s);
     auto at = [&](int i) {
         return a.kv + ((size_t)table[i / BLOCK_TOKENS] * BLOCK_TOKENS + i % BLOCK_TOKENS) * D;
     };
-    attend_tiles<COLUMNS, DEPTH>(&s, w, ring, 0, (n + TILE - 1) / TILE, n, a.scale, at,
+    attend_range<COLUMNS, DEPTH>(&s, w, ring, 0, (n + TILE - 1) / TILE, n, a.scale, at,
                                  [&](int column) {
         return column < columns ? sees + column / a.heads : 0;
     });
@@ -258,7 +253,7 @@ void latent::queue_attend(struct stream *s, const struct attend_dense_args *args
     a.scale = args->scale * LOG2_E;
     /* Each passes over the other's sequences. */
     if (s->be->hopper)
-        launch_row<4, CONTEXT>(s, "attend_dense", a, args->seqs, args->max_n_tokens);
+        launch_row<5, CONTEXT>(s, "attend_dense", a, args->seqs, args->max_n_tokens);
     else
         launch_row<3, CONTEXT>(s, "attend_dense", a, args->seqs, args->max_n_tokens);
     if (args->max_n_rows < 2)
@@ -266,7 +261,7 @@ void latent::queue_attend(struct stream *s, const struct attend_dense_args *args
     if (s->be->hopper)
         launch_rows<64, 3>(s, a, args->seqs, args->max_n_rows);
     else
-        launch_rows<32, 2>(s, a, args->seqs, args->max_n_rows);
+        launch_rows<DECODE_COLUMNS, 3>(s, a, args->seqs, args->max_n_rows);
 }
 
 void latent::queue_attend_selected(struct stream *s, const struct attend_selected_args *args,

@@ -20,10 +20,24 @@ static inline bool is_latent(const struct kv_shape *shape)
     return shape->latent_dim > 0;
 }
 
+/* Queries as scores of the index take them, made once for both levels: [seqs], 16-byte aligned. */
+struct queries;
+size_t queries_bytes(int max_seqs);
+void queue_queries(struct stream *s, queries *made, const void *q, int q_stride, int heads,
+                   const int32_t *n_tokens, int seqs);
+
+/* What lies behind n words of scratch memory. */
+static inline queries *queries_behind(void *scratch, size_t n)
+{
+    return (queries *)((char *)scratch + (n * sizeof(int32_t) + 255) / 256 * 256);
+}
+
 /* The keys of select.cuh: of the blocks of every context, [seqs, max_blocks], and of the tokens of
- * kept blocks, [seqs, keep_blocks, BLOCK_TOKENS]. */
-void queue_scores(struct stream *s, const struct block_filter_args *a, unsigned *keys);
-void queue_kept_scores(struct stream *s, const struct token_select_args *a, unsigned *keys);
+ * kept blocks, [seqs, keep_blocks, BLOCK_TOKENS].  Bounds take no queries that were made. */
+void queue_scores(struct stream *s, const struct block_filter_args *a, const queries *made,
+                  unsigned *keys);
+void queue_kept_scores(struct stream *s, const struct token_select_args *a, const queries *made,
+                       unsigned *keys);
 
 /* attend_dense, and attention to chosen rows, which lie at the addresses `rows` where that is not
  * NULL. */

@@ -16,6 +16,7 @@ enum { WARPS = 8, THREADS = WARPS * WARP, DEPTH = 3, SCORE_WARPS = 4 };
 
 struct filter {
     const __nv_bfloat16 *q;
+    const queries *made;         /* [seqs] of q */
     const uint8_t *index;
     const int32_t *table, *n_tokens;
     unsigned *keys;              /* [seqs, max_blocks] */
@@ -23,6 +24,24 @@ struct filter {
     int q_stride, heads, max_blocks, sink_tokens, recent_tokens;
     size_t block_bytes;
 };
+
+/* A warp a head; of a head that there is not, a copy of the first, which changes no maximum.
+ * Grid: tiles of heads, sequences. */
+__global__ void __launch_bounds__(8 * WARP) make_queries(queries *made, const __nv_bfloat16 *q,
+                                                         int q_stride, int heads,
+                                                         const int32_t *n_tokens)
+{
+    int seq = blockIdx.y, head = blockIdx.x * 8 + threadIdx.x / WARP;
+    bool padding = n_tokens[seq] == 0;
+
+    let_next_start();
+    wait_for_inputs();
+    if (padding)
+        return;
+    q += (size_t)seq * q_stride + (size_t)(head < heads ? head : 0) * D;
+    load_part<L>(&made[seq], q, head, 0);
+    load_part<P>(&made[seq], q, head, 1);
+}
 
 struct memory {
     queries q;
@@ -45,57 +64,87 @@ __device__ __forceinline__ void start_record(const filter &a, int id, unsigned t
     copy_commit();               /* one group a record, empty or not, for copy_wait() */
 }
 
-/* The best score of a tile's tokens below `left`. */
-__device__ __forceinline__ float score_tile(unsigned record, int tile, int left,
-                                            const query_side &q)
+enum { AT_ONCE = 2 };            /* tiles: one has not enough products at the same time */
+
+/* A product for each of some tiles. */
+template <bool FIRST>
+__device__ __forceinline__ void multiply(int (&d)[AT_ONCE][TILES][4], const query_side &q, int at,
+                                         const unsigned (&low)[AT_ONCE],
+                                         const unsigned (&high)[AT_ONCE], int bit)
+{
+#pragma unroll
+    for (int k = 0; k < AT_ONCE; k++) {
+        unsigned left[4] = { twos(low[k], bit), twos(high[k], bit), twos(low[k], bit + 1),
+                             twos(high[k], bit + 1) };
+#pragma unroll
+        for (int t = 0; t < TILES; t++) {
+            if (FIRST)
+#pragma unroll
+                for (int i = 0; i < 4; i++)
+                    d[k][t][i] = MAGIC - q.sum[at >= 8 * WORDS][t][i % 2];
+            mma_int8(d[k][t], left, q.right[t][at + bit], q.right[t][at + bit + 1]);
+        }
+    }
+}
+
+/* Sums over bits as floats. */
+__device__ __forceinline__ float sum_of(int d)
+{
+    return __int_as_float(d) - __int_as_float(MAGIC);
+}
+
+/* The best score of the tokens below `left` of AT_ONCE tiles from `tile` on. */
+__device__ __forceinline__ float score_tiles(unsigned record, int tile, int left,
+                                             const query_side &q)
 {
     int token = tile * 16 + threadIdx.x % WARP / 4;
     unsigned signs = record + BLOCK_TOKENS * SCALE_BYTES + token * TOKEN_BYTES;
-    quarter low = load_quarter(signs), high = load_quarter(signs + 8 * TOKEN_BYTES);
-    float2 scale[2] = { load_scales(record + token * SCALE_BYTES),
-                        load_scales(record + (token + 8) * SCALE_BYTES) };
-    float best = -INFINITY, score[TILES][4];
-    int d[TILES][4];
+    unsigned word[2][WORDS][AT_ONCE], rope[2][AT_ONCE];
+    float2 scale[2][AT_ONCE];
+    float best = -INFINITY, score[AT_ONCE][TILES][4];
+    int d[AT_ONCE][TILES][4];
 
 #pragma unroll
-    for (int t = 0; t < TILES; t++)
+    for (int k = 0; k < AT_ONCE; k++)
 #pragma unroll
-        for (int i = 0; i < 4; i++)
-            d[t][i] = MAGIC - q.sum[0][t][i % 2];
+        for (int half = 0; half < 2; half++) {
+            int at = 16 * k + 8 * half;
+            quarter bits = load_quarter(signs + at * TOKEN_BYTES);
+            scale[half][k] = load_scales(record + (token + at) * SCALE_BYTES);
 #pragma unroll
-    for (int w = 0; w < WORDS; w++)
-#pragma unroll
-        for (int i = 0; i < 8; i += 2) {
-            unsigned left_side[4] = { twos(low.word[w], i), twos(high.word[w], i),
-                                      twos(low.word[w], i + 1), twos(high.word[w], i + 1) };
-#pragma unroll
-            for (int t = 0; t < TILES; t++)
-                mma_int8(d[t], left_side, q.right[t][8 * w + i], q.right[t][8 * w + i + 1]);
+            for (int w = 0; w < WORDS; w++)
+                word[half][w][k] = bits.word[w];
+            rope[half][k] = bits.rope;
         }
 #pragma unroll
-    for (int t = 0; t < TILES; t++)
+    for (int w = 0; w < WORDS; w++) {
+        if (w == 0)
+            multiply<true>(d, q, 0, word[0][0], word[1][0], 0);
+        else
+            multiply<false>(d, q, 8 * w, word[0][w], word[1][w], 0);
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            score[t][i] = (__int_as_float(d[t][i]) - __int_as_float(MAGIC)) *
-                          (q.unit[0][t][i % 2] * scale[i / 2].x);
-            d[t][i] = MAGIC - q.sum[1][t][i % 2];
-        }
-#pragma unroll
-    for (int i = 0; i < 4; i += 2) {
-        unsigned left_side[4] = { twos(low.rope, i), twos(high.rope, i), twos(low.rope, i + 1),
-                                  twos(high.rope, i + 1) };
-#pragma unroll
-        for (int t = 0; t < TILES; t++)
-            mma_int8(d[t], left_side, q.right[t][8 * WORDS + i], q.right[t][8 * WORDS + i + 1]);
+        for (int bit = 2; bit < 8; bit += 2)
+            multiply<false>(d, q, 8 * w, word[0][w], word[1][w], bit);
     }
 #pragma unroll
-    for (int t = 0; t < TILES; t++)
+    for (int k = 0; k < AT_ONCE; k++)
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            float x = score[t][i] + (__int_as_float(d[t][i]) - __int_as_float(MAGIC)) *
-                                        (q.unit[1][t][i % 2] * scale[i / 2].y);
-            best = fmaxf(best, token + i / 2 * 8 < left ? x : -INFINITY);
-        }
+        for (int t = 0; t < TILES; t++)
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                score[k][t][i] = sum_of(d[k][t][i]) * q.unit[0][t][i % 2] * scale[i / 2][k].x;
+    multiply<true>(d, q, 8 * WORDS, rope[0], rope[1], 0);
+    multiply<false>(d, q, 8 * WORDS, rope[0], rope[1], 2);
+#pragma unroll
+    for (int k = 0; k < AT_ONCE; k++)
+#pragma unroll
+        for (int t = 0; t < TILES; t++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                float x = score[k][t][i] +
+                          sum_of(d[k][t][i]) * q.unit[1][t][i % 2] * scale[i / 2][k].y;
+                best = fmaxf(best, token + 16 * k + i / 2 * 8 < left ? x : -INFINITY);
+            }
     return best;
 }
 
@@ -130,7 +179,9 @@ __global__ void __launch_bounds__(THREADS, 1) score_blocks(filter a)
         for (int k = 0; k < DEPTH - 1; k++)
             start_record(a, id_of(k), ring + k * FILTER_BYTES, k < n);
     int next_id = id_of(DEPTH - 1);  /* is there before it is wanted */
-    load_digits(&m->q, a.q + (size_t)seq * a.q_stride, a.heads);
+    start_queries(&m->q, a.made + seq);
+    copy_commit();
+    copy_wait<0>();
     __syncthreads();
     query_side q;
     load_query_side(&q, &m->q);
@@ -145,8 +196,8 @@ __global__ void __launch_bounds__(THREADS, 1) score_blocks(filter a)
         int left = n_tokens - (first + k) * BLOCK_TOKENS;
         float best = -INFINITY;
 #pragma unroll 1
-        for (int tile = 0; tile < BLOCK_TOKENS / 16; tile++)
-            best = fmaxf(best, score_tile(at, tile, left, q));
+        for (int tile = 0; tile < BLOCK_TOKENS / 16; tile += AT_ONCE)
+            best = fmaxf(best, score_tiles(at, tile, left, q));
         unsigned key = __reduce_max_sync(0xffffffffu, key_of(best));
         if (lane == 0)
             keys[k] = always_kept(first + k, n_tokens, a.sink_tokens, a.recent_tokens)
@@ -208,7 +259,9 @@ __global__ void __launch_bounds__(BLOCK_TOKENS) score_kept(filter a, const int32
     let_next_start();
     if (n == 0 || (int)blockIdx.x >= n_kept[seq])
         return;
-    load_digits(q, a.q + (size_t)seq * a.q_stride, a.heads);
+    start_queries(q, a.made + seq);
+    copy_commit();
+    copy_wait<0>();
     __syncthreads();
     int block = kept[(size_t)seq * keep_blocks + blockIdx.x];
     const uint8_t *record = a.index + (size_t)a.table[(size_t)seq * a.max_blocks + block] *
@@ -253,7 +306,20 @@ filter filter_of(const struct kv_shape *shape, const void *q, int q_stride, int 
 
 }
 
-void latent::queue_scores(struct stream *s, const struct block_filter_args *args, unsigned *keys)
+size_t latent::queries_bytes(int max_seqs)
+{
+    return (size_t)max_seqs * sizeof(queries);
+}
+
+void latent::queue_queries(struct stream *s, queries *made, const void *q, int q_stride, int heads,
+                           const int32_t *n_tokens, int seqs)
+{
+    launch_early(s, "block_filter", make_queries, dim3(MOST_HEADS / 8, seqs), 8 * WARP, 0, made,
+                 (const __nv_bfloat16 *)q, q_stride, heads, n_tokens);
+}
+
+void latent::queue_scores(struct stream *s, const struct block_filter_args *args,
+                          const queries *made, unsigned *keys)
 {
     filter a = filter_of(&args->shape, args->q, args->q_stride, args->heads, args->index,
                          args->table, args->n_tokens, args->max_blocks);
@@ -270,6 +336,7 @@ void latent::queue_scores(struct stream *s, const struct block_filter_args *args
                      SCORE_WARPS * WARP, (size_t)args->heads * D * sizeof(float), a);
         return;
     }
+    a.made = made;
     int most = (blocks + WARPS - 1) / WARPS, parts = s->be->info.sm_count / args->seqs;
     parts = parts < 1 ? 1 : parts < most ? parts : most;
     launch_early(s, "block_filter", score_blocks, dim3(parts, args->seqs), THREADS,
@@ -277,7 +344,7 @@ void latent::queue_scores(struct stream *s, const struct block_filter_args *args
 }
 
 void latent::queue_kept_scores(struct stream *s, const struct token_select_args *args,
-                               unsigned *keys)
+                               const queries *made, unsigned *keys)
 {
     filter a = filter_of(&args->shape, args->q, args->q_stride, args->heads, args->index,
                          args->table, args->n_tokens, args->max_blocks);
@@ -285,6 +352,7 @@ void latent::queue_kept_scores(struct stream *s, const struct token_select_args 
     a.keys = keys;
     a.sink_tokens = args->sink_tokens;
     a.recent_tokens = args->recent_tokens;
+    a.made = made;
     launch_early(s, "token_select", score_kept, dim3(args->keep_blocks, args->seqs), BLOCK_TOKENS,
                  sizeof(queries), a, args->kept, args->n_kept, args->keep_blocks);
 }

@@ -29,7 +29,7 @@ enum {
     SELECT_BYTES = FILTER_BYTES + PLANE_BYTES,                 /* and what the selection reads */
 };
 
-/* Shared memory: the queries. */
+/* The queries of a sequence. */
 struct __align__(16) queries {
     unsigned right[TILES][OPERANDS][WARP];
     float unit[2][MOST_HEADS];   /* of the latent part, the rope part */
@@ -78,16 +78,13 @@ static __device__ __forceinline__ void load_part(queries *to, const __nv_bfloat1
     }
 }
 
-/* All heads, by all warps of a block; of a head that there is not, a copy of the first, which
- * changes no maximum.  Synchronise before they are read. */
-static __device__ __forceinline__ void load_digits(queries *to, const __nv_bfloat16 *q, int heads)
+/* Start copying those of a sequence to shared memory; commit, and wait, and synchronise before they
+ * are read. */
+static __device__ __forceinline__ void start_queries(queries *to, const queries *from)
 {
-#pragma unroll 1
-    for (int h = threadIdx.x / WARP; h < MOST_HEADS; h += blockDim.x / WARP) {
-        const __nv_bfloat16 *from = q + (size_t)(h < heads ? h : 0) * D;
-        load_part<L>(to, from, h, 0);
-        load_part<P>(to, from, h, 1);
-    }
+    static_assert(sizeof *to % 16 == 0, "whole pieces");
+    for (int i = threadIdx.x; i < (int)sizeof *to / 16; i += blockDim.x)
+        copy_16(shared_address(to) + i * 16, (const char *)from + i * 16);
 }
 
 /* What a thread holds of the queries; columns of results are heads 8 t + 2 (lane % 4) + i. */

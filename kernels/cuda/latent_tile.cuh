@@ -12,8 +12,11 @@
  *
  *   scores   tokens x columns.  Of the eight warps two share the tokens and four the channels of
  *            a row, so that no warp has a long chain of products; the sums of four are a score
- *   softmax  a warp has some columns, a lane a token
+ *   weights  a warp has some columns, a lane a token
  *   values   channels x columns: a warp has SLICE of the L channels, and keeps their sums
+ *
+ * The values of a tile and the scores of the next one are made together, so that there is enough
+ * to do while a product is on its way.  Few queries stay in registers.
  *
  * All threads of a block call everything here together. */
 
@@ -36,10 +39,14 @@ enum {
 };
 static_assert(QUARTER % 16 == 0 && SLICE % 16 == 0, "products take 16");
 
+/* Whether a warp's part of the queries stays in registers. */
+template <int COLUMNS>
+constexpr bool few_columns = COLUMNS <= MOST_HEADS;
+
 /* Shared memory but for the tiles; COLUMNS is a multiple of 8. */
 template <int COLUMNS>
 struct __align__(128) work {
-    __nv_bfloat16 query[COLUMNS][QUERY_STRIDE];
+    __nv_bfloat16 query[few_columns<COLUMNS> ? 1 : COLUMNS][QUERY_STRIDE];
     float score[QUARTERS][COLUMNS][SCORE_STRIDE];
     __nv_bfloat16 weight[COLUMNS][WEIGHT_STRIDE];
     float shrink[COLUMNS];       /* of a tile's sums so far; at the end the maximum, */
@@ -50,6 +57,7 @@ struct __align__(128) work {
  * channels SLICE * warp + 16 i + lane / 4 (+ 8 for words 2 and 3), columns 8 j + 2 (lane % 4). */
 template <int COLUMNS>
 struct state {
+    unsigned query[few_columns<COLUMNS> ? QUARTER / 16 : 1][COLUMNS / 8][2];
     float max[COLUMNS / WARPS], sum[COLUMNS / WARPS];
     float acc[SLICE / 16][COLUMNS / 8][4];
 };
@@ -71,14 +79,31 @@ static __device__ __forceinline__ void clear(state<COLUMNS> *s)
                 s->acc[i][j][k] = 0;
 }
 
-/* Queries of n columns, one behind the other, zeros for the others. */
-template <int COLUMNS>
-static __device__ __forceinline__ void load_queries(work<COLUMNS> *w, const __nv_bfloat16 *q, int n)
+/* Queries of n columns: that of column i is at query(i).  The others are zeros.  Synchronise before
+ * scores are made of them. */
+template <int COLUMNS, typename F>
+static __device__ __forceinline__ void load_queries(state<COLUMNS> *s, work<COLUMNS> *w, int n,
+                                                    const F &query)
 {
-    for (int i = threadIdx.x; i < COLUMNS * PIECES; i += THREADS) {
-        int column = i / PIECES, at = i % PIECES * 8;
-        *(uint4 *)&w->query[column][at] =
-            column < n ? *(const uint4 *)(q + (size_t)column * D + at) : make_uint4(0, 0, 0, 0);
+    if constexpr (few_columns<COLUMNS>) { /* as right operands */
+        int lane = threadIdx.x % WARP, from = threadIdx.x / WARP / TOKEN_WARPS * QUARTER;
+#pragma unroll
+        for (int j = 0; j < COLUMNS / 8; j++) {
+            int column = 8 * j + lane / 4;
+            const __nv_bfloat16 *q = query(min(column, n - 1)) + from + lane % 4 * 2;
+#pragma unroll
+            for (int step = 0; step < QUARTER / 16; step++)
+#pragma unroll
+                for (int half = 0; half < 2; half++)
+                    s->query[step][j][half] =
+                        column < n ? *(const unsigned *)(q + step * 16 + half * 8) : 0;
+        }
+    } else {
+        for (int i = threadIdx.x; i < COLUMNS * PIECES; i += THREADS) {
+            int column = i / PIECES, at = i % PIECES * 8;
+            *(uint4 *)&w->query[column][at] =
+                column < n ? *(const uint4 *)(query(column) + at) : make_uint4(0, 0, 0, 0);
+        }
     }
 }
 
@@ -89,16 +114,25 @@ static __device__ __forceinline__ unsigned piece_at(int row, int piece)
     return (unsigned)(row * ROW_BYTES + (piece ^ (row & 7)) * 16);
 }
 
-/* Start copying a tile: row i is at row(i), for i below n; others become zeros. */
+/* Start copying a tile: row i is at row(i), for i below n; others become zeros.  A warp copies
+ * whole rows. */
 template <typename F>
 static __device__ __forceinline__ void start_tile(unsigned tile, int n, const F &row)
 {
-    static_assert(TILE * PIECES % THREADS == 0, "all threads have the same number");
+    enum { WHOLE = PIECES / WARP, REST = PIECES % WARP };
+    int lane = threadIdx.x % WARP, first = threadIdx.x / WARP;
+
     if (n > 0)
 #pragma unroll
-        for (int k = 0; k < TILE * PIECES / THREADS; k++) {
-            int i = k * THREADS + threadIdx.x, r = i / PIECES, piece = i % PIECES;
-            copy_16(tile + piece_at(r, piece), row(min(r, n - 1)) + piece * 8, r < n);
+        for (int k = 0; k < TILE / WARPS; k++) {
+            int r = first + k * WARPS;
+            const __nv_bfloat16 *from = row(min(r, n - 1)) + lane * 8;
+            unsigned to = tile + piece_at(r, lane);
+#pragma unroll
+            for (int i = 0; i < WHOLE; i++)
+                copy_16(to + i * WARP * 16, from + i * WARP * 8, r < n);
+            if (lane < REST)
+                copy_16(to + WHOLE * WARP * 16, from + WHOLE * WARP * 8, r < n);
         }
     copy_commit();               /* one group a tile, empty or not, for copy_wait() */
 }
@@ -116,7 +150,8 @@ static __device__ __forceinline__ void load_columns(unsigned (&b)[4], const __nv
 }
 
 template <int COLUMNS>
-static __device__ __forceinline__ void make_scores(work<COLUMNS> *w, unsigned tile)
+static __device__ __forceinline__ void make_scores(const state<COLUMNS> &s, work<COLUMNS> *w,
+                                                   unsigned tile)
 {
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, matrix = lane / 8;
     int token = warp % TOKEN_WARPS * 16, quarter = warp / TOKEN_WARPS;
@@ -125,15 +160,21 @@ static __device__ __forceinline__ void make_scores(work<COLUMNS> *w, unsigned ti
 
 #pragma unroll
     for (int step = 0; step < QUARTER / 16; step++) {
-        unsigned a[4], b[4];
+        unsigned a[4];
         load_matrices(a, tile + piece_at(row, piece + 2 * step));
+        if constexpr (few_columns<COLUMNS>) {
 #pragma unroll
-        for (int j = 0; j < COLUMNS / 8; j += 2) {
-            load_columns<COLUMNS>(b, &w->query[0][quarter * QUARTER + step * 16], QUERY_STRIDE,
-                                  8 * j);
-            mma_bf16(score[j], a, b[0], b[1]);
-            if (j + 1 < COLUMNS / 8)
+            for (int j = 0; j < COLUMNS / 8; j++)
+                mma_bf16(score[j], a, s.query[step][j][0], s.query[step][j][1]);
+        } else {
+#pragma unroll
+            for (int j = 0; j < COLUMNS / 8; j += 2) {
+                unsigned b[4];
+                load_columns<COLUMNS>(b, &w->query[0][quarter * QUARTER + step * 16],
+                                      QUERY_STRIDE, 8 * j);
+                mma_bf16(score[j], a, b[0], b[1]);
                 mma_bf16(score[j + 1], a, b[2], b[3]);
+            }
         }
     }
     token += lane / 4;
@@ -142,6 +183,15 @@ static __device__ __forceinline__ void make_scores(work<COLUMNS> *w, unsigned ti
 #pragma unroll
         for (int k = 0; k < 4; k++)
             w->score[quarter][8 * j + lane % 4 * 2 + k % 2][token + k / 2 * 8] = score[j][k];
+}
+
+/* Of a warp; not for NaN. */
+static __device__ __forceinline__ float largest_of(float v)
+{
+    int bits = __float_as_int(v);
+
+    bits = __reduce_max_sync(0xffffffffu, bits ^ (bits >> 31 & 0x7fffffff));
+    return __int_as_float(bits ^ (bits >> 31 & 0x7fffffff));
 }
 
 /* Scores to weights.  visible(column): how many of this tile's tokens it sees.  A weight is 2 to
@@ -160,7 +210,7 @@ static __device__ __forceinline__ void make_weights(state<COLUMNS> *s, work<COLU
         for (int quarter = 0; quarter < QUARTERS; quarter++)
             score += w->score[quarter][column][lane];
         score = lane < visible(column) ? score : -INFINITY;
-        float top = fmaxf(s->max[i], warp_max(score));
+        float top = fmaxf(s->max[i], largest_of(score));
         /* As softmax_weights(): where the maximum stays the factor is 1 to the bit. */
         float known = top == -INFINITY ? 0 : top;
         float shrink = exp2_fast((s->max[i] - known) * scale);
@@ -212,16 +262,37 @@ static __device__ __forceinline__ void add_values(state<COLUMNS> *s, const work<
     }
 }
 
-/* A tile that all threads have seen arrive. */
-template <int COLUMNS, typename F>
-static __device__ __forceinline__ void attend_tile(state<COLUMNS> *s, work<COLUMNS> *w,
-                                                   unsigned tile, float scale, const F &visible)
+/* Tiles 0 to n - 1 (at least one), of which start(tile) has been called for the first DEPTH - 1:
+ * tile i goes into slot i % DEPTH of the ring.  arrive(tile) waits until it has arrived, and
+ * synchronises the block; of the tiles started DEPTH - 3 may still be on their way then, and one
+ * more at the first.  visible(tile, column): how many of its tokens the column sees. */
+template <int COLUMNS, int DEPTH, typename S, typename A, typename V>
+static __device__ __forceinline__ void attend_tiles(state<COLUMNS> *s, work<COLUMNS> *w,
+                                                    unsigned ring, int n, float scale,
+                                                    const S &start, const A &arrive,
+                                                    const V &visible)
 {
-    make_scores<COLUMNS>(w, tile);
+    auto slot = [&](int tile) { return ring + tile % DEPTH * TILE_BYTES; };
+
+    static_assert(DEPTH >= 3, "a tile whose values, one whose scores are made, one on its way");
+    arrive(0);
+    make_scores<COLUMNS>(*s, w, ring);
     __syncthreads();
-    make_weights<COLUMNS>(s, w, scale, visible);
-    __syncthreads();
-    add_values<COLUMNS>(s, w, tile);
+    make_weights<COLUMNS>(s, w, scale, [&](int column) { return visible(0, column); });
+    for (int tile = 0; tile < n; tile++) {
+        if (tile + 1 < n)
+            arrive(tile + 1);    /* and the weights of this one, and the slot before it is free */
+        else
+            __syncthreads();
+        start(tile + DEPTH - 1);
+        if (tile + 1 < n)
+            make_scores<COLUMNS>(*s, w, slot(tile + 1));
+        add_values<COLUMNS>(s, w, slot(tile));
+        __syncthreads();
+        if (tile + 1 < n)
+            make_weights<COLUMNS>(s, w, scale,
+                                  [&](int column) { return visible(tile + 1, column); });
+    }
 }
 
 /* The columns' maxima (times scale) and sums of weights to w->shrink and w->sum; synchronise

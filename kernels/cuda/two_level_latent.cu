@@ -28,8 +28,7 @@ enum {
     COLUMNS = MOST_HEADS,
     MAX_CLUSTER = 8,
     MOST_SHARED = 227 * 1024,
-    MOST_DEPTH = 3,              /* tiles on their way or in use */
-    LEAST_DEPTH = 2,
+    DEPTH = 3,                   /* tiles on their way or in use */
     HALF_ROW = D / 2,            /* hot_rows.cuh's DIM, which has rows of K and V */
     PIECE_STRIDE = SLICE + 4,    /* floats of a head's sums of a warp and a gap */
     PIECE = COLUMNS * PIECE_STRIDE,
@@ -41,23 +40,24 @@ struct two_level {
     const uint8_t *index;
     const int32_t *kv_table, *index_table, *n_tokens;
     const unsigned *keys;        /* [seqs, max_blocks] of the filter */
+    const queries *made;         /* [seqs] */
     int scale;                   /* of struct index_layout; signs and the rest lie behind it */
-    int heads, q_stride, max_blocks, depth;
+    int heads, q_stride, max_blocks;
     int keep_blocks, keep_tokens, sink_tokens, recent_tokens;
     size_t index_block_bytes;
     float softmax_scale;         /* times log2(e) */
 };
 
 struct __align__(128) shared {
-    work<COLUMNS> attend;
+    union {                      /* one after the other */
+        queries made;
+        work<COLUMNS> attend;
+    };
     float acc[WARPS][PIECE];     /* what this block finishes: pieces of all blocks */
     float2 all[MAX_CLUSTER][COLUMNS]; /* maximum and sum of each block's tokens */
     uint64_t keys_arrived, sums_arrived;  /* barriers of what others send */
     counts count;
 };
-/* The queries of scores lie where the scores of attention do later. */
-static_assert(sizeof(queries) <= sizeof(((work<COLUMNS> *)0)->score) +
-              sizeof(((work<COLUMNS> *)0)->weight), "room for the queries");
 
 /* The arrays behind it. */
 struct arrays {
@@ -68,7 +68,7 @@ struct arrays {
     unsigned *seen;                /* with hot rows: bits of rows that this step uses; */
     int *missing;                  /* of this block's share; */
     uint16_t *into;                /* the row that a missing one gets */
-    unsigned char *tiles;          /* [depth] of stage 3, and what is needed before: */
+    unsigned char *tiles;          /* [DEPTH] of stage 3, and what is needed before: */
     unsigned *block_keys;          /* [max_blocks]  stage 1 */
     int *ids, *kv_ids;             /* [max_blocks]  stage 1: the tables */
     unsigned char *records_ahead;  /* [WARPS] records  stage 2 */
@@ -107,7 +107,7 @@ __host__ __device__ inline size_t lay_out(arrays *r, unsigned char *base, const 
     r->kv_ids = r->ids + blocks;
     r->records_ahead = r->tiles;
     size_t stage1 = 12 * (size_t)blocks, stage2 = (size_t)WARPS * SELECT_BYTES;
-    size_t stage3 = (size_t)a.depth * TILE_BYTES, sums = sizeof(float) * WARPS * PIECE;
+    size_t stage3 = (size_t)DEPTH * TILE_BYTES, sums = sizeof(float) * WARPS * PIECE;
     size_t most = stage1 > stage2 ? stage1 : stage2;
     most = most > stage3 ? most : stage3;
     return at + (most > sums ? most : sums);
@@ -132,15 +132,13 @@ __global__ void attend_two_level_hot(two_level a, struct hot_rows hot)
 __device__ __forceinline__ void prepare(const two_level &a, shared *sh, const arrays &r, int seq,
                                         int n_blocks)
 {
-    const __nv_bfloat16 *q = a.q + (size_t)seq * a.q_stride;
-
 #pragma unroll 4
     for (int i = threadIdx.x; i < n_blocks; i += THREADS) {
         r.ids[i] = a.index_table[(size_t)seq * a.max_blocks + i];
         r.kv_ids[i] = a.kv_table[(size_t)seq * a.max_blocks + i];
     }
-    load_queries<COLUMNS>(&sh->attend, q, a.heads);
-    load_digits((queries *)sh->attend.score, q, a.heads);
+    start_queries(&sh->made, a.made + seq);
+    copy_commit();
     clear_bins(&sh->count);
     if (threadIdx.x == 0) {
         sh->count.largest = 0;
@@ -159,6 +157,7 @@ __device__ __forceinline__ int choose_blocks(const two_level &a, shared *sh, con
 #pragma unroll 4
     for (int i = threadIdx.x; i < n_blocks; i += THREADS)
         r.block_keys[i] = __ldcg(keys + i);
+    copy_wait<0>();              /* the queries, for the next stage */
     __syncthreads();
     b.key = find_border(r.block_keys, n_blocks, a.keep_blocks, &b.equal, &sh->count);
     int n_kept = list_chosen(r.kept, r.block_keys, 0, n_blocks, n_blocks, b, &sh->count);
@@ -266,7 +265,7 @@ __device__ __forceinline__ void score_tokens(const two_level &a, const shared *s
                 copy_16(at + (i + lane) * 16, from + (i + lane) * 16);
         copy_commit();
         if (k == first + warp)
-            load_query_side(&q, (const queries *)sh->attend.score);
+            load_query_side(&q, &sh->made);
         copy_wait<0>();
         __syncwarp();
 #pragma unroll 1
@@ -375,44 +374,45 @@ __device__ __forceinline__ void keep_rows(const unsigned char *tile, const unsig
 
 template <bool HOT>
 __device__ __forceinline__ void attend_share(const two_level &a, shared *sh, const arrays &r,
-                                             const share &h, state<COLUMNS> *s, int rank, int size,
-                                             const struct hot_rows &hot_rows)
+                                             const share &h, state<COLUMNS> *s, int seq, int rank,
+                                             int size, const struct hot_rows &hot_rows)
 {
     const unsigned *list = r.all + h.first;
+    const __nv_bfloat16 *q = a.q + (size_t)seq * a.q_stride;
     unsigned ring = shared_address(r.tiles);
     int n_tiles = (h.n + TILE - 1) / TILE;
+    uint64_t stalled_ns = 0;
     auto start = [&](int tile) {
         const unsigned *from = list + tile * TILE;
-        start_tile(ring + tile % a.depth * TILE_BYTES,
+        start_tile(ring + tile % DEPTH * TILE_BYTES,
                    tile < n_tiles ? min(h.n - tile * TILE, (int)TILE) : 0, [&](int i) {
             return HOT ? hot::row_at<HALF_ROW>(h.head, a.kv, from[i]) : a.kv + (size_t)from[i] * D;
         });
     };
-
-    clear(s);
-    for (int i = 0; i < a.depth - 1; i++)
-        start(i);
-    if (HOT)
-        settle(sh, r, h, rank, size);
-    uint64_t stalled_ns = 0;
-    for (int tile = 0; tile < n_tiles; tile++) {
+    auto arrive = [&](int tile) {
         int from = tile * TILE, n = min(h.n - from, (int)TILE);
         bool waits = HOT && hot::any_missing((const int *)list + from, n);
         uint64_t from_ns = waits ? hot::now_ns() : 0;
-        if (a.depth == LEAST_DEPTH)
-            copy_wait<LEAST_DEPTH - 2>();
-        else
-            copy_wait<MOST_DEPTH - 2>();
-        __syncthreads();         /* and the tile before has been left by all */
-        if (waits)
+        copy_wait<DEPTH - 3>();
+        __syncthreads();
+        if (waits) {
             stalled_ns += hot::now_ns() - from_ns;
-        start(tile + a.depth - 1);
-        unsigned slot = tile % a.depth * TILE_BYTES;
-        if (waits)
-            keep_rows(r.tiles + slot, list + from, r.into + from, n, h.head);
-        attend_tile<COLUMNS>(s, &sh->attend, ring + slot, a.softmax_scale,
-                             [&](int column) { return column < a.heads ? n : 0; });
-    }
+            keep_rows(r.tiles + tile % DEPTH * TILE_BYTES, list + from, r.into + from, n, h.head);
+        }
+    };
+
+    for (int i = 0; i < DEPTH - 1; i++)
+        start(i);
+    load_queries<COLUMNS>(s, &sh->attend, a.heads,
+                          [&](int head) { return q + (size_t)head * D; });
+    clear(s);
+    if (HOT)
+        settle(sh, r, h, rank, size);
+    if (n_tiles > 0)
+        attend_tiles<COLUMNS, DEPTH>(s, &sh->attend, ring, n_tiles, a.softmax_scale, start, arrive,
+                                     [&](int tile, int column) {
+            return column < a.heads ? h.n - tile * TILE : 0;
+        });
     if (HOT && stalled_ns > 0 && threadIdx.x == 0)
         hot::report_stall(hot_rows, stalled_ns);
     copy_wait<0>();
@@ -517,7 +517,7 @@ __device__ __forceinline__ void attend_sequence(const two_level &a,
     h.n = n_all * (rank + 1) / size - h.first;
     resolve<HOT>(sh, r, n_all, &h, hot_rows);
     state<COLUMNS> s;
-    attend_share<HOT>(a, sh, r, h, &s, rank, size, hot_rows);
+    attend_share<HOT>(a, sh, r, h, &s, seq, rank, size, hot_rows);
     send_sums(a, sh, r, s, rank, size);
     finish(a, sh, a.out + (size_t)seq * a.heads * L, rank, size);
     if (size > 1)
@@ -536,16 +536,13 @@ __global__ void __launch_bounds__(THREADS, 1) attend_two_level_hot(two_level a,
 }
 #endif
 
-size_t shared_bytes(two_level *a, int cluster, int rows_per_head)
+/* 0 where there is not enough. */
+size_t shared_bytes(const two_level &a, int cluster, int rows_per_head)
 {
     arrays r;
+    size_t bytes = sizeof(shared) + lay_out(&r, NULL, a, cluster, rows_per_head);
 
-    for (a->depth = MOST_DEPTH; a->depth >= LEAST_DEPTH; a->depth--) {
-        size_t bytes = sizeof(shared) + lay_out(&r, NULL, *a, cluster, rows_per_head);
-        if (bytes <= MOST_SHARED)
-            return bytes;
-    }
-    return 0;
+    return bytes <= MOST_SHARED ? bytes : 0;
 }
 
 /* Room for two attributes. */
@@ -567,7 +564,7 @@ void configure(cudaLaunchConfig_t *config, cudaLaunchAttribute *attributes, int 
 
 /* As many thread blocks a cluster as let all clusters run at the same time; 0 where there is not
  * enough shared memory.  With hot rows the same, for the same bits. */
-int choose_cluster(struct stream *s, two_level a, int seqs)
+int choose_cluster(struct stream *s, const two_level &a, int seqs)
 {
     cluster_choice *known = &s->clusters;
     const cluster_choice wanted = { D, 0, seqs, a.max_blocks, a.keep_blocks, 0 };
@@ -579,7 +576,7 @@ int choose_cluster(struct stream *s, two_level a, int seqs)
         return known->size;
     *known = wanted;
     for (int size = MAX_CLUSTER; size > 0; size /= 2) {
-        size_t bytes = shared_bytes(&a, size, 0);
+        size_t bytes = shared_bytes(a, size, 0);
         int fit = 0;
         if (bytes == 0)
             continue;
@@ -595,12 +592,17 @@ int choose_cluster(struct stream *s, two_level a, int seqs)
     return 0;
 }
 
-/* Work space behind the keys. */
-int32_t *after_keys(const struct attend_two_level_args *args)
+/* Of scratch memory, in words: where what follows the keys begins, lists of kept blocks and then
+ * the queries.  The operations one after the other need more (two_level_parts.cu). */
+size_t after_keys(const struct attend_two_level_args *args)
 {
-    size_t n = (size_t)args->seqs * args->max_blocks;
+    return ((size_t)args->seqs * args->max_blocks + 63) / 64 * 64;
+}
 
-    return (int32_t *)args->scratch + (n + 63) / 64 * 64;
+queries *queries_of(const struct attend_two_level_args *args)
+{
+    return queries_behind(args->scratch, after_keys(args) +
+                                         (size_t)args->seqs * args->keep_blocks);
 }
 
 /* Queue both kernels, the second with its arguments. */
@@ -624,9 +626,12 @@ void launch_both(struct stream *s, const two_level &a, const struct attend_two_l
     filter.sink_tokens = args->sink_tokens;
     filter.recent_tokens = args->recent_tokens;
     filter.max_n_tokens = args->max_n_tokens;
-    queue_scores(s, &filter, (unsigned *)args->scratch);
+    queue_queries(s, queries_of(args), args->q, args->q_stride, args->heads, args->n_tokens,
+                  args->seqs);
+    queue_scores(s, &filter, a.made, (unsigned *)args->scratch);
     if (args->lagged)
-        queue_lag_keys(s, args, (unsigned *)args->scratch, after_keys(args));
+        queue_lag_keys(s, args, (unsigned *)args->scratch,
+                       (int32_t *)args->scratch + after_keys(args));
     stream_check(s, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                          (int)bytes), "attend_two_level");
     configure(&config, attributes, args->seqs, cluster, bytes);
@@ -652,6 +657,7 @@ bool latent::queue_two_level(struct stream *s, const struct attend_two_level_arg
     a.index_table = args->index_table;
     a.n_tokens = args->n_tokens;
     a.keys = (const unsigned *)args->scratch;
+    a.made = queries_of(args);
     a.scale = index_layout(shape).scale;
     a.heads = args->heads;
     a.q_stride = args->q_stride;
@@ -665,7 +671,7 @@ bool latent::queue_two_level(struct stream *s, const struct attend_two_level_arg
     int cluster = choose_cluster(s, a, args->seqs);
     if (!cluster)                /* very large budgets */
         return false;
-    size_t bytes = shared_bytes(&a, cluster, hot ? hot->rows_per_head : 0);
+    size_t bytes = shared_bytes(a, cluster, hot ? hot->rows_per_head : 0);
     if (bytes == 0)
         return false;
     if (hot)
