@@ -33,9 +33,10 @@ static void leaf_round_query(struct latent_queries *to, int i, const float *x, i
         top = fabsf(x[d]) > top ? fabsf(x[d]) : top;
     float factor = top > 0 ? 127 / top : 0;
     for (int d = 0; d < n; d++) {
-        float level = rintf(x[d] * factor);
-        level = level < -127 ? -127 : level > 127 ? 127 : level;
-        int8_t whole = (int8_t)(level == level ? (int)level : 0);
+        int power = d % 4, most = 127 >> power;
+        float level = rintf(x[d] * factor * (1.0f / (float)(1 << power)));
+        level = level < (float)-most ? (float)-most : level > (float)most ? (float)most : level;
+        int8_t whole = (int8_t)((level == level ? (int)level : 0) * (1 << power));
         to->n[(from + d) / 4][i][(from + d) % 4] = whole;
         total += whole;
     }

@@ -62,10 +62,10 @@ __device__ __forceinline__ void attend_range(state<COLUMNS> *s, work<COLUMNS> *w
                    [&](int i) { return row(from + i); });
     };
 #pragma unroll
-    for (int i = 0; i < DEPTH - 1; i++)
+    for (int i = 0; i < DEPTH; i++)
         start(i);
-    attend_tiles<COLUMNS, DEPTH>(s, w, ring, end - first, scale, start, [&](int) {
-        copy_wait<DEPTH - 3>();
+    attend_tiles<COLUMNS, DEPTH>(s, w, ring, end - first, scale, start, [](int tile) {
+        wait_for_tile<DEPTH>(tile);
         __syncthreads();
     }, [&](int tile, int column) { return visible(column) - (first + tile) * TILE; });
     copy_wait<0>();

@@ -3,8 +3,8 @@
  *
  * The coarse filter reads 76 bytes a token, 7.5 MB a sequence of 98,304: 1.6 us at 4.6 TB/s.  All
  * warps of the GPU share the blocks of all contexts evenly; each copies its next records to shared
- * memory while it scores one with 216 products, which take longer than its bytes: the queries are
- * in registers, and little is done beside them. */
+ * memory while it scores one with 216 products.  It is bound by instructions: the queries are in
+ * registers, and little is done beside the products. */
 
 #include "kernels/cuda/latent_scores.cuh"
 
@@ -12,7 +12,7 @@ namespace {
 
 using namespace latent;
 
-enum { WARPS = 8, THREADS = WARPS * WARP, DEPTH = 3, SCORE_WARPS = 4 };
+enum { WARPS = 12, THREADS = WARPS * WARP, DEPTH = 3, SCORE_WARPS = 4 };
 
 struct filter {
     const __nv_bfloat16 *q;
@@ -64,88 +64,62 @@ __device__ __forceinline__ void start_record(const filter &a, int id, unsigned t
     copy_commit();               /* one group a record, empty or not, for copy_wait() */
 }
 
-enum { AT_ONCE = 2 };            /* tiles: one has not enough products at the same time */
-
-/* A product for each of some tiles. */
-template <bool FIRST>
-__device__ __forceinline__ void multiply(int (&d)[AT_ONCE][TILES][4], const query_side &q, int at,
-                                         const unsigned (&low)[AT_ONCE],
-                                         const unsigned (&high)[AT_ONCE], int bit)
-{
-#pragma unroll
-    for (int k = 0; k < AT_ONCE; k++) {
-        unsigned left[4] = { twos(low[k], bit), twos(high[k], bit), twos(low[k], bit + 1),
-                             twos(high[k], bit + 1) };
-#pragma unroll
-        for (int t = 0; t < TILES; t++) {
-            if (FIRST)
-#pragma unroll
-                for (int i = 0; i < 4; i++)
-                    d[k][t][i] = MAGIC - q.sum[at >= 8 * WORDS][t][i % 2];
-            mma_int8(d[k][t], left, q.right[t][at + bit], q.right[t][at + bit + 1]);
-        }
-    }
-}
-
-/* Sums over bits as floats. */
-__device__ __forceinline__ float sum_of(int d)
-{
-    return __int_as_float(d) - __int_as_float(MAGIC);
-}
-
-/* The best score of the tokens below `left` of AT_ONCE tiles from `tile` on. */
-__device__ __forceinline__ float score_tiles(unsigned record, int tile, int left,
-                                             const query_side &q)
+/* The best score of a tile's tokens; in a PARTIAL block those from `left` on are not there. */
+template <bool PARTIAL>
+__device__ __forceinline__ float score_tile(unsigned record, int tile, int left,
+                                            const query_side &q, const queries *all)
 {
     int token = tile * 16 + threadIdx.x % WARP / 4;
     unsigned signs = record + BLOCK_TOKENS * SCALE_BYTES + token * TOKEN_BYTES;
-    unsigned word[2][WORDS][AT_ONCE], rope[2][AT_ONCE];
-    float2 scale[2][AT_ONCE];
-    float best = -INFINITY, score[AT_ONCE][TILES][4];
-    int d[AT_ONCE][TILES][4];
+    quarter low = load_quarter(signs), high = load_quarter(signs + 8 * TOKEN_BYTES);
+    float2 scale[2] = { load_scales(record + token * SCALE_BYTES),
+                        load_scales(record + (token + 8) * SCALE_BYTES) };
+    float best = -INFINITY, score[TILES][4];
+    int d[TILES][4];
+    unsigned left_side[4];
 
+    start_sums(d);
 #pragma unroll
-    for (int k = 0; k < AT_ONCE; k++)
+    for (int w = 0; w < WORDS; w++)
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-            int at = 16 * k + 8 * half;
-            quarter bits = load_quarter(signs + at * TOKEN_BYTES);
-            scale[half][k] = load_scales(record + (token + at) * SCALE_BYTES);
-#pragma unroll
-            for (int w = 0; w < WORDS; w++)
-                word[half][w][k] = bits.word[w];
-            rope[half][k] = bits.rope;
+        for (int i = 0; i < 8; i += 2) {
+            bits_of(left_side, i < 4 ? low.word[w] : low.word[w] >> 4,
+                    i < 4 ? high.word[w] : high.word[w] >> 4, i % 4);
+            multiply(d, left_side, q, 8 * w + i);
         }
 #pragma unroll
-    for (int w = 0; w < WORDS; w++) {
-        if (w == 0)
-            multiply<true>(d, q, 0, word[0][0], word[1][0], 0);
-        else
-            multiply<false>(d, q, 8 * w, word[0][w], word[1][w], 0);
+    for (int t = 0; t < TILES; t++)
 #pragma unroll
-        for (int bit = 2; bit < 8; bit += 2)
-            multiply<false>(d, q, 8 * w, word[0][w], word[1][w], bit);
+        for (int i = 0; i < 4; i++)
+            score[t][i] = (sum_of(d[t][i]) * q.twice[0][t][i % 2] - q.all[0][t][i % 2]) *
+                          scale[i / 2].x;
+    start_sums(d);
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) {
+        bits_of(left_side, low.rope, high.rope, i);
+        multiply_rope(d, left_side, all, i);
     }
 #pragma unroll
-    for (int k = 0; k < AT_ONCE; k++)
+    for (int t = 0; t < TILES; t++)
 #pragma unroll
-        for (int t = 0; t < TILES; t++)
-#pragma unroll
-            for (int i = 0; i < 4; i++)
-                score[k][t][i] = sum_of(d[k][t][i]) * q.unit[0][t][i % 2] * scale[i / 2][k].x;
-    multiply<true>(d, q, 8 * WORDS, rope[0], rope[1], 0);
-    multiply<false>(d, q, 8 * WORDS, rope[0], rope[1], 2);
-#pragma unroll
-    for (int k = 0; k < AT_ONCE; k++)
-#pragma unroll
-        for (int t = 0; t < TILES; t++)
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                float x = score[k][t][i] +
-                          sum_of(d[k][t][i]) * q.unit[1][t][i % 2] * scale[i / 2][k].y;
-                best = fmaxf(best, token + 16 * k + i / 2 * 8 < left ? x : -INFINITY);
-            }
+        for (int i = 0; i < 4; i++) {
+            float x = sum_of(d[t][i]) * q.twice[1][t][i % 2] - q.all[1][t][i % 2];
+            x = x * scale[i / 2].y + score[t][i];
+            best = fmaxf(best, !PARTIAL || token + i / 2 * 8 < left ? x : -INFINITY);
+        }
     return best;
+}
+
+template <bool PARTIAL>
+__device__ __forceinline__ unsigned score_record(unsigned record, int left, const query_side &q,
+                                               const queries *all)
+{
+    float best = -INFINITY;
+
+#pragma unroll 1
+    for (int tile = 0; tile < BLOCK_TOKENS / 16; tile++)
+        best = fmaxf(best, score_tile<PARTIAL>(record, tile, left, q, all));
+    return __reduce_max_sync(0xffffffffu, key_of(best));
 }
 
 /* Grid: parts of a context, sequences. */
@@ -184,7 +158,7 @@ __global__ void __launch_bounds__(THREADS, 1) score_blocks(filter a)
     copy_wait<0>();
     __syncthreads();
     query_side q;
-    load_query_side(&q, &m->q);
+    load_query_side(&q, &m->q, 2, 1);
     unsigned at = ring, free = ring + (DEPTH - 1) * FILTER_BYTES;
     unsigned *keys = a.keys + (size_t)seq * a.max_blocks + first;
 #pragma unroll 1
@@ -194,11 +168,8 @@ __global__ void __launch_bounds__(THREADS, 1) score_blocks(filter a)
         copy_wait<DEPTH - 1>();
         __syncwarp();
         int left = n_tokens - (first + k) * BLOCK_TOKENS;
-        float best = -INFINITY;
-#pragma unroll 1
-        for (int tile = 0; tile < BLOCK_TOKENS / 16; tile += AT_ONCE)
-            best = fmaxf(best, score_tiles(at, tile, left, q));
-        unsigned key = __reduce_max_sync(0xffffffffu, key_of(best));
+        unsigned key = left >= BLOCK_TOKENS ? score_record<false>(at, left, q, &m->q)
+                                            : score_record<true>(at, left, q, &m->q);
         if (lane == 0)
             keys[k] = always_kept(first + k, n_tokens, a.sink_tokens, a.recent_tokens)
                           ? (unsigned)FORCED_KEY : key;
@@ -273,7 +244,7 @@ __global__ void __launch_bounds__(BLOCK_TOKENS) score_kept(filter a, const int32
     for (int h = 0; h < a.heads; h++) {
         int sum[2] = { 0, 0 };
         for (int d = 0; d < D; d++) {
-            int v = *digit_at(q, h, d) * (large[d / 8] >> d % 8 & 1 ? 3 : 1);
+            int v = *digit_at(q, h, d) * (1 << d % 4) * (large[d / 8] >> d % 8 & 1 ? 3 : 1);
             sum[d >= L] += sign[d / 8] >> d % 8 & 1 ? v : -v;
         }
         best = fmaxf(best, __bfloat162float(scale[0]) * q->unit[0][h] * 0.5f * (float)sum[0] +

@@ -8,11 +8,12 @@
 
 /* Scores of the rotated index of latent rows (kernels/latent.h) with int8 tensor cores; by a warp.
  *
- * A product has 16 tokens as rows, what their bits stand for as the left operand, and the queries'
- * 8-bit values as columns, a head each; TILES products of 8 columns have all heads.  As in
- * two_level.cuh the order of channels in a product is free: a thread takes the bits of its quarter
- * of a token as they lie, four words of the latent part and half a word of the rope part, and
- * bit i of each byte of a word is a step's four values.  Sums are exact. */
+ * A product has 16 tokens as rows, their bits as the left operand, and the queries' 8-bit values as
+ * columns, a head each; TILES products of 8 columns have all heads.  As in two_level.cuh the order
+ * of channels in a product is free: a thread takes the bits of its quarter of a token as they lie,
+ * four words of the latent part and half a word of the rope part, and bit i or i + 4 of each byte
+ * of a word is a step's four values, 0 and 2^i; the right operand has the values divided by that.
+ * Sums are exact. */
 
 namespace latent {
 
@@ -39,6 +40,11 @@ struct __align__(16) queries {
 /* The float 3 * 2^22: added to an integer of up to 22 bits and a sign it is a float that differs
  * from it by as much. */
 static const int MAGIC = 0x4b400000;
+
+static __device__ __forceinline__ float sum_of(int d)
+{
+    return __int_as_float(d) - __int_as_float(MAGIC);
+}
 
 /* Where channel d of head h lies in the right operand. */
 static __device__ __forceinline__ signed char *digit_at(queries *to, int h, int d)
@@ -67,9 +73,11 @@ static __device__ __forceinline__ void load_part(queries *to, const __nv_bfloat1
     float per_unit = top > 0 ? __fdiv_rn(127, top) : 0;
 #pragma unroll
     for (int i = 0; i < DIM / WARP; i++) {
-        int v = __float2int_rn(__fmul_rn(x[i], per_unit));
+        int power = lane % 4;    /* of the channel, as bits lie in a byte's halves */
+        float level = rintf(__fmul_rn(x[i], per_unit) * (1.0f / (float)(1 << power)));
+        int v = max(min((int)level, 127 >> power), -(127 >> power));
         *digit_at(to, h, part * L + lane + WARP * i) = (signed char)v;
-        sum += v;
+        sum += v * (1 << power);
     }
     sum = __reduce_add_sync(0xffffffffu, sum);
     if (lane == 0) {
@@ -87,28 +95,32 @@ static __device__ __forceinline__ void start_queries(queries *to, const queries 
         copy_16(shared_address(to) + i * 16, (const char *)from + i * 16);
 }
 
-/* What a thread holds of the queries; columns of results are heads 8 t + 2 (lane % 4) + i. */
+/* What a thread holds of the queries; columns of results are heads 8 t + 2 (lane % 4) + i.  Of
+ * a sum over bits, or codes, S the share in a score is S * twice[part] - all[part], times the
+ * token's scale.  For the rope part's operand there are no registers. */
 struct query_side {
-    unsigned right[TILES][OPERANDS];
-    float unit[2][TILES][2];
-    int sum[2][TILES][2];
+    unsigned right[TILES][8 * WORDS];
+    float twice[2][TILES][2], all[2][TILES][2];
 };
 
-static __device__ __forceinline__ void load_query_side(query_side *q, const queries *from)
+static __device__ __forceinline__ void load_query_side(query_side *q, const queries *from,
+                                                       float twice, float all)
 {
     int lane = threadIdx.x % WARP;
 
 #pragma unroll
     for (int t = 0; t < TILES; t++) {
 #pragma unroll
-        for (int i = 0; i < OPERANDS; i++)
+        for (int i = 0; i < 8 * WORDS; i++)
             q->right[t][i] = from->right[t][i][lane];
 #pragma unroll
         for (int i = 0; i < 2; i++)
 #pragma unroll
             for (int part = 0; part < 2; part++) {
-                q->unit[part][t][i] = from->unit[part][8 * t + lane % 4 * 2 + i];
-                q->sum[part][t][i] = from->sum[part][8 * t + lane % 4 * 2 + i];
+                int head = 8 * t + lane % 4 * 2 + i;
+                float unit = from->unit[part][head];
+                q->twice[part][t][i] = twice * unit;
+                q->all[part][t][i] = all * (float)from->sum[part][head] * unit;
             }
     }
 }
@@ -151,15 +163,47 @@ static __device__ __forceinline__ void mma_int8(int (&d)[4], const unsigned (&a)
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-/* Bit i of each byte, as 2. */
-static __device__ __forceinline__ unsigned twos(unsigned word, int i)
+/* The left operand of bits i and i + 1 of the lower half of each byte. */
+static __device__ __forceinline__ void bits_of(unsigned (&left)[4], unsigned low, unsigned high, int i)
 {
-    return (i == 0 ? word << 1 : word >> (i - 1)) & 0x02020202u;
+    left[0] = low & 0x01010101u << i;
+    left[1] = high & 0x01010101u << i;
+    left[2] = low & 0x02020202u << i;
+    left[3] = high & 0x02020202u << i;
 }
 
-static __device__ __forceinline__ unsigned ones(unsigned word, int i)
+/* Of codes 2 sign + agree. */
+static __device__ __forceinline__ unsigned code_of(unsigned sign, unsigned agree, int i)
 {
-    return word >> i & 0x01010101u;
+    return (sign << 1 & 0x02020202u << i) | (agree & 0x01010101u << i);
+}
+
+/* One product for all heads; `at` of the right operand. */
+static __device__ __forceinline__ void multiply(int (&d)[TILES][4], const unsigned (&left)[4],
+                                                const query_side &q, int at)
+{
+#pragma unroll
+    for (int t = 0; t < TILES; t++)
+        mma_int8(d[t], left, q.right[t][at], q.right[t][at + 1]);
+}
+
+static __device__ __forceinline__ void multiply_rope(int (&d)[TILES][4], const unsigned (&left)[4],
+                                                     const queries *q, int i)
+{
+    int lane = threadIdx.x % WARP;
+
+#pragma unroll
+    for (int t = 0; t < TILES; t++)
+        mma_int8(d[t], left, q->right[t][8 * WORDS + i][lane], q->right[t][8 * WORDS + i + 1][lane]);
+}
+
+static __device__ __forceinline__ void start_sums(int (&d)[TILES][4])
+{
+#pragma unroll
+    for (int t = 0; t < TILES; t++)
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            d[t][i] = MAGIC;
 }
 
 }

@@ -46,7 +46,7 @@ constexpr bool few_columns = COLUMNS <= MOST_HEADS;
 /* Shared memory but for the tiles; COLUMNS is a multiple of 8. */
 template <int COLUMNS>
 struct __align__(128) work {
-    __nv_bfloat16 query[few_columns<COLUMNS> ? 1 : COLUMNS][QUERY_STRIDE];
+    __nv_bfloat16 query[few_columns<COLUMNS> ? 1 : COLUMNS][few_columns<COLUMNS> ? 8 : QUERY_STRIDE];
     float score[QUARTERS][COLUMNS][SCORE_STRIDE];
     __nv_bfloat16 weight[COLUMNS][WEIGHT_STRIDE];
     float shrink[COLUMNS];       /* of a tile's sums so far; at the end the maximum, */
@@ -262,10 +262,21 @@ static __device__ __forceinline__ void add_values(state<COLUMNS> *s, const work<
     }
 }
 
-/* Tiles 0 to n - 1 (at least one), of which start(tile) has been called for the first DEPTH - 1:
- * tile i goes into slot i % DEPTH of the ring.  arrive(tile) waits until it has arrived, and
- * synchronises the block; of the tiles started DEPTH - 3 may still be on their way then, and one
- * more at the first.  visible(tile, column): how many of its tokens the column sees. */
+/* Wait for tile `tile` of attend_tiles(), of which tile + DEPTH - 2 have been started, or DEPTH. */
+template <int DEPTH>
+static __device__ __forceinline__ void wait_for_tile(int tile)
+{
+    if (tile == 0)
+        copy_wait<DEPTH - 1>();
+    else if (tile == 1)
+        copy_wait<DEPTH - 2>();
+    else
+        copy_wait<DEPTH - 3>();
+}
+
+/* Tiles 0 to n - 1 (at least one), of which start(tile) has been called for the first DEPTH: tile i
+ * goes into slot i % DEPTH of the ring.  arrive(tile) waits until it has arrived and synchronises
+ * the block.  visible(tile, column): how many of its tokens the column sees. */
 template <int COLUMNS, int DEPTH, typename S, typename A, typename V>
 static __device__ __forceinline__ void attend_tiles(state<COLUMNS> *s, work<COLUMNS> *w,
                                                     unsigned ring, int n, float scale,
@@ -284,7 +295,8 @@ static __device__ __forceinline__ void attend_tiles(state<COLUMNS> *s, work<COLU
             arrive(tile + 1);    /* and the weights of this one, and the slot before it is free */
         else
             __syncthreads();
-        start(tile + DEPTH - 1);
+        if (tile > 0)            /* into the slot of the one before */
+            start(tile + DEPTH - 1);
         if (tile + 1 < n)
             make_scores<COLUMNS>(*s, w, slot(tile + 1));
         add_values<COLUMNS>(s, w, slot(tile));

@@ -28,11 +28,14 @@ enum {
     COLUMNS = MOST_HEADS,
     MAX_CLUSTER = 8,
     MOST_SHARED = 227 * 1024,
-    DEPTH = 3,                   /* tiles on their way or in use */
     HALF_ROW = D / 2,            /* hot_rows.cuh's DIM, which has rows of K and V */
     PIECE_STRIDE = SLICE + 4,    /* floats of a head's sums of a warp and a gap */
-    PIECE = COLUMNS * PIECE_STRIDE,
 };
+
+/* Tiles on their way or in use: the usual budget's share of a thread block at once.  Hot rows take
+ * the room of one. */
+template <bool HOT>
+constexpr int depth = HOT ? 3 : 4;
 
 struct two_level {
     __nv_bfloat16 *out;
@@ -53,14 +56,16 @@ struct __align__(128) shared {
         queries made;
         work<COLUMNS> attend;
     };
-    float acc[WARPS][PIECE];     /* what this block finishes: pieces of all blocks */
     float2 all[MAX_CLUSTER][COLUMNS]; /* maximum and sum of each block's tokens */
+    float part[MAX_CLUSTER][COLUMNS]; /* the factor of each block's sums in the result */
     uint64_t keys_arrived, sums_arrived;  /* barriers of what others send */
     counts count;
 };
 
 /* The arrays behind it. */
 struct arrays {
+    float *acc;                    /* [size - 1, WARPS / size, piece] of what this block finishes
+                                      the others' sums, the next rank's first */
     int *kept, *records, *blocks;  /* [keep_blocks] numbers; ids in index and kv */
     unsigned *token_keys;          /* [keep_blocks, BLOCK_TOKENS] */
     unsigned *all;                 /* [keep_tokens] chosen: numbers of keys, then rows of kv or,
@@ -84,22 +89,30 @@ __host__ __device__ inline int share_of(int n, int size)
     return (n + size - 1) / size;
 }
 
-/* Where they lie from base on; the bytes taken.  rows_per_head: 0 without hot rows. */
+/* Floats of a warp's sums. */
+__host__ __device__ inline int piece_of(const two_level &a)
+{
+    return a.heads * PIECE_STRIDE;
+}
+
+/* Where they lie from base on; the bytes taken.  rows_per_head: of hot rows. */
+template <bool HOT>
 __host__ __device__ inline size_t lay_out(arrays *r, unsigned char *base, const two_level &a,
                                           int size, int rows_per_head)
 {
     int slots = round_up(a.keep_blocks, 4), blocks = round_up(a.max_blocks, 4);
     int tokens = round_up(a.keep_tokens, 4), own = round_up(share_of(a.keep_tokens, size), 8);
 
-    r->kept = (int *)base;
+    r->acc = (float *)base;
+    r->kept = (int *)(r->acc + (WARPS - WARPS / size) * piece_of(a));
     r->records = r->kept + slots;
     r->blocks = r->records + slots;
     r->token_keys = (unsigned *)(r->blocks + slots);
     r->all = r->token_keys + slots * BLOCK_TOKENS;
     r->seen = r->all + tokens;
-    r->missing = (int *)(r->seen + (rows_per_head ? round_up(hot::words_of(rows_per_head), 4) : 0));
-    r->into = (uint16_t *)(r->missing + (rows_per_head ? own : 0));
-    size_t at = (unsigned char *)(r->into + (rows_per_head ? own : 0)) - base;
+    r->missing = (int *)(r->seen + (HOT ? round_up(hot::words_of(rows_per_head), 4) : 0));
+    r->into = (uint16_t *)(r->missing + (HOT ? own : 0));
+    size_t at = (unsigned char *)(r->into + (HOT ? own : 0)) - base;
     at = (at + 127) / 128 * 128;
     r->tiles = base + at;
     r->block_keys = (unsigned *)r->tiles;
@@ -107,7 +120,8 @@ __host__ __device__ inline size_t lay_out(arrays *r, unsigned char *base, const 
     r->kv_ids = r->ids + blocks;
     r->records_ahead = r->tiles;
     size_t stage1 = 12 * (size_t)blocks, stage2 = (size_t)WARPS * SELECT_BYTES;
-    size_t stage3 = (size_t)DEPTH * TILE_BYTES, sums = sizeof(float) * WARPS * PIECE;
+    size_t stage3 = (size_t)depth<HOT> * TILE_BYTES;
+    size_t sums = sizeof(float) * WARPS * piece_of(a);
     size_t most = stage1 > stage2 ? stage1 : stage2;
     most = most > stage3 ? most : stage3;
     return at + (most > sums ? most : sums);
@@ -173,79 +187,96 @@ __device__ __forceinline__ int choose_blocks(const two_level &a, shared *sh, con
 
 /* ---- stage 2 */
 
-/* Keys of a tile of 16 tokens of a record in shared memory. */
-__device__ __forceinline__ void score_tile(const two_level &a, unsigned *keys, unsigned record,
-                                           int tile, int position, int n, const query_side &q)
+enum { AT_ONCE = 2 };            /* tiles: one has not enough products at the same time */
+
+/* What a thread has of 8 tokens of a tile. */
+struct half_tile {
+    quarter sign, agree;
+    float2 scale;
+};
+
+__device__ __forceinline__ half_tile load_half(unsigned record, int token)
 {
-    int lane = threadIdx.x % WARP, token = tile * 16 + lane / 4;
     unsigned signs = record + BLOCK_TOKENS * SCALE_BYTES + token * TOKEN_BYTES;
-    float best[2] = { -INFINITY, -INFINITY };
-    float latent_score[TILES][4];
-    quarter sign[2], agree[2];
-    float2 scale[2];
-    int d[TILES][4] = {};
+    half_tile h = { load_quarter(signs), load_quarter(signs + PLANE_BYTES),
+                    load_scales(record + token * SCALE_BYTES) };
 
 #pragma unroll
-    for (int i = 0; i < 2; i++) {
-        sign[i] = load_quarter(signs + 8 * i * TOKEN_BYTES);
-        agree[i] = load_quarter(signs + 8 * i * TOKEN_BYTES + PLANE_BYTES);
-        scale[i] = load_scales(record + (token + 8 * i) * SCALE_BYTES);
+    for (int w = 0; w < WORDS; w++)
+        h.agree.word[w] = ~(h.sign.word[w] ^ h.agree.word[w]);
+    h.agree.rope = ~(h.sign.rope ^ h.agree.rope);
+    return h;
+}
+
+/* The codes of both halves of a tile, bits i and i + 1, of a word shifted. */
+__device__ __forceinline__ void codes_of(unsigned (&left)[4], unsigned low_sign,
+                                         unsigned low_agree, unsigned high_sign,
+                                         unsigned high_agree, int i)
+{
+    left[0] = code_of(low_sign, low_agree, i);
+    left[1] = code_of(high_sign, high_agree, i);
+    left[2] = code_of(low_sign, low_agree, i + 1);
+    left[3] = code_of(high_sign, high_agree, i + 1);
+}
+
+/* Keys of AT_ONCE tiles of 16 tokens of a record in shared memory. */
+__device__ __forceinline__ void score_tiles(const two_level &a, unsigned *keys, unsigned record,
+                                            int tile, int position, int n, const query_side &q,
+                                            const queries *all)
+{
+    int token = tile * 16 + threadIdx.x % WARP / 4;
+    int d[AT_ONCE][TILES][4], rope[AT_ONCE][TILES][4];
+    half_tile half[AT_ONCE][2];
+    unsigned left[4];
+
 #pragma unroll
-        for (int w = 0; w < WORDS; w++)
-            agree[i].word[w] = ~(sign[i].word[w] ^ agree[i].word[w]);
-        agree[i].rope = ~(sign[i].rope ^ agree[i].rope);
+    for (int k = 0; k < AT_ONCE; k++) {
+        half[k][0] = load_half(record, token + 16 * k);
+        half[k][1] = load_half(record, token + 16 * k + 8);
+        start_sums(d[k]);
+        start_sums(rope[k]);
     }
-    /* A value is 2 sign + agree, which stands for -3, -1, 1, 3. */
+#pragma unroll
+    for (int i = 0; i < 4; i += 2)
+#pragma unroll
+        for (int k = 0; k < AT_ONCE; k++) {
+            const half_tile &low = half[k][0], &high = half[k][1];
+            codes_of(left, low.sign.rope, low.agree.rope, high.sign.rope, high.agree.rope, i);
+            multiply_rope(rope[k], left, all, i);
+        }
 #pragma unroll
     for (int w = 0; w < WORDS; w++)
 #pragma unroll
-        for (int i = 0; i < 8; i += 2) {
-            unsigned left[4];
+        for (int i = 0; i < 8; i += 2)
 #pragma unroll
-            for (int k = 0; k < 4; k++)
-                left[k] = twos(sign[k % 2].word[w], i + k / 2) |
-                          ones(agree[k % 2].word[w], i + k / 2);
+            for (int k = 0; k < AT_ONCE; k++) {
+                const half_tile &low = half[k][0], &high = half[k][1];
+                int shift = i < 4 ? 0 : 4;
+                codes_of(left, low.sign.word[w] >> shift, low.agree.word[w] >> shift,
+                         high.sign.word[w] >> shift, high.agree.word[w] >> shift, i % 4);
+                multiply(d[k], left, q, 8 * w + i);
+            }
+#pragma unroll
+    for (int k = 0; k < AT_ONCE; k++)
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            float2 scale = half[k][i].scale;
+            float best = -INFINITY;
 #pragma unroll
             for (int t = 0; t < TILES; t++)
-                mma_int8(d[t], left, q.right[t][8 * w + i], q.right[t][8 * w + i + 1]);
+#pragma unroll
+                for (int j = 0; j < 2; j++) {
+                    float x = sum_of(d[k][t][2 * i + j]) * q.twice[0][t][j] - q.all[0][t][j];
+                    float y = sum_of(rope[k][t][2 * i + j]) * q.twice[1][t][j] - q.all[1][t][j];
+                    best = fmaxf(best, x * scale.x + y * scale.y);
+                }
+            best = fmaxf(best, __shfl_xor_sync(0xffffffffu, best, 1));
+            best = fmaxf(best, __shfl_xor_sync(0xffffffffu, best, 2));
+            int at = token + 16 * k + 8 * i;
+            bool forced = always_chosen(position + at, n, a.sink_tokens, a.recent_tokens);
+            if (threadIdx.x % 4 == 0)
+                keys[at] = position + at >= n ? 0 : forced ? (unsigned)FORCED_KEY : key_of(best);
         }
-#pragma unroll
-    for (int t = 0; t < TILES; t++)
-#pragma unroll
-        for (int k = 0; k < 4; k++) {
-            int sum = 2 * d[t][k] - 3 * q.sum[0][t][k % 2];
-            latent_score[t][k] = scale[k / 2].x * q.unit[0][t][k % 2] * 0.5f * (float)sum;
-            d[t][k] = 0;
-        }
-#pragma unroll
-    for (int i = 0; i < 4; i += 2) {
-        unsigned left[4];
-#pragma unroll
-        for (int k = 0; k < 4; k++)
-            left[k] = twos(sign[k % 2].rope, i + k / 2) | ones(agree[k % 2].rope, i + k / 2);
-#pragma unroll
-        for (int t = 0; t < TILES; t++)
-            mma_int8(d[t], left, q.right[t][8 * WORDS + i], q.right[t][8 * WORDS + i + 1]);
-    }
-#pragma unroll
-    for (int t = 0; t < TILES; t++)
-#pragma unroll
-        for (int k = 0; k < 4; k++) {
-            int sum = 2 * d[t][k] - 3 * q.sum[1][t][k % 2];
-            best[k / 2] = fmaxf(best[k / 2], latent_score[t][k] + scale[k / 2].y *
-                                                 q.unit[1][t][k % 2] * 0.5f * (float)sum);
-        }
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        best[i] = fmaxf(best[i], __shfl_xor_sync(0xffffffffu, best[i], 1));
-        best[i] = fmaxf(best[i], __shfl_xor_sync(0xffffffffu, best[i], 2));
-        int at = position + token + 8 * i;
-        if (lane % 4 == 0)
-            keys[token + 8 * i] =
-                at >= n ? 0
-                : always_chosen(at, n, a.sink_tokens, a.recent_tokens) ? (unsigned)FORCED_KEY
-                                                                       : key_of(best[i]);
-    }
 }
 
 /* This block's tokens: those of kept blocks [first, end), a block a warp. */
@@ -265,13 +296,13 @@ __device__ __forceinline__ void score_tokens(const two_level &a, const shared *s
                 copy_16(at + (i + lane) * 16, from + (i + lane) * 16);
         copy_commit();
         if (k == first + warp)
-            load_query_side(&q, &sh->made);
+            load_query_side(&q, &sh->made, 1, 1.5f);
         copy_wait<0>();
         __syncwarp();
 #pragma unroll 1
-        for (int tile = 0; tile < BLOCK_TOKENS / 16; tile++)
-            score_tile(a, r.token_keys + k * BLOCK_TOKENS, at, tile, r.kept[k] * BLOCK_TOKENS, n,
-                       q);
+        for (int tile = 0; tile < BLOCK_TOKENS / 16; tile += AT_ONCE)
+            score_tiles(a, r.token_keys + k * BLOCK_TOKENS, at, tile, r.kept[k] * BLOCK_TOKENS,
+                        n, q, &sh->made);
         __syncwarp();            /* all have read it: another takes its place next */
     }
 }
@@ -377,6 +408,7 @@ __device__ __forceinline__ void attend_share(const two_level &a, shared *sh, con
                                              const share &h, state<COLUMNS> *s, int seq, int rank,
                                              int size, const struct hot_rows &hot_rows)
 {
+    enum { DEPTH = depth<HOT> };
     const unsigned *list = r.all + h.first;
     const __nv_bfloat16 *q = a.q + (size_t)seq * a.q_stride;
     unsigned ring = shared_address(r.tiles);
@@ -393,7 +425,7 @@ __device__ __forceinline__ void attend_share(const two_level &a, shared *sh, con
         int from = tile * TILE, n = min(h.n - from, (int)TILE);
         bool waits = HOT && hot::any_missing((const int *)list + from, n);
         uint64_t from_ns = waits ? hot::now_ns() : 0;
-        copy_wait<DEPTH - 3>();
+        wait_for_tile<DEPTH>(tile);
         __syncthreads();
         if (waits) {
             stalled_ns += hot::now_ns() - from_ns;
@@ -401,7 +433,7 @@ __device__ __forceinline__ void attend_share(const two_level &a, shared *sh, con
         }
     };
 
-    for (int i = 0; i < DEPTH - 1; i++)
+    for (int i = 0; i < DEPTH; i++)
         start(i);
     load_queries<COLUMNS>(s, &sh->attend, a.heads,
                           [&](int head) { return q + (size_t)head * D; });
@@ -424,50 +456,67 @@ __device__ __forceinline__ void send_sums(const two_level &a, shared *sh, const 
                                           const state<COLUMNS> &s, int rank, int size)
 {
     int warp = threadIdx.x / WARP, each = WARPS / size; /* pieces that a block finishes */
-    float *piece = size > 1 ? (float *)r.tiles + warp * PIECE : sh->acc[warp];
+    int to = warp / each, slot = (rank - to - 1 + size) % size * each + warp % each;
+    float *piece = (float *)r.tiles + warp * piece_of(a);
 
     publish_sums<COLUMNS>(&s, &sh->attend, a.softmax_scale);
     each_value<COLUMNS>(s, [&](int channel, int head, float v) {
-        piece[head * PIECE_STRIDE + channel % SLICE] = v;
+        if (head < a.heads)
+            piece[head * PIECE_STRIDE + channel % SLICE] = v;
     });
     publish_to_copies();
     __syncthreads();
-    if (size > 1 && threadIdx.x % WARP == 0)
-        send_to(warp / each, sh->acc[rank * each + warp % each], piece, PIECE * sizeof(float),
+    if (to != rank && threadIdx.x % WARP == 0)
+        send_to(to, r.acc + slot * piece_of(a), piece, piece_of(a) * sizeof(float),
                 &sh->sums_arrived);
     for (int i = threadIdx.x; i < size * COLUMNS; i += THREADS) {
         int head = i % COLUMNS;
-        float2 own = make_float2(sh->attend.shrink[head], sh->attend.sum[head]);
-        if (size > 1)
-            send_2(i / COLUMNS, &sh->all[rank][head], own, &sh->sums_arrived);
+        float2 sums = make_float2(sh->attend.shrink[head], sh->attend.sum[head]);
+        if (i / COLUMNS != rank)
+            send_2(i / COLUMNS, &sh->all[rank][head], sums, &sh->sums_arrived);
         else
-            sh->all[0][head] = own;
+            sh->all[rank][head] = sums;
     }
 }
 
 /* This block's channels of the result, when all sums have arrived. */
-__device__ __forceinline__ void finish(const two_level &a, shared *sh, __nv_bfloat16 *out,
-                                       int rank, int size)
+__device__ __forceinline__ void finish(const two_level &a, shared *sh, const arrays &r,
+                                       __nv_bfloat16 *out, int rank, int size)
 {
-    int each = WARPS / size, channels = each * SLICE;
+    enum { QUADS = SLICE / 4 };  /* of channels in a piece */
+    int each = WARPS / size, step = each * piece_of(a);
+    const float *own = (const float *)r.tiles + rank * step;
 
+    __syncthreads();             /* this block's */
     if (size > 1)
         barrier_wait(&sh->sums_arrived);
-    else                         /* a cluster of one sends nothing */
-        __syncthreads();
-    for (int i = threadIdx.x; i < a.heads * channels; i += THREADS) {
-        int head = i / channels, channel = i % channels;
-        const float *at = sh->acc[channel / SLICE] + head * PIECE_STRIDE + channel % SLICE;
-        float top = -INFINITY, total = 0, value = 0;
+    if ((int)threadIdx.x < a.heads) {
+        int head = threadIdx.x;
+        float top = -INFINITY, total = 0;
         for (int from = 0; from < size; from++)
             top = fmaxf(top, sh->all[from][head].x);
-        for (int from = 0; from < size; from++) {
-            /* 0 for a block without tokens. */
-            float shrink = exp2_fast(sh->all[from][head].x - top);
-            total += sh->all[from][head].y * shrink;
-            value += at[from * each * PIECE] * shrink;
+        for (int from = 0; from < size; from++)
+            total += sh->all[from][head].y * exp2_fast(sh->all[from][head].x - top);
+        for (int from = 0; from < size; from++) /* 0 of a block without tokens */
+            sh->part[from][head] = exp2_fast(sh->all[from][head].x - top) / total;
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < a.heads * each * QUADS; i += THREADS) {
+        int quad = i % QUADS, piece = i / QUADS % each, head = i / QUADS / each;
+        int at = piece * piece_of(a) + head * PIECE_STRIDE + 4 * quad;
+        float4 value = make_float4(0, 0, 0, 0);
+#pragma unroll 4
+        for (int k = 0; k < size; k++) { /* ranks from this one on: an order of its own */
+            int from = (rank + k) % size;
+            float4 v = *(const float4 *)((k == 0 ? own : r.acc + (k - 1) * step) + at);
+            float f = sh->part[from][head];
+            value.x += v.x * f;
+            value.y += v.y * f;
+            value.z += v.z * f;
+            value.w += v.w * f;
         }
-        out[head * L + rank * channels + channel] = __float2bfloat16_rn(value / total);
+        *(uint2 *)(out + head * L + (rank * each + piece) * SLICE + 4 * quad) =
+            make_uint2(pack_bf16(value.x, value.y), pack_bf16(value.z, value.w));
     }
 }
 
@@ -488,7 +537,7 @@ __device__ __forceinline__ void attend_sequence(const two_level &a,
         wait_for_inputs();
         return;
     }
-    lay_out(&r, (unsigned char *)(sh + 1), a, size, HOT ? hot_rows.rows_per_head : 0);
+    lay_out<HOT>(&r, (unsigned char *)(sh + 1), a, size, hot_rows.rows_per_head);
     prepare(a, sh, r, seq, n_blocks);
     /* Nothing may be sent to a block whose barriers are not there: arrive here, wait before the
      * first is. */
@@ -507,7 +556,8 @@ __device__ __forceinline__ void attend_sequence(const two_level &a,
     if (threadIdx.x == 0) {
         barrier_expect(&sh->keys_arrived, (n_kept - (end - first)) * BLOCK_TOKENS * 4);
         if (size > 1)
-            barrier_expect(&sh->sums_arrived, WARPS * PIECE * 4 + size * COLUMNS * 8);
+            barrier_expect(&sh->sums_arrived, (WARPS - WARPS / size) * piece_of(a) * 4 +
+                                              (size - 1) * COLUMNS * 8);
     }
     if (HOT)
         h.head = hot::head_of<HALF_ROW>(hot_rows, seq, 0, 1, a.max_blocks, a.keep_tokens);
@@ -519,7 +569,7 @@ __device__ __forceinline__ void attend_sequence(const two_level &a,
     state<COLUMNS> s;
     attend_share<HOT>(a, sh, r, h, &s, seq, rank, size, hot_rows);
     send_sums(a, sh, r, s, rank, size);
-    finish(a, sh, a.out + (size_t)seq * a.heads * L, rank, size);
+    finish(a, sh, r, a.out + (size_t)seq * a.heads * L, rank, size);
     if (size > 1)
         cluster_barrier();       /* what this block has sent was read here */
 }
@@ -537,10 +587,11 @@ __global__ void __launch_bounds__(THREADS, 1) attend_two_level_hot(two_level a,
 #endif
 
 /* 0 where there is not enough. */
+template <bool HOT>
 size_t shared_bytes(const two_level &a, int cluster, int rows_per_head)
 {
     arrays r;
-    size_t bytes = sizeof(shared) + lay_out(&r, NULL, a, cluster, rows_per_head);
+    size_t bytes = sizeof(shared) + lay_out<HOT>(&r, NULL, a, cluster, rows_per_head);
 
     return bytes <= MOST_SHARED ? bytes : 0;
 }
@@ -576,7 +627,7 @@ int choose_cluster(struct stream *s, const two_level &a, int seqs)
         return known->size;
     *known = wanted;
     for (int size = MAX_CLUSTER; size > 0; size /= 2) {
-        size_t bytes = shared_bytes(a, size, 0);
+        size_t bytes = shared_bytes<false>(a, size, 0);
         int fit = 0;
         if (bytes == 0)
             continue;
@@ -671,7 +722,8 @@ bool latent::queue_two_level(struct stream *s, const struct attend_two_level_arg
     int cluster = choose_cluster(s, a, args->seqs);
     if (!cluster)                /* very large budgets */
         return false;
-    size_t bytes = shared_bytes(a, cluster, hot ? hot->rows_per_head : 0);
+    size_t bytes = hot ? shared_bytes<true>(a, cluster, hot->rows_per_head)
+                       : shared_bytes<false>(a, cluster, 0);
     if (bytes == 0)
         return false;
     if (hot)
