@@ -403,22 +403,6 @@ static void set_bits(uint8_t *codes, int at, unsigned value)
     codes[at / 8] = (uint8_t)(codes[at / 8] | value << at % 8);
 }
 
-/* The arithmetic of layout.h: pairs at growing distances, each sum rounded. */
-static void rotate_exactly(float *x, int n)
-{
-    for (int i = 0; i < n; i++)
-        x[i] *= (float)rotation_sign(i);
-    for (int distance = 1; distance < n; distance *= 2)
-        for (int i = 0; i < n; i++)
-            if (!(i & distance)) {
-                float a = x[i], b = x[i | distance];
-                x[i] = a + b;
-                x[i | distance] = a - b;
-            }
-    for (int i = 0; i < n; i++)
-        x[i] *= 1 / sqrtf((float)n);
-}
-
 static float rms_exactly(const float *x, int n)
 {
     float sum[MAX_DIM];

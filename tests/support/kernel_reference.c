@@ -51,6 +51,21 @@ void rotate_slowly(double *out, const double *x, int head_dim)
     }
 }
 
+void rotate_exactly(float *x, int n)
+{
+    for (int i = 0; i < n; i++)
+        x[i] *= (float)rotation_sign(i);
+    for (int distance = 1; distance < n; distance *= 2)
+        for (int i = 0; i < n; i++)
+            if (!(i & distance)) {
+                float a = x[i], b = x[i | distance];
+                x[i] = a + b;
+                x[i | distance] = a - b;
+            }
+    for (int i = 0; i < n; i++)
+        x[i] *= 1 / sqrtf((float)n);
+}
+
 void random_order(struct test_random *r, int32_t *out, int n)
 {
     for (int i = 0; i < n; i++) {

@@ -16,6 +16,9 @@ bf16 nearest_bf16(float x);
 /* out = R x, the rotation of layout.h, as a product with its matrix. */
 void rotate_slowly(double *out, const double *x, int head_dim);
 
+/* x = R x in the arithmetic of layout.h: pairs at growing distances, each sum rounded. */
+void rotate_exactly(float *x, int n);
+
 /* 0 .. n - 1 in random order. */
 void random_order(struct test_random *r, int32_t *out, int n);
 
