@@ -3,6 +3,7 @@
 #include "engine/base/mem.h"
 #include "tests/support/backend_fixture.h"
 #include "tests/support/closeness.h"
+#include "tests/support/index_reference.h"
 #include "tests/support/kernel_reference.h"
 #include "tests/support/random_data.h"
 
@@ -46,16 +47,6 @@ static int blocks_of(int n_tokens)
     return (n_tokens + BLOCK_TOKENS - 1) / BLOCK_TOKENS;
 }
 
-/* The largest power of two below: 512 of 576, 16 of 32. */
-static int latent_dim_of(int head_dim)
-{
-    int latent = 16;
-
-    while (2 * latent < head_dim)
-        latent *= 2;
-    return latent;
-}
-
 static struct kv_shape shape_of(const struct setup *s)
 {
     return (struct kv_shape){
@@ -81,21 +72,6 @@ static uint8_t *record_at(const struct problem *p, int seq, int kv_head, int blo
 
     return p->index + (id * (size_t)p->shape.kv_heads + (size_t)kv_head) *
                           (size_t)p->layout.record_bytes;
-}
-
-static float get_bf16(const uint8_t *at)
-{
-    bf16 v;
-
-    memcpy(&v, at, sizeof v);
-    return bf16_value(v);
-}
-
-static void put_bf16(uint8_t *at, float value)
-{
-    bf16 v = nearest_bf16(value);
-
-    memcpy(at, &v, sizeof v);
 }
 
 /* ---- making an index */
@@ -611,13 +587,10 @@ static void check_select(struct problem *p)
 
 /* kind, group, head_dim and budgets; every kind meets every head dimension, and every shape
  * of latent rows both filters. */
-enum { N_PLAIN = 40, N_SETUPS = N_PLAIN + 10 };
+enum { N_PLAIN = 40, N_SETUPS = N_PLAIN + 2 * N_LATENT_SHAPES };
 
 static struct setup setup_of(int i)
 {
-    static const struct { int head_dim, group; } latent[] = {
-        { 576, 20 }, { 160, 5 }, { 80, 1 }, { 64, 20 }, { 32, 7 },
-    };
     static const int head_dims[] = { 16, 32, 64, 128, 256 };
     static const int groups[] = { 1, 2, 3, 5, 7, 8, 16 };
     static const int keeps[][2] = { { 1, 1 }, { 3, 20 }, { 12, 100 }, { 40, 1000 },
@@ -630,9 +603,9 @@ static struct setup setup_of(int i)
     };
 
     if (i >= N_PLAIN) {
-        s.head_dim = latent[i % 5].head_dim;
-        s.group = latent[i % 5].group;
-        set_kind(&s, i < N_PLAIN + 5 ? LATENT : LATENT | BOUNDS);
+        s.head_dim = latent_shapes[i % N_LATENT_SHAPES].head_dim;
+        s.group = latent_shapes[i % N_LATENT_SHAPES].heads;
+        set_kind(&s, i < N_PLAIN + N_LATENT_SHAPES ? LATENT : LATENT | BOUNDS);
     }
     return s;
 }

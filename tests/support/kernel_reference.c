@@ -51,19 +51,17 @@ void rotate_slowly(double *out, const double *x, int head_dim)
     }
 }
 
-void rotate_exactly(float *x, int n)
+const struct latent_shape latent_shapes[N_LATENT_SHAPES] = {
+    { 576, 20 }, { 160, 5 }, { 80, 1 }, { 64, 20 }, { 32, 7 },
+};
+
+int latent_dim_of(int head_dim)
 {
-    for (int i = 0; i < n; i++)
-        x[i] *= (float)rotation_sign(i);
-    for (int distance = 1; distance < n; distance *= 2)
-        for (int i = 0; i < n; i++)
-            if (!(i & distance)) {
-                float a = x[i], b = x[i | distance];
-                x[i] = a + b;
-                x[i | distance] = a - b;
-            }
-    for (int i = 0; i < n; i++)
-        x[i] *= 1 / sqrtf((float)n);
+    int latent = 1;
+
+    while (2 * latent < head_dim)
+        latent *= 2;
+    return latent;
 }
 
 void random_order(struct test_random *r, int32_t *out, int n)

@@ -16,8 +16,12 @@ bf16 nearest_bf16(float x);
 /* out = R x, the rotation of layout.h, as a product with its matrix. */
 void rotate_slowly(double *out, const double *x, int head_dim);
 
-/* x = R x in the arithmetic of layout.h: pairs at growing distances, each sum rounded. */
-void rotate_exactly(float *x, int n);
+/* Shapes of latent attention: GLM-4.7-Flash's, and small ones that are awkward. */
+enum { N_LATENT_SHAPES = 5 };
+extern const struct latent_shape { int head_dim, heads; } latent_shapes[N_LATENT_SHAPES];
+
+/* The largest power of two below: of a latent key of so many channels how many are latent. */
+int latent_dim_of(int head_dim);
 
 /* 0 .. n - 1 in random order. */
 void random_order(struct test_random *r, int32_t *out, int n);
