@@ -279,7 +279,7 @@ static void project_qkv(struct pass *p, const struct layer_weights *l, int rows)
     const int q = p->g->heads * p->g->head_dim, kv = p->g->kv_heads * p->g->head_dim;
     void *out = p->w->qkv;
 
-    if (l->qkv_joined) {
+    if (l->joined) {
         linear(p, out, p->w->h, l->q, l->q_bias, rows, hidden, stride, stride);
         return;
     }

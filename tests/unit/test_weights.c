@@ -292,7 +292,7 @@ START_TEST(tensors_go_to_their_places)
     check_bytes(l->up, "model.layers.1.mlp.up_proj.weight");
     check_bytes(l->down, "model.layers.1.mlp.down_proj.weight");
     /* In this order of the file they lie behind each other, mapped or copied. */
-    ck_assert(l->qkv_joined);
+    ck_assert(l->joined);
     ck_assert_uint_eq((uintptr_t)l->q.data % 2, 0);      /* misaligned ones were copied */
     weights_close(w);
 }
@@ -339,7 +339,7 @@ START_TEST(types_can_differ)
         write_file("model.safetensors", 0, folder.n, pad);
         struct weights *w = open_folder(&c);
         const struct layer_weights *l = weights_layer(w, 0);
-        ck_assert(!l->qkv_joined && weights_layer(w, 1)->qkv_joined);
+        ck_assert(!l->joined && weights_layer(w, 1)->joined);
         ck_assert(l->q.type == DTYPE_BF16 && l->k.type == DTYPE_F32);
         ck_assert(weights_norm(w).type == DTYPE_F32);
         check_bytes(l->k, "model.layers.0.self_attn.k_proj.weight");
@@ -366,7 +366,7 @@ START_TEST(order_of_the_file_does_not_matter)
     const struct layer_weights *l = weights_layer(w, 0);
     check_bytes(l->q, "model.layers.0.self_attn.q_proj.weight");
     check_bytes(l->k, "model.layers.0.self_attn.k_proj.weight");
-    ck_assert(!l->qkv_joined);
+    ck_assert(!l->joined);
     weights_close(w);
 }
 END_TEST
