@@ -243,7 +243,7 @@ static enum status read_heads(struct model_config *c, const struct json_file *f,
 static enum status read_shape(struct model_config *c, const struct json_file *f,
                               struct error *err)
 {
-    double eps = 1e-6;
+    double eps = c->family == FAMILY_GLM4_MOE_LITE ? 1e-5 : 1e-6;
 
     TRY(config_required(f, "hidden_size", MAX_WIDTH, &c->hidden, err));
     TRY(config_required(f, "intermediate_size", MAX_MLP, &c->mlp, err));
