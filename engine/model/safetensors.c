@@ -131,7 +131,6 @@ static enum status map_file(struct weight_file *f, struct error *err)
     f->bytes = p;
     f->n = (size_t)s.st_size;
     f->mapped = true;
-    (void)madvise(p, f->n, MADV_WILLNEED);
     return ST_OK;
 }
 
@@ -330,6 +329,14 @@ const struct tensor *safetensors_find(const struct safetensors *st, const char *
     uint32_t slot = st->table[find_slot(st, name)];
 
     return slot ? &st->tensors.at[slot - 1] : NULL;
+}
+
+void safetensors_will_need(const struct tensor *t)
+{
+    uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), begin = (uintptr_t)t->data / page * page;
+
+    /* Only a hint: memory that is no mapping refuses it, and that is all. */
+    (void)madvise((void *)begin, (uintptr_t)t->data + t->bytes - begin, MADV_WILLNEED);
 }
 
 const char *safetensors_file(const struct safetensors *st, const struct tensor *t)

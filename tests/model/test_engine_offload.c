@@ -30,6 +30,7 @@ struct history {
     uint64_t seed;
     uint32_t scale;
     enum selection selection;
+    const struct fixture_model *model;
 };
 
 struct answer {
@@ -157,6 +158,7 @@ static struct engine_config history_config(const struct history *h)
 {
     struct engine_config c = small_config();
 
+    c.model_dir = h->model->dir;
     c.max_model_len = h->scale * MAX_LEN;
     c.select.selection = h->selection;
     c.select.crossover_tokens = 100;
@@ -170,7 +172,7 @@ static void reference(const struct history *h, struct answer out[N_REQUESTS])
     struct request *r[N_REQUESTS];
     struct engine_stats s;
 
-    c.kv_bytes = 150ull * h->scale * BUNDLED_BLOCK_BYTES;
+    c.kv_bytes = 150 * h->scale * model_block_bytes(h->model);
     c.step_tokens = 1024;
     start(&c);
     play(h, false, r);
@@ -257,18 +259,16 @@ static struct engine_config config_of(const struct history *h, const struct kind
     const uint32_t longest = MAX_BLOCKS * h->scale, contexts = host_blocks / longest;
     uint32_t sets = at_most(k->sequences ? k->sequences : contexts ? contexts : 1, c.max_running);
     struct hot_sets_config hot = {
-        .sets = (int)sets, .layers = 8,
+        .sets = (int)sets, .layers = h->model->layers,
         .rows_per_head = (int)(k->hot_rows ? k->hot_rows : 4 * KEPT),
-        .max_blocks = (int)longest,
-        .shape = { .kv_heads = 2, .head_dim = 128, .filter = FILTER_COARSE,
-                   .index = INDEX_ROTATED },
+        .max_blocks = (int)longest, .shape = h->model->shape,
     };
 
-    c.kv_bytes = (uint64_t)blocks * BUNDLED_BLOCK_BYTES + hot_sets_bytes(&hot) +
-                 (uint64_t)at_most(sets * longest, host_blocks) * BUNDLED_INDEX_BYTES;
+    c.kv_bytes = blocks * model_block_bytes(h->model) + hot_sets_bytes(&hot) +
+                 at_most(sets * longest, host_blocks) * model_index_bytes(h->model);
     if (blocks < longest)            /* the two buffers of what is streamed */
         c.kv_bytes += 2 * (uint64_t)longest * kv_block_bytes(&hot.shape);
-    c.host_kv_bytes = (uint64_t)host_blocks * BUNDLED_BLOCK_BYTES;
+    c.host_kv_bytes = host_blocks * model_block_bytes(h->model);
     c.step_tokens = k->step_tokens ? k->step_tokens * h->scale : c.step_tokens;
     c.offload = k->offload;
     c.offload_sequences = sets;
@@ -333,20 +333,32 @@ static void no_answer_changes(const struct history *h)
 
 START_TEST(no_answer_changes_in_small_histories)
 {
-    no_answer_changes(&(struct history){ (uint64_t)_i, SMALL, SELECTION_EXACT });
+    no_answer_changes(&(struct history){ (uint64_t)_i, SMALL, SELECTION_EXACT, &bundled_model });
+}
+END_TEST
+
+START_TEST(no_answer_of_latent_attention_changes)
+{
+    no_answer_changes(&(struct history){ (uint64_t)_i, SMALL, SELECTION_EXACT, &latent_model });
+}
+END_TEST
+
+START_TEST(no_answer_of_lagged_latent_attention_changes)
+{
+    no_answer_changes(&(struct history){ (uint64_t)_i, SMALL, SELECTION_LAGGED, &latent_model });
 }
 END_TEST
 
 /* Which blocks a step chooses from is known a step before, wherever these are. */
 START_TEST(no_answer_changes_in_lagged_histories)
 {
-    no_answer_changes(&(struct history){ (uint64_t)_i, SMALL, SELECTION_LAGGED });
+    no_answer_changes(&(struct history){ (uint64_t)_i, SMALL, SELECTION_LAGGED, &bundled_model });
 }
 END_TEST
 
 START_TEST(no_answer_changes_in_large_histories)
 {
-    no_answer_changes(&(struct history){ (uint64_t)_i, LARGE, SELECTION_EXACT });
+    no_answer_changes(&(struct history){ (uint64_t)_i, LARGE, SELECTION_EXACT, &bundled_model });
 }
 END_TEST
 
@@ -357,7 +369,7 @@ enum { PREFIX = 600 };
 /* A pool of 14 blocks and a tier of 100, contexts of up to 10. */
 static struct engine_config small_tier_config(void)
 {
-    static const struct history h = { 0, SMALL, SELECTION_EXACT };
+    static const struct history h = { 0, SMALL, SELECTION_EXACT, &bundled_model };
     static const struct kind k = { .name = "single", .blocks = 14, .host_blocks = 100 };
 
     return config_of(&h, &k);
@@ -559,7 +571,7 @@ static bool fail_at(void *arg, uint64_t number)
 START_TEST(a_failed_copy_ends_all)
 {
     static const uint64_t at[] = { 0, 1, 4, 9, 14, 20 };
-    static const struct history h = { 3, SMALL, SELECTION_EXACT };
+    static const struct history h = { 3, SMALL, SELECTION_EXACT, &bundled_model };
     struct engine_config c = small_tier_config();
     struct request *r[N_REQUESTS];
     uint64_t number = at[_i];
@@ -615,7 +627,7 @@ END_TEST
  * than 4 times the kept tokens or more than 16 times. */
 START_TEST(hot_rows_grow_into_half_of_the_memory)
 {
-    const struct history h = { .scale = SMALL };
+    const struct history h = { .scale = SMALL, .model = &bundled_model };
     const struct kind few = { "few", 30, 120, OFFLOAD_AUTO, .sequences = 2, .hot_rows = 4 * KEPT };
     const struct kind many = { "many", 30, 120, OFFLOAD_AUTO, .sequences = 2,
                                .hot_rows = 16 * KEPT };
@@ -657,6 +669,8 @@ TCase *engine_offload_case(void)
     tcase_add_test(tc, hot_rows_grow_into_half_of_the_memory);
     tcase_add_loop_test(tc, no_answer_changes_in_small_histories, 1, 2 + 10 * more);
     tcase_add_loop_test(tc, no_answer_changes_in_lagged_histories, 1, 2 + 10 * more);
+    tcase_add_loop_test(tc, no_answer_of_latent_attention_changes, 1, 2 + 10 * more);
+    tcase_add_loop_test(tc, no_answer_of_lagged_latent_attention_changes, 1, 2 + 10 * more);
     tcase_add_loop_test(tc, no_answer_changes_in_large_histories, 1, 1 + 2 * more);
     return tc;
 }
