@@ -423,8 +423,11 @@ static void round_part(const float *from, int n, int *whole, double *unit)
     for (int d = 0; d < n; d++)
         most = fmaxf(most, fabsf(x[d]));
     float factor = 127 / most;
-    for (int d = 0; d < n; d++)
-        whole[d] = most > 0 ? (int)nearbyintf(x[d] * factor) : 0;
+    for (int d = 0; d < n; d++) {
+        float multiple = (float)(1 << d % 4), limit = floorf(127 / multiple);
+        float m = most > 0 ? nearbyintf(x[d] * factor / multiple) : 0;
+        whole[d] = (int)(fmaxf(-limit, fminf(limit, m)) * multiple);
+    }
     *unit = (double)(most / 127);
 }
 
