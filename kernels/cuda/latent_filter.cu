@@ -2,9 +2,8 @@
  * operation of its own of the tokens of kept blocks.
  *
  * The coarse filter reads 76 bytes a token, 7.5 MB a sequence of 98,304: 1.6 us at 4.6 TB/s.  All
- * warps of the GPU share the blocks of all contexts evenly; each copies its next records to shared
- * memory while it scores one with 216 products.  It is bound by instructions: the queries are in
- * registers, and little is done beside the products. */
+ * groups of four warps share the blocks of all contexts evenly; each copies its next records to
+ * shared memory while it scores one. */
 
 #include "kernels/cuda/latent_scores.cuh"
 
@@ -12,7 +11,7 @@ namespace {
 
 using namespace latent;
 
-enum { WARPS = 12, THREADS = WARPS * WARP, DEPTH = 3, SCORE_WARPS = 4 };
+enum { GROUPS = 4, THREADS = GROUPS * GROUP, DEPTH = 4, SCORE_WARPS = 4 };
 
 struct filter {
     const __nv_bfloat16 *q;
@@ -45,80 +44,44 @@ __global__ void __launch_bounds__(8 * WARP) make_queries(queries *made, const __
 
 struct memory {
     queries q;
-    __align__(16) unsigned char ring[WARPS][DEPTH][FILTER_BYTES];
+    unsigned best[GROUPS][4];    /* of each warp's tokens */
+    __align__(16) unsigned char ring[GROUPS][DEPTH][FILTER_BYTES];
 };
 
-/* Of the index block `id`, where there is one. */
+/* Of the index block `id`, where there is one, by a group. */
 __device__ __forceinline__ void start_record(const filter &a, int id, unsigned to, bool there)
 {
     enum { COPIES = FILTER_BYTES / 16 };
-    int lane = threadIdx.x % WARP;
+    int first = threadIdx.x % GROUP;
 
     if (there) {
         const uint8_t *from = a.index + (size_t)id * a.block_bytes + a.layout.scale;
 #pragma unroll
-        for (int i = 0; i < COPIES; i += WARP)
-            if (i + WARP <= COPIES || lane < COPIES % WARP)
-                copy_16(to + (i + lane) * 16, from + (i + lane) * 16);
+        for (int i = 0; i < COPIES; i += GROUP)
+            if (i + GROUP <= COPIES || first < COPIES % GROUP)
+                copy_16(to + (i + first) * 16, from + (i + first) * 16);
     }
     copy_commit();               /* one group a record, empty or not, for copy_wait() */
 }
 
-/* The best score of a tile's tokens; in a PARTIAL block those from `left` on are not there. */
-template <bool PARTIAL>
-__device__ __forceinline__ float score_tile(unsigned record, int tile, int left,
-                                            const query_side &q, const queries *all)
+/* The key of the best of this warp's tokens; those from `left` on are not there. */
+__device__ __forceinline__ unsigned score_record(unsigned record, int left, const query_side &q,
+                                                 const queries *all)
 {
-    int token = tile * 16 + threadIdx.x % WARP / 4;
+    int token = threadIdx.x % GROUP / WARP * 16 + threadIdx.x % WARP / 4;
     unsigned signs = record + BLOCK_TOKENS * SCALE_BYTES + token * TOKEN_BYTES;
-    quarter low = load_quarter(signs), high = load_quarter(signs + 8 * TOKEN_BYTES);
+    quarter sign[2] = { load_quarter(signs), load_quarter(signs + 8 * TOKEN_BYTES) };
     float2 scale[2] = { load_scales(record + token * SCALE_BYTES),
                         load_scales(record + (token + 8) * SCALE_BYTES) };
-    float best = -INFINITY, score[TILES][4];
-    int d[TILES][4];
-    unsigned left_side[4];
+    int d[2][TILES][4];
+    left_side bits;
 
-    start_sums(d);
-#pragma unroll
-    for (int w = 0; w < WORDS; w++)
-#pragma unroll
-        for (int i = 0; i < 8; i += 2) {
-            bits_of(left_side, i < 4 ? low.word[w] : low.word[w] >> 4,
-                    i < 4 ? high.word[w] : high.word[w] >> 4, i % 4);
-            multiply(d, left_side, q, 8 * w + i);
-        }
-#pragma unroll
-    for (int t = 0; t < TILES; t++)
-#pragma unroll
-        for (int i = 0; i < 4; i++)
-            score[t][i] = (sum_of(d[t][i]) * q.twice[0][t][i % 2] - q.all[0][t][i % 2]) *
-                          scale[i / 2].x;
-    start_sums(d);
-#pragma unroll
-    for (int i = 0; i < 4; i += 2) {
-        bits_of(left_side, low.rope, high.rope, i);
-        multiply_rope(d, left_side, all, i);
-    }
-#pragma unroll
-    for (int t = 0; t < TILES; t++)
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            float x = sum_of(d[t][i]) * q.twice[1][t][i % 2] - q.all[1][t][i % 2];
-            x = x * scale[i / 2].y + score[t][i];
-            best = fmaxf(best, !PARTIAL || token + i / 2 * 8 < left ? x : -INFINITY);
-        }
-    return best;
-}
-
-template <bool PARTIAL>
-__device__ __forceinline__ unsigned score_record(unsigned record, int left, const query_side &q,
-                                               const queries *all)
-{
-    float best = -INFINITY;
-
-#pragma unroll 1
-    for (int tile = 0; tile < BLOCK_TOKENS / 16; tile++)
-        best = fmaxf(best, score_tile<PARTIAL>(record, tile, left, q, all));
+    fill_left(&bits, [&](int half, int step, int i) {
+        return word_of(sign[half], step) & 0x01010101u << i;
+    });
+    sum_left(d, bits, all);
+    float best = token < left ? best_of(d, 0, scale[0], q) : -INFINITY;
+    best = fmaxf(best, token + 8 < left ? best_of(d, 1, scale[1], q) : -INFINITY);
     return __reduce_max_sync(0xffffffffu, key_of(best));
 }
 
@@ -127,16 +90,16 @@ __global__ void __launch_bounds__(THREADS, 1) score_blocks(filter a)
 {
     extern __shared__ __align__(128) unsigned char shared[];
     memory *m = (memory *)shared;
-    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, seq = blockIdx.y;
+    int group = group_number(), warp = threadIdx.x % GROUP / WARP, seq = blockIdx.y;
 
     /* Lengths and tables come from the host, and of the index this step writes only each
      * context's last block: all else is read while the kernel before this one ends. */
     int n_tokens = a.n_tokens[seq], n_blocks = (n_tokens + BLOCK_TOKENS - 1) / BLOCK_TOKENS;
-    int parts = gridDim.x * WARPS, part = blockIdx.x * WARPS + warp;
+    int parts = gridDim.x * GROUPS, part = blockIdx.x * GROUPS + group;
     int first = (int)((int64_t)n_blocks * part / parts);
     int n = (int)((int64_t)n_blocks * (part + 1) / parts) - first;
     const int32_t *table = a.table + (size_t)seq * a.max_blocks + first;
-    unsigned ring = shared_address(m->ring[warp]);
+    unsigned ring = shared_address(m->ring[group]);
     bool has_last = first + n == n_blocks;
     auto id_of = [&](int k) { return k < n ? table[k] : 0; };
     if (!has_last)
@@ -148,14 +111,15 @@ __global__ void __launch_bounds__(THREADS, 1) score_blocks(filter a)
     let_next_start();
     if (n_tokens == 0)
         return;
-    if (has_last)
+    start_queries(&m->q, a.made + seq);
+    if (has_last)                /* the queries are part of the first record's group */
 #pragma unroll 1
         for (int k = 0; k < DEPTH - 1; k++)
             start_record(a, id_of(k), ring + k * FILTER_BYTES, k < n);
-    int next_id = id_of(DEPTH - 1);  /* is there before it is wanted */
-    start_queries(&m->q, a.made + seq);
     copy_commit();
+    int next_id = id_of(DEPTH - 1);  /* is there before it is wanted */
     copy_wait<0>();
+    publish_to_products();
     __syncthreads();
     query_side q;
     load_query_side(&q, &m->q, 2, 1);
@@ -166,14 +130,17 @@ __global__ void __launch_bounds__(THREADS, 1) score_blocks(filter a)
         start_record(a, next_id, free, k + DEPTH - 1 < n);
         next_id = id_of(k + DEPTH);
         copy_wait<DEPTH - 1>();
-        __syncwarp();
-        int left = n_tokens - (first + k) * BLOCK_TOKENS;
-        unsigned key = left >= BLOCK_TOKENS ? score_record<false>(at, left, q, &m->q)
-                                            : score_record<true>(at, left, q, &m->q);
-        if (lane == 0)
+        group_barrier();         /* the record is there */
+        unsigned best = score_record(at, n_tokens - (first + k) * BLOCK_TOKENS, q, &m->q);
+        if (threadIdx.x % WARP == 0)
+            m->best[group][warp] = best;
+        group_barrier();         /* and has been left by all */
+        if (threadIdx.x % GROUP == 0) {
+            const unsigned *b = m->best[group];
+            unsigned key = max(max(b[0], b[1]), max(b[2], b[3]));
             keys[k] = always_kept(first + k, n_tokens, a.sink_tokens, a.recent_tokens)
                           ? (unsigned)FORCED_KEY : key;
-        __syncwarp();
+        }
         free = at;
         at = at == ring + (DEPTH - 1) * FILTER_BYTES ? ring : at + FILTER_BYTES;
     }
@@ -308,7 +275,7 @@ void latent::queue_scores(struct stream *s, const struct block_filter_args *args
         return;
     }
     a.made = made;
-    int most = (blocks + WARPS - 1) / WARPS, parts = s->be->info.sm_count / args->seqs;
+    int most = (blocks + GROUPS - 1) / GROUPS, parts = s->be->info.sm_count / args->seqs;
     parts = parts < 1 ? 1 : parts < most ? parts : most;
     launch_early(s, "block_filter", score_blocks, dim3(parts, args->seqs), THREADS,
                  sizeof(memory), a);

@@ -6,14 +6,18 @@
 #include "kernels/cuda/mma.cuh"
 #include "kernels/cuda/rotate.cuh"
 
-/* Scores of the rotated index of latent rows (kernels/latent.h) with int8 tensor cores; by a warp.
+/* Scores of the rotated index of latent rows (kernels/latent.h) with int8 tensor cores, by four
+ * neighbouring warps, a group, together: a block's 64 tokens at a time, 16 of them each warp's.
  *
- * A product has 16 tokens as rows, their bits as the left operand, and the queries' 8-bit values as
- * columns, a head each; TILES products of 8 columns have all heads.  As in two_level.cuh the order
- * of channels in a product is free: a thread takes the bits of its quarter of a token as they lie,
- * four words of the latent part and half a word of the rope part, and bit i or i + 4 of each byte
- * of a word is a step's four values, 0 and 2^i; the right operand has the values divided by that.
- * Sums are exact. */
+ * A product has the tokens as rows, their bits as the left operand, and the queries' 8-bit values
+ * as columns, a head each.  As in two_level.cuh the order of channels in a product is free: a
+ * thread takes the bits of its quarter of a token as they lie, four words of the latent part and
+ * half a word of the rope part, and bits i and i + 1, or those four further, of each byte of a
+ * word are a step's values, 0 and 2^i; the right operand has the values divided by that.  Sums are
+ * exact.
+ *
+ * Hopper's own products take the queries from shared memory; mma.sync has a quarter of their rate
+ * there (14.5 cycles for one of m16n8k32). */
 
 namespace latent {
 
@@ -22,7 +26,10 @@ using namespace sel;
 enum {
     TILES = MOST_HEADS / 8,
     WORDS = L / 128,             /* of a token's latent part that a thread has */
-    OPERANDS = 8 * WORDS + 4,    /* words of a thread's right operand to a tile of columns */
+    OPERANDS = 8 * WORDS + 4,    /* words of a thread's right operand to a tile of columns, two a */
+    STEPS = OPERANDS / 2,        /* step, */
+    LATENT_STEPS = 8 * WORDS / 2,    /* these of the latent part */
+    GROUP = 4 * WARP,            /* threads */
     TOKEN_BYTES = D / 8,         /* of a bit plane */
     SCALE_BYTES = 4,             /* of a token: two scales */
     PLANE_BYTES = BLOCK_TOKENS * TOKEN_BYTES,
@@ -97,9 +104,8 @@ static __device__ __forceinline__ void start_queries(queries *to, const queries 
 
 /* What a thread holds of the queries; columns of results are heads 8 t + 2 (lane % 4) + i.  Of
  * a sum over bits, or codes, S the share in a score is S * twice[part] - all[part], times the
- * token's scale.  For the rope part's operand there are no registers. */
+ * token's scale. */
 struct query_side {
-    unsigned right[TILES][8 * WORDS];
     float twice[2][TILES][2], all[2][TILES][2];
 };
 
@@ -109,10 +115,7 @@ static __device__ __forceinline__ void load_query_side(query_side *q, const quer
     int lane = threadIdx.x % WARP;
 
 #pragma unroll
-    for (int t = 0; t < TILES; t++) {
-#pragma unroll
-        for (int i = 0; i < 8 * WORDS; i++)
-            q->right[t][i] = from->right[t][i][lane];
+    for (int t = 0; t < TILES; t++)
 #pragma unroll
         for (int i = 0; i < 2; i++)
 #pragma unroll
@@ -122,7 +125,6 @@ static __device__ __forceinline__ void load_query_side(query_side *q, const quer
                 q->twice[part][t][i] = twice * unit;
                 q->all[part][t][i] = all * (float)from->sum[part][head] * unit;
             }
-    }
 }
 
 /* A thread's quarter of a token's bits. */
@@ -154,6 +156,54 @@ static __device__ __forceinline__ float2 load_scales(unsigned at)
     return unpack_bf16(v);
 }
 
+/* The left operand of a step: tokens lane / 4 and lane / 4 + 8 of a warp's. */
+struct left_side { unsigned word[STEPS][4]; };
+
+/* With part(token, step, i) the bits i and i + 1 of a half-byte, of the step's word. */
+template <typename F>
+static __device__ __forceinline__ void fill_left(left_side *left, const F &part)
+{
+#pragma unroll
+    for (int step = 0; step < STEPS; step++)
+#pragma unroll
+        for (int k = 0; k < 4; k++)
+            left->word[step][k] = part(k % 2, step, step % 2 * 2 + k / 2);
+}
+
+/* The word that a step's bits are in, shifted so that these are in the lower half of each byte. */
+static __device__ __forceinline__ unsigned word_of(const quarter &q, int step)
+{
+    if (step >= LATENT_STEPS)
+        return q.rope;
+    return step % 4 < 2 ? q.word[step / 4] : q.word[step / 4] >> 4;
+}
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+/* Where a step's right operand lies: matrices of 8 heads by 16 values, 128 bytes apart along the
+ * values and OPERANDS of them along the heads. */
+static __device__ __forceinline__ uint64_t right_of(const queries *q, int step)
+{
+    enum { MATRIX = 8 * 16 };
+    uint64_t at = shared_address(q->right) + step * 2 * MATRIX;
+
+    return (at & 0x3ffff) >> 4 | (uint64_t)(MATRIX >> 4) << 16 |
+           (uint64_t)(OPERANDS * MATRIX >> 4) << 32;
+}
+
+static __device__ __forceinline__ void multiply(int (&d)[TILES][4], const unsigned (&a)[4],
+                                                uint64_t right)
+{
+    static_assert(TILES == 3, "the instruction's 24 columns");
+    asm volatile("{\n\t.reg .pred p;\n\tsetp.eq.u32 p, 0, 0;\n\t"
+                 "wgmma.mma_async.sync.aligned.m64n24k32.s32.s8.s8 "
+                 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11}, {%12, %13, %14, %15}, %16, "
+                 "p;\n\t}"
+                 : "+r"(d[0][0]), "+r"(d[0][1]), "+r"(d[0][2]), "+r"(d[0][3]), "+r"(d[1][0]),
+                   "+r"(d[1][1]), "+r"(d[1][2]), "+r"(d[1][3]), "+r"(d[2][0]), "+r"(d[2][1]),
+                   "+r"(d[2][2]), "+r"(d[2][3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(right));
+}
+#else
 static __device__ __forceinline__ void mma_int8(int (&d)[4], const unsigned (&a)[4], unsigned b0,
                                                 unsigned b1)
 {
@@ -162,48 +212,75 @@ static __device__ __forceinline__ void mma_int8(int (&d)[4], const unsigned (&a)
         : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
+#endif
 
-/* The left operand of bits i and i + 1 of the lower half of each byte. */
-static __device__ __forceinline__ void bits_of(unsigned (&left)[4], unsigned low, unsigned high, int i)
+/* Sums over a group's tokens for all heads, of the latent part and of the rope part. */
+static __device__ __forceinline__ void sum_left(int (&d)[2][TILES][4], const left_side &left,
+                                                const queries *q)
 {
-    left[0] = low & 0x01010101u << i;
-    left[1] = high & 0x01010101u << i;
-    left[2] = low & 0x02020202u << i;
-    left[3] = high & 0x02020202u << i;
+#pragma unroll
+    for (int part = 0; part < 2; part++)
+#pragma unroll
+        for (int t = 0; t < TILES; t++)
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                d[part][t][i] = MAGIC;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+    for (int step = 0; step < STEPS; step++)
+        multiply(d[step >= LATENT_STEPS], left.word[step], right_of(q, step));
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+#else
+#pragma unroll
+    for (int step = 0; step < STEPS; step++)
+#pragma unroll
+        for (int t = 0; t < TILES; t++)
+            mma_int8(d[step >= LATENT_STEPS][t], left.word[step],
+                     q->right[t][2 * step][threadIdx.x % WARP],
+                     q->right[t][2 * step + 1][threadIdx.x % WARP]);
+#endif
 }
 
-/* Of codes 2 sign + agree. */
-static __device__ __forceinline__ unsigned code_of(unsigned sign, unsigned agree, int i)
+/* The best score over the heads that a thread has of its token `half`, 0 or 1. */
+static __device__ __forceinline__ float best_of(const int (&d)[2][TILES][4], int half,
+                                                float2 scale, const query_side &q)
 {
-    return (sign << 1 & 0x02020202u << i) | (agree & 0x01010101u << i);
-}
+    float best = -INFINITY;
 
-/* One product for all heads; `at` of the right operand. */
-static __device__ __forceinline__ void multiply(int (&d)[TILES][4], const unsigned (&left)[4],
-                                                const query_side &q, int at)
-{
 #pragma unroll
     for (int t = 0; t < TILES; t++)
-        mma_int8(d[t], left, q.right[t][at], q.right[t][at + 1]);
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            float x = sum_of(d[0][t][2 * half + i]) * q.twice[0][t][i] - q.all[0][t][i];
+            float y = sum_of(d[1][t][2 * half + i]) * q.twice[1][t][i] - q.all[1][t][i];
+            best = fmaxf(best, x * scale.x + y * scale.y);
+        }
+    return best;
 }
 
-static __device__ __forceinline__ void multiply_rope(int (&d)[TILES][4], const unsigned (&left)[4],
-                                                     const queries *q, int i)
+/* This thread's group, in a way that shows the compiler that its warps go the same way. */
+static __device__ __forceinline__ int group_number()
 {
-    int lane = threadIdx.x % WARP;
-
-#pragma unroll
-    for (int t = 0; t < TILES; t++)
-        mma_int8(d[t], left, q->right[t][8 * WORDS + i][lane], q->right[t][8 * WORDS + i + 1][lane]);
+    return __shfl_sync(0xffffffffu, threadIdx.x / GROUP, 0);
 }
 
-static __device__ __forceinline__ void start_sums(int (&d)[TILES][4])
+/* The threads of a group have come here; what they wrote before is seen by all, copies to shared
+ * memory that they waited for included. */
+static __device__ __forceinline__ void group_barrier()
 {
-#pragma unroll
-    for (int t = 0; t < TILES; t++)
-#pragma unroll
-        for (int i = 0; i < 4; i++)
-            d[t][i] = MAGIC;
+    static_assert(GROUP == 128, "as the barrier has it");
+    asm volatile("bar.sync %0, 128;" : : "r"(group_number() + 1) : "memory");
+}
+
+/* What ordinary stores and copies by threads have written to shared memory may be read by
+ * products after the next barrier. */
+static __device__ __forceinline__ void publish_to_products()
+{
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
 }
 
 }

@@ -29,6 +29,7 @@ enum {
     MAX_CLUSTER = 8,
     MOST_SHARED = 227 * 1024,
     HALF_ROW = D / 2,            /* hot_rows.cuh's DIM, which has rows of K and V */
+    AHEAD = 8,                   /* records that are scored at a time */
     PIECE_STRIDE = SLICE + 4,    /* floats of a head's sums of a warp and a gap */
 };
 
@@ -76,7 +77,7 @@ struct arrays {
     unsigned char *tiles;          /* [DEPTH] of stage 3, and what is needed before: */
     unsigned *block_keys;          /* [max_blocks]  stage 1 */
     int *ids, *kv_ids;             /* [max_blocks]  stage 1: the tables */
-    unsigned char *records_ahead;  /* [WARPS] records  stage 2 */
+    unsigned char *records_ahead;  /* [AHEAD] records  stage 2 */
 };
 
 __host__ __device__ inline int round_up(int n, int to)
@@ -119,7 +120,7 @@ __host__ __device__ inline size_t lay_out(arrays *r, unsigned char *base, const 
     r->ids = (int *)(r->block_keys + blocks);
     r->kv_ids = r->ids + blocks;
     r->records_ahead = r->tiles;
-    size_t stage1 = 12 * (size_t)blocks, stage2 = (size_t)WARPS * SELECT_BYTES;
+    size_t stage1 = 12 * (size_t)blocks, stage2 = (size_t)AHEAD * SELECT_BYTES;
     size_t stage3 = (size_t)depth<HOT> * TILE_BYTES;
     size_t sums = sizeof(float) * WARPS * piece_of(a);
     size_t most = stage1 > stage2 ? stage1 : stage2;
@@ -172,6 +173,7 @@ __device__ __forceinline__ int choose_blocks(const two_level &a, shared *sh, con
     for (int i = threadIdx.x; i < n_blocks; i += THREADS)
         r.block_keys[i] = __ldcg(keys + i);
     copy_wait<0>();              /* the queries, for the next stage */
+    publish_to_products();
     __syncthreads();
     b.key = find_border(r.block_keys, n_blocks, a.keep_blocks, &b.equal, &sh->count);
     int n_kept = list_chosen(r.kept, r.block_keys, 0, n_blocks, n_blocks, b, &sh->count);
@@ -187,123 +189,70 @@ __device__ __forceinline__ int choose_blocks(const two_level &a, shared *sh, con
 
 /* ---- stage 2 */
 
-enum { AT_ONCE = 2 };            /* tiles: one has not enough products at the same time */
-
-/* What a thread has of 8 tokens of a tile. */
-struct half_tile {
-    quarter sign, agree;
-    float2 scale;
-};
-
-__device__ __forceinline__ half_tile load_half(unsigned record, int token)
+/* Keys of this warp's tokens of a record in shared memory. */
+__device__ __forceinline__ void score_record(const two_level &a, unsigned *keys, unsigned record,
+                                             int position, int n, const query_side &q,
+                                             const queries *all)
 {
+    int token = threadIdx.x % GROUP / WARP * 16 + threadIdx.x % WARP / 4;
     unsigned signs = record + BLOCK_TOKENS * SCALE_BYTES + token * TOKEN_BYTES;
-    half_tile h = { load_quarter(signs), load_quarter(signs + PLANE_BYTES),
-                    load_scales(record + token * SCALE_BYTES) };
+    quarter sign[2], agree[2];
+    int d[2][TILES][4];
+    left_side codes;
 
 #pragma unroll
-    for (int w = 0; w < WORDS; w++)
-        h.agree.word[w] = ~(h.sign.word[w] ^ h.agree.word[w]);
-    h.agree.rope = ~(h.sign.rope ^ h.agree.rope);
-    return h;
-}
-
-/* The codes of both halves of a tile, bits i and i + 1, of a word shifted. */
-__device__ __forceinline__ void codes_of(unsigned (&left)[4], unsigned low_sign,
-                                         unsigned low_agree, unsigned high_sign,
-                                         unsigned high_agree, int i)
-{
-    left[0] = code_of(low_sign, low_agree, i);
-    left[1] = code_of(high_sign, high_agree, i);
-    left[2] = code_of(low_sign, low_agree, i + 1);
-    left[3] = code_of(high_sign, high_agree, i + 1);
-}
-
-/* Keys of AT_ONCE tiles of 16 tokens of a record in shared memory. */
-__device__ __forceinline__ void score_tiles(const two_level &a, unsigned *keys, unsigned record,
-                                            int tile, int position, int n, const query_side &q,
-                                            const queries *all)
-{
-    int token = tile * 16 + threadIdx.x % WARP / 4;
-    int d[AT_ONCE][TILES][4], rope[AT_ONCE][TILES][4];
-    half_tile half[AT_ONCE][2];
-    unsigned left[4];
-
+    for (int i = 0; i < 2; i++) {
+        sign[i] = load_quarter(signs + 8 * i * TOKEN_BYTES);
+        agree[i] = load_quarter(signs + 8 * i * TOKEN_BYTES + PLANE_BYTES);
 #pragma unroll
-    for (int k = 0; k < AT_ONCE; k++) {
-        half[k][0] = load_half(record, token + 16 * k);
-        half[k][1] = load_half(record, token + 16 * k + 8);
-        start_sums(d[k]);
-        start_sums(rope[k]);
+        for (int w = 0; w < WORDS; w++)
+            agree[i].word[w] = ~(sign[i].word[w] ^ agree[i].word[w]);
+        agree[i].rope = ~(sign[i].rope ^ agree[i].rope);
     }
+    /* A code is 2 sign + agree, which stands for -3, -1, 1, 3. */
+    fill_left(&codes, [&](int half, int step, int i) {
+        return (word_of(sign[half], step) << 1 & 0x02020202u << i) |
+               (word_of(agree[half], step) & 0x01010101u << i);
+    });
+    sum_left(d, codes, all);
 #pragma unroll
-    for (int i = 0; i < 4; i += 2)
-#pragma unroll
-        for (int k = 0; k < AT_ONCE; k++) {
-            const half_tile &low = half[k][0], &high = half[k][1];
-            codes_of(left, low.sign.rope, low.agree.rope, high.sign.rope, high.agree.rope, i);
-            multiply_rope(rope[k], left, all, i);
-        }
-#pragma unroll
-    for (int w = 0; w < WORDS; w++)
-#pragma unroll
-        for (int i = 0; i < 8; i += 2)
-#pragma unroll
-            for (int k = 0; k < AT_ONCE; k++) {
-                const half_tile &low = half[k][0], &high = half[k][1];
-                int shift = i < 4 ? 0 : 4;
-                codes_of(left, low.sign.word[w] >> shift, low.agree.word[w] >> shift,
-                         high.sign.word[w] >> shift, high.agree.word[w] >> shift, i % 4);
-                multiply(d[k], left, q, 8 * w + i);
-            }
-#pragma unroll
-    for (int k = 0; k < AT_ONCE; k++)
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            float2 scale = half[k][i].scale;
-            float best = -INFINITY;
-#pragma unroll
-            for (int t = 0; t < TILES; t++)
-#pragma unroll
-                for (int j = 0; j < 2; j++) {
-                    float x = sum_of(d[k][t][2 * i + j]) * q.twice[0][t][j] - q.all[0][t][j];
-                    float y = sum_of(rope[k][t][2 * i + j]) * q.twice[1][t][j] - q.all[1][t][j];
-                    best = fmaxf(best, x * scale.x + y * scale.y);
-                }
-            best = fmaxf(best, __shfl_xor_sync(0xffffffffu, best, 1));
-            best = fmaxf(best, __shfl_xor_sync(0xffffffffu, best, 2));
-            int at = token + 16 * k + 8 * i;
-            bool forced = always_chosen(position + at, n, a.sink_tokens, a.recent_tokens);
-            if (threadIdx.x % 4 == 0)
-                keys[at] = position + at >= n ? 0 : forced ? (unsigned)FORCED_KEY : key_of(best);
-        }
+    for (int i = 0; i < 2; i++) {
+        float best = best_of(d, i, load_scales(record + (token + 8 * i) * SCALE_BYTES), q);
+        best = fmaxf(best, __shfl_xor_sync(0xffffffffu, best, 1));
+        best = fmaxf(best, __shfl_xor_sync(0xffffffffu, best, 2));
+        int at = token + 8 * i;
+        bool forced = always_chosen(position + at, n, a.sink_tokens, a.recent_tokens);
+        if (threadIdx.x % 4 == 0)
+            keys[at] = position + at >= n ? 0 : forced ? (unsigned)FORCED_KEY : key_of(best);
+    }
 }
 
-/* This block's tokens: those of kept blocks [first, end), a block a warp. */
+/* This block's tokens: those of kept blocks [first, end), as many at once as there is room for. */
 __device__ __forceinline__ void score_tokens(const two_level &a, const shared *sh,
                                              const arrays &r, int n, int first, int end)
 {
-    enum { COPIES = SELECT_BYTES / 16 };
-    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    unsigned at = shared_address(r.records_ahead) + warp * SELECT_BYTES;
+    enum { COPIES = SELECT_BYTES / 16, GROUPS = THREADS / GROUP };
     query_side q;
 
-    for (int k = first + warp; k < end; k += WARPS) {
-        const uint8_t *from = a.index + (size_t)r.records[k] * a.index_block_bytes + a.scale;
-#pragma unroll
-        for (int i = 0; i < COPIES; i += WARP)
-            if (i + WARP <= COPIES || lane < COPIES % WARP)
-                copy_16(at + (i + lane) * 16, from + (i + lane) * 16);
+    /* All warps go the same way, which the compiler must see to pair its products. */
+    first = __shfl_sync(0xffffffffu, first, 0);
+    end = __shfl_sync(0xffffffffu, end, 0);
+    load_query_side(&q, &sh->made, 1, 1.5f);
+    for (int from = first; from < end; from += AHEAD) {
+        int m = min(end - from, (int)AHEAD);
+        for (int i = threadIdx.x; i < m * COPIES; i += THREADS) {
+            const uint8_t *record = a.index + (size_t)r.records[from + i / COPIES] *
+                                                  a.index_block_bytes + a.scale;
+            copy_16(shared_address(r.records_ahead) + i * 16, record + i % COPIES * 16);
+        }
         copy_commit();
-        if (k == first + warp)
-            load_query_side(&q, &sh->made, 1, 1.5f);
         copy_wait<0>();
-        __syncwarp();
-#pragma unroll 1
-        for (int tile = 0; tile < BLOCK_TOKENS / 16; tile += AT_ONCE)
-            score_tiles(a, r.token_keys + k * BLOCK_TOKENS, at, tile, r.kept[k] * BLOCK_TOKENS,
-                        n, q, &sh->made);
-        __syncwarp();            /* all have read it: another takes its place next */
+        __syncthreads();
+        for (int k = group_number(); k < m; k += GROUPS)
+            score_record(a, r.token_keys + (from + k) * BLOCK_TOKENS,
+                         shared_address(r.records_ahead) + k * SELECT_BYTES,
+                         r.kept[from + k] * BLOCK_TOKENS, n, q, &sh->made);
+        __syncthreads();         /* all have been read: others take their place next */
     }
 }
 

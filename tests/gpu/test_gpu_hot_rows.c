@@ -197,7 +197,8 @@ static void start_history(struct history *h, const struct setup *s, uint64_t see
     h->q = random_acts(&h->r, h->n_q, 1);
     h->before = make_books(h);
     h->after = make_books(h);
-    random_channels(&h->r, h->channels, &h->shape);
+    if (!h->shape.latent_dim)
+        random_channels(&h->r, h->channels, &h->shape);
     start_sequences(h);
     size_t bytes = (size_t)h->n_blocks * (kv_block_bytes(&h->shape) + 16);
     ck_assert_int_eq(buffer_alloc(gpu_backend(), &tier, MEM_PINNED, bytes), ST_OK);

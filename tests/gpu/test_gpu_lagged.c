@@ -148,7 +148,8 @@ static void start_history(struct history *h, const struct setup *s, uint64_t see
     h->got = mem_calloc(h->n_q, sizeof *h->got);
     h->cpu = make_lists(h);
     h->gpu = make_lists(h);
-    random_channels(&h->r, h->channels, &h->shape);
+    if (!h->shape.latent_dim)
+        random_channels(&h->r, h->channels, &h->shape);
     start_sequences(h);
     put_device(h);
 }
