@@ -16,7 +16,7 @@
  * starve on memory unless it prefetches what lies AHEAD_BYTES on, in the order of
  * addresses. */
 enum { LANES = 16, TILE_ROWS = 6, TILE_OUTS = 4, AHEAD_BYTES = 8192,
-       TURNED_ROWS = 6, TURNED_VECS = 4, TURNED_WIDE = 16 };
+       TURNED_ROWS = 4, TURNED_VECS = 4, TURNED_WIDE = 16 };
 
 #define INLINE static inline __attribute__((always_inline))
 

@@ -9,9 +9,10 @@
  * read where they lie and widened in registers.  Its order of additions is part of
  * the leaf: lane l of a vector sums the products k = l, l + lanes, l + 2 lanes, ...
  * in that order with fused multiply-add, and a fixed tree adds the lanes; the scalar
- * leaf has one lane and no fusing.  With a turned matrix all sums are in the order of k.  Tiles, blocks and threads only decide when an
- * element is worked on, never in what order, so one row gives the same bits alone
- * and among two thousand. */
+ * leaf has one lane and no fusing.  With a turned matrix (latent.h) an element is
+ * the sum over k = 0, 1, 2, ... in that order.  Tiles, blocks and threads only decide
+ * when an element is worked on, never in what order, so one row gives the same bits
+ * alone and among two thousand. */
 
 /* rows x outs elements of one product. */
 struct dot_block {

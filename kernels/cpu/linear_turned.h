@@ -10,7 +10,9 @@
  *   TURNED_WIDE            vectors of a tile of one row, which only wants its weights
  *
  * A row of the matrix is what one element of x adds to all outputs, so sums lie in lanes
- * and the elements of x come one after the other, whatever the tile. */
+ * and the elements of x come one after the other, whatever the tile.  A tile reads a piece of
+ * each row, which the hardware does not take for a stream: it prefetches AHEAD_ROWS on. */
+enum { AHEAD_ROWS = 16 };
 
 /* Outputs o..o + n_vecs * LANES - 1 of rows r..r + n_rows - 1; with part > 0 only `part` of
  * the one vector. */
@@ -28,6 +30,10 @@ INLINE void turned_tile(const struct dot_block *b, enum dtype type, int r, int o
             sum[i][v] = vec_zero();
     for (size_t k = 0; k < (size_t)b->in_dim; k++) {
         const size_t row = k * b->weight_stride + (size_t)o;
+        const char *ahead = weight_offset(b->weight, type, row + AHEAD_ROWS * b->weight_stride);
+#pragma GCC unroll 16
+        for (size_t at = 0; at < (size_t)(n_vecs * LANES) * dtype_bytes(type); at += 64)
+            __builtin_prefetch(ahead + at);
 #pragma GCC unroll 16
         for (int v = 0; v < n_vecs; v++) {
             const size_t at = row + (size_t)(v * LANES);

@@ -78,7 +78,7 @@ static const uint8_t *record_at(const struct selection *a, const struct target *
            (size_t)t->kv_head * (size_t)a->layout.record_bytes;
 }
 
-/* ---- queries as they are scored: tables of what each nibble of a code adds to the score of one query */
+/* ---- tables: what each nibble of a code adds to the score of one query */
 
 static void sign_tables(float *table, const float *x, int head_dim, float weight)
 {
@@ -136,6 +136,8 @@ static void make_tables(const struct selection *a, const struct target *t, float
         }
     }
 }
+
+/* ---- queries as they are scored: tables, or whole numbers for latent keys */
 
 static int tiles_of(const struct selection *a)
 {

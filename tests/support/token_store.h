@@ -4,8 +4,8 @@
 #include "kernels/ops.h"
 #include "tests/support/random_data.h"
 
-/* Random keys and values of one sequence's positions [from, from + n), through rope_store without
- * rotation or norm, on a back end whose memory the host sees. */
+/* Random keys and values of one sequence's positions [from, from + n), through rope_store or
+ * latent_store without rotation or weights of a norm, on a back end whose memory the host sees. */
 struct token_store {
     bf16 *kv;
     uint8_t *index;
