@@ -331,14 +331,6 @@ const struct tensor *safetensors_find(const struct safetensors *st, const char *
     return slot ? &st->tensors.at[slot - 1] : NULL;
 }
 
-void safetensors_will_need(const struct tensor *t)
-{
-    uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), begin = (uintptr_t)t->data / page * page;
-
-    /* Only a hint: memory that is no mapping refuses it, and that is all. */
-    (void)madvise((void *)begin, (uintptr_t)t->data + t->bytes - begin, MADV_WILLNEED);
-}
-
 const char *safetensors_file(const struct safetensors *st, const struct tensor *t)
 {
     return st->files[t->file].path;

@@ -65,9 +65,6 @@ size_t safetensors_count(const struct safetensors *st);
 const struct tensor *safetensors_at(const struct safetensors *st, size_t i);
 const struct tensor *safetensors_find(const struct safetensors *st, const char *name);
 
-/* Start reading a tensor of a mapped file from disk, without waiting for it. */
-void safetensors_will_need(const struct tensor *t);
-
 /* Path of a tensor's file, for sentences. */
 const char *safetensors_file(const struct safetensors *st, const struct tensor *t);
 

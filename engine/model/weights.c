@@ -378,14 +378,6 @@ static bool used_in_place(const struct weights *w, const struct binding *b)
            && (uintptr_t)b->tensor->data % dtype_bytes(b->weight->type) == 0;
 }
 
-/* Have the disk begin with what will be read, and with nothing else: a model may come with layers
- * that are skipped. */
-static void announce(const struct binder *b)
-{
-    for (size_t i = 0; i < b->n; i++)
-        safetensors_will_need(b->bindings[i].tensor);
-}
-
 /* Give every tensor that is copied its place behind the ones before, in the order of
  * binding; the bytes taken. */
 static size_t lay_out(const struct binder *b, size_t *offset)
@@ -485,10 +477,8 @@ static enum status bind_and_place(struct weights *w, const struct model_config *
     b.bindings = mem_calloc((size_t)c->layers * PER_LAYER_MAX + experts + 3, sizeof *b.bindings);
     b.used = mem_calloc(safetensors_count(w->files) + 1, sizeof *b.used);
     enum status st = bind_all(&b);
-    if (st == ST_OK) {
-        announce(&b);
+    if (st == ST_OK)
         st = place(&b);
-    }
     if (st == ST_OK)
         st = make_tables(&b);
     find_joined(w, c);

@@ -277,6 +277,16 @@ static struct engine_config config_of(const struct history *h, const struct kind
     return c;
 }
 
+/* Two buffers of one layer each: where there are few layers they would hold most of what the pool
+ * lacks, and no context has to stream. */
+static bool can_be_played(const struct history *h, const struct kind *k)
+{
+    uint64_t buffers = 2 * MAX_BLOCKS * kv_block_bytes(&h->model->shape);
+    uint64_t block = model_block_bytes(h->model);
+
+    return k->blocks >= MAX_BLOCKS || k->blocks * block + buffers < MAX_BLOCKS * block;
+}
+
 static int what_happened(const struct engine_stats *s)
 {
     uint64_t misses = 0;
@@ -326,7 +336,8 @@ static void no_answer_changes(const struct history *h)
     read_prose();
     reference(h, want);
     for (int i = 0; i < N_KINDS; i++)
-        happened |= hold_against(h, &kinds[i], want);
+        if (can_be_played(h, &kinds[i]))
+            happened |= hold_against(h, &kinds[i], want);
     if (h->seed == 1 && h->scale == SMALL)          /* others may be tame */
         ck_assert_int_eq(happened | RETURNS, OFFLOADS | RETURNS | LOADS | PREEMPTIONS | MISSES);
 }
