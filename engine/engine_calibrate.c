@@ -59,6 +59,9 @@ static enum status calibrate(struct model *m, const struct tokenizer *tok,
     struct token_list ids = { 0 };
     char path[MAX_PATH_BYTES];
 
+    if (shape.latent_dim)
+        return error_set(err, ST_UNSUPPORTED, "calibration chooses channels for token-index "
+                         "channels, which latent attention does not have");
     if (shape.head_dim < INDEX_CHANNELS_KEPT)
         return error_set(err, ST_UNSUPPORTED, "head_dim %d has fewer than %d channels",
                          shape.head_dim, (int)INDEX_CHANNELS_KEPT);

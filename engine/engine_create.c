@@ -96,7 +96,7 @@ static enum status plan_selection(struct engine *e, const struct engine_config *
 
     if (select.crossover_tokens == 0)
         select.crossover_tokens = backend_info(e->be)->crossover_tokens;
-    if (select.index == INDEX_CHANNELS) {
+    if (select.index == INDEX_CHANNELS && !shape->latent_dim) {   /* else the plan refuses */
         e->channels = mem_calloc((size_t)layers * (size_t)shape->kv_heads *
                                  INDEX_CHANNELS_KEPT, sizeof *e->channels);
         TRY(path_join(path, cfg->model_dir, "asynctlsd-channels.json", err));

@@ -34,15 +34,15 @@ extern "C" {
  *   not change while a set that is not reset names it.
  * 4 No two sequences of a call have the same set, and a set is used once a step in a layer.
  *
- * Of this layer, with C sets, P = max_blocks * BLOCK_TOKENS positions, N = rows_per_head and D
- * head_dim: */
+ * Of this layer, with C sets, P = max_blocks * BLOCK_TOKENS positions, N = rows_per_head and R
+ * kv_row_dim(): */
 struct hot_rows {
     const bf16 *host;           /* K and V of host slot 0, this layer; readable by the device,
                                    aligned to 16 bytes */
     size_t host_stride;         /* bytes from host slot to host slot, a multiple of 16 */
     const int32_t *host_table;  /* [S, max_blocks] host slots; read where kv_table has -1 */
     const int32_t *set;         /* [S] in [0, C), or -1: all of the sequence is in kv */
-    bf16 *rows;                 /* [C, G, N, 2 D] */
+    bf16 *rows;                 /* [C, G, N, R] */
     uint16_t *row_of;           /* [C, G, P] */
     int32_t *position;          /* [C, G, N] -1: the row is empty */
     uint32_t *used;             /* [C, G, N] step that last used the row; empty: anything */
@@ -67,7 +67,7 @@ LAYOUT_FN int hot_idle_steps(int rows_per_head, int keep_tokens)
 /* Bytes of device memory of one set in one layer, by part. */
 LAYOUT_FN size_t hot_rows_bytes(const struct kv_shape *s, int rows_per_head)
 {
-    return (size_t)s->kv_heads * (size_t)rows_per_head * 4 * (size_t)s->head_dim;
+    return (size_t)s->kv_heads * (size_t)rows_per_head * kv_row_dim(s) * sizeof(bf16);
 }
 
 LAYOUT_FN size_t hot_books_bytes(const struct kv_shape *s, int rows_per_head, int max_blocks)

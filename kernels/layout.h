@@ -17,6 +17,11 @@ extern "C" {
  *
  * K and V of one token and head are neighbours: one row is one fetch.
  *
+ * Latent attention (MLA; latent_dim > 0) has one KV head, and V is the first latent_dim values
+ * of K, the other head_dim - latent_dim being what the rotation of positions works on:
+ *
+ *   keys and values   [token][latent: latent_dim | rope: head_dim - latent_dim]  bf16
+ *
  * The index of a block, in a pool of its own with ids of its own (an offloaded
  * sequence keeps its index on the device while its K and V are elsewhere), is
  * [kv_head] records.  A record has up to two parts, in this order:
@@ -28,11 +33,13 @@ extern "C" {
  *   token index (always: the token selection reads it; FILTER_COARSE too)
  *     INDEX_ROTATED, a 2-bit key in two bit planes.  With x = R k, R the
  *     rotation below, and scale = 0.996 * rms(k) rounded to bf16:
- *       scale   bf16 [token]
+ *       scale   bf16 [token]  (latent: [token][2])
  *       sign    u8 [token][head_dim / 8]  bit d%8 of byte d/8: x[d] >= 0
  *       large   u8 [token][head_dim / 8]  the same bit: |x[d]| >= scale
  *     The levels are +-0.5 and +-1.5 times scale.  The filter reads scale and
  *     sign, which are neighbours; the selection all three.
+ *     Of a latent key the latent part and the rope part are rotated each by itself and have
+ *     a scale each, scale[token][2]: the one is normed and the other is not.
  *     INDEX_CHANNELS, INDEX_CHANNELS_KEPT channels c[] of the key, x[i] = k[c[i]],
  *     chosen by calibration for each layer and KV head:
  *       coarse  u8 [token][kept / 4]  2-bit codes, channel i in bits 2(i%4) of
@@ -70,7 +77,8 @@ enum filter_kind { FILTER_BOUNDS, FILTER_COARSE };
 enum index_kind { INDEX_ROTATED, INDEX_CHANNELS };
 
 struct kv_shape {
-    int kv_heads, head_dim;     /* of this device: local heads */
+    int kv_heads, head_dim;     /* of this device: local heads; width of a key */
+    int latent_dim;             /* 0: K and V are apart; else kv_heads is 1 and index rotated */
     enum filter_kind filter;
     enum index_kind index;
 };
@@ -83,10 +91,28 @@ struct index_layout {
     int record_bytes;                    /* multiple of 16 */
 };
 
+/* Elements of a row: what is kept of a token for one KV head. */
+LAYOUT_FN size_t kv_row_dim(const struct kv_shape *s)
+{
+    return (size_t)(s->latent_dim ? s->head_dim : 2 * s->head_dim);
+}
+
+/* Width of a value, and so of what attention gives for a head. */
+LAYOUT_FN int kv_value_dim(const struct kv_shape *s)
+{
+    return s->latent_dim ? s->latent_dim : s->head_dim;
+}
+
 /* Bytes of one block of one layer. */
 LAYOUT_FN size_t kv_block_bytes(const struct kv_shape *s)
 {
-    return (size_t)s->kv_heads * BLOCK_TOKENS * 2 * (size_t)s->head_dim * 2;
+    return (size_t)s->kv_heads * BLOCK_TOKENS * kv_row_dim(s) * sizeof(bf16);
+}
+
+/* Parts of a key that are rotated by themselves, for the rotated index. */
+LAYOUT_FN int index_parts(const struct kv_shape *s)
+{
+    return s->latent_dim ? 2 : 1;
 }
 
 LAYOUT_FN struct index_layout index_layout(const struct kv_shape *s)
@@ -101,7 +127,7 @@ LAYOUT_FN struct index_layout index_layout(const struct kv_shape *s)
     }
     if (s->index == INDEX_ROTATED) {
         l.scale = at;
-        l.sign = l.scale + BLOCK_TOKENS * 2;
+        l.sign = l.scale + BLOCK_TOKENS * 2 * index_parts(s);
         l.large = l.sign + BLOCK_TOKENS * s->head_dim / 8;
         at = l.large + BLOCK_TOKENS * s->head_dim / 8;
     } else {

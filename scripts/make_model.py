@@ -5,6 +5,7 @@
     make_model.py qwen3-8b /tmp/m                 one preset
     make_model.py qwen3-0.6b /tmp/m --layers 2    with changes
     make_model.py qwen3-30b-a3b /tmp/m --layers 8 less than its 61 GB
+    make_model.py glm-4.7-flash /tmp/m --layers 8 less than its 62 GB
     make_model.py --list
 
 The bytes are the same on every machine: weights come from a counter (splitmix64
@@ -12,6 +13,7 @@ of seed, tensor name and element number), through integer sums and single
 float multiplications only.  The scales are chosen so that attention is sharp,
 every sublayer moves the residual stream, and logits have a standard deviation
 of about 1.5: a wrong rotation, head mapping or bias shows in the first token.
+What a family keeps in float32 whatever the others are (a router's bias) is float32 here.
 """
 import argparse
 import json
@@ -33,16 +35,20 @@ SCORE_STD = 1.5      # of q.k / sqrt(head_dim)
 LOGIT_STD = 1.5      # more of these and keys rounded to bf16 alone move logprobs by 0.02
 MLP_GAIN = 1.0
 ROUTER_STD = 2.0     # of a router's scores: some experts matter much more than others
+ROUTER_BIAS_STD = 0.2    # sigmoids of these scores lie near 0 or 1: it moves some choices
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 1024}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048}
+YARN_MSCALE = {**YARN, "mscale": 0.7, "mscale_all_dim": 1.0}
 
 # layout: of config.json, 4 or 5 for the major version of transformers that
-# writes it.  head_dim None leaves the key out.
+# writes it.  head_dim None leaves the key out.  latent: widths of latent attention, of which
+# nope, rope and value are a head's.  mtp: a layer more, for guessing ahead, that readers skip.
 # Where there are experts the layers of dense_layers have none.
 DEFAULTS = dict(layers=2, kv_heads=2, head_dim=None, vocab=TOKENIZER_IDS, tied=False, dtype="bf16",
-                experts=0, chosen=0, expert_mlp=0, renormalise=True, dense_layers=(), shards=1,
+                experts=0, chosen=0, expert_mlp=0, shared=0, renormalise=True, dense_layers=(),
+                latent=None, mtp=False, shards=1,
                 layout=4, theta=10000.0, rope=None, max_position=8192, eps=1e-6, seed=1,
                 attn_gain=1.0)   # less, and what attention finds changes less from step to step
 TEST_MODELS = {
@@ -66,6 +72,16 @@ TEST_MODELS = {
     "qwen3-moe-128": dict(family="qwen3_moe", hidden=64, mlp=96, heads=2, kv_heads=1, head_dim=64,
                           experts=128, chosen=8, expert_mlp=24, renormalise=False, layout=5,
                           theta=1e6),
+    # The shape of GLM-4.7-Flash's cache, which is the one that GPU kernels exist for.
+    "glm4-moe-lite": dict(family="glm4_moe_lite", hidden=96, mlp=192, layers=3, heads=5, kv_heads=5,
+                          latent=dict(q_rank=48, dim=512, nope=32, rope=64, value=40), experts=8,
+                          chosen=2, expert_mlp=80, shared=1, dense_layers=(0,), theta=1e6, mtp=True,
+                          shards=2),
+    "glm4-moe-lite-small": dict(family="glm4_moe_lite", hidden=64, mlp=96, layers=3, heads=4,
+                                kv_heads=4,
+                                latent=dict(q_rank=40, dim=64, nope=24, rope=16, value=16),
+                                experts=16, chosen=3, expert_mlp=24, shared=2, dense_layers=(0,),
+                                renormalise=False, layout=5, dtype="f32", rope=YARN_MSCALE),
 }
 BENCH_MODELS = {
     "qwen3-8b": dict(family="qwen3", hidden=4096, mlp=12288, layers=36, heads=32, kv_heads=8,
@@ -75,13 +91,20 @@ BENCH_MODELS = {
     "qwen3-30b-a3b": dict(family="qwen3_moe", hidden=2048, mlp=6144, layers=48, heads=32,
                           kv_heads=4, head_dim=128, vocab=151936, experts=128, chosen=8,
                           expert_mlp=768, theta=1e7, max_position=262144, shards=16),
+    "glm-4.7-flash": dict(family="glm4_moe_lite", hidden=2048, mlp=10240, layers=47, heads=20,
+                          kv_heads=20, vocab=154880, experts=64, chosen=4, expert_mlp=1536,
+                          latent=dict(q_rank=768, dim=512, nope=192, rope=64, value=256), shared=1,
+                          dense_layers=(0,), theta=1e6, max_position=202752, eps=1e-5, shards=16),
     "smollm2-135m": dict(family="llama", hidden=576, mlp=1536, layers=30, heads=9, kv_heads=3,
                          vocab=49152, theta=1e5, max_position=8192, eps=1e-5, tied=True),
 }
 PRESETS = {**TEST_MODELS, **BENCH_MODELS}
 ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "qwen2": "Qwen2ForCausalLM",
                  "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM",
-                 "qwen3_moe": "Qwen3MoeForCausalLM"}
+                 "qwen3_moe": "Qwen3MoeForCausalLM", "glm4_moe_lite": "Glm4MoeLiteForCausalLM"}
+
+
+BIAS = "gate.e_score_correction_bias"
 
 
 def head_dim_of(m):
@@ -94,36 +117,73 @@ def mlp_tensors(at, hidden, mlp):
     yield at + "down_proj.weight", (hidden, mlp), 0, MLP_GAIN * mlp ** -0.5
 
 
-def tensors(m):
-    """(name, shape, mean, standard deviation) of every tensor."""
-    hidden, mlp, d = m["hidden"], m["mlp"], head_dim_of(m)
+def output_tensor(m, at, width, gain):
+    return at + "o_proj.weight", (m["hidden"], width), 0, gain * width ** -0.5
+
+
+def latent_tensors(m, at, gain):
+    """Keys get their size from kv_b, and so do values; a key's part for rotation has no norm."""
+    hidden, heads, w = m["hidden"], m["heads"], m["latent"]
+    q, kv = heads * (w["nope"] + w["rope"]), heads * (w["nope"] + w["value"])
+    sharp = SCORE_STD ** 0.5
+    yield at + "q_a_proj.weight", (w["q_rank"], hidden), 0, hidden ** -0.5
+    yield at + "q_a_layernorm.weight", (w["q_rank"],), 1, 0.2
+    yield at + "q_b_proj.weight", (q, w["q_rank"]), 0, sharp * w["q_rank"] ** -0.5
+    yield (at + "kv_a_proj_with_mqa.weight", (w["dim"] + w["rope"], hidden), 0,
+           sharp * hidden ** -0.5)
+    yield at + "kv_a_layernorm.weight", (w["dim"],), 1, 0.2
+    yield at + "kv_b_proj.weight", (kv, w["dim"]), 0, sharp * w["dim"] ** -0.5
+    yield output_tensor(m, at, heads * w["value"], gain)
+
+
+def attention_tensors(m, at, gain):
+    hidden, d = m["hidden"], head_dim_of(m)
     q, kv = m["heads"] * d, m["kv_heads"] * d
     sharp = SCORE_STD ** 0.5
-    embed = LOGIT_STD * hidden ** -0.5 if m["tied"] else 1.0
     qk = 1.0 if m["family"] in ("qwen3", "qwen3_moe") else sharp
+    yield at + "q_proj.weight", (q, hidden), 0, qk * hidden ** -0.5
+    yield at + "k_proj.weight", (kv, hidden), 0, qk * hidden ** -0.5
+    yield at + "v_proj.weight", (kv, hidden), 0, hidden ** -0.5
+    yield output_tensor(m, at, q, gain)
+    if m["family"] == "qwen2":
+        yield at + "q_proj.bias", (q,), 0, 0.5
+        yield at + "k_proj.bias", (kv,), 0, 0.5
+        yield at + "v_proj.bias", (kv,), 0, 0.5
+    if m["family"] in ("qwen3", "qwen3_moe"):
+        yield at + "q_norm.weight", (d,), sharp, 0.2
+        yield at + "k_norm.weight", (d,), sharp, 0.2
+
+
+def experts_tensors(m, at):
+    hidden = m["hidden"]
+    yield at + "gate.weight", (m["experts"], hidden), 0, ROUTER_STD * hidden ** -0.5
+    if m["family"] == "glm4_moe_lite":
+        yield at + BIAS, (m["experts"],), 0, ROUTER_BIAS_STD
+    for e in range(m["experts"]):
+        yield from mlp_tensors(f"{at}experts.{e}.", hidden, m["expert_mlp"])
+    if m["shared"]:
+        yield from mlp_tensors(at + "shared_experts.", hidden, m["shared"] * m["expert_mlp"])
+
+
+def tensors(m):
+    """(name, shape, mean, standard deviation) of every tensor."""
+    hidden = m["hidden"]
+    embed = LOGIT_STD * hidden ** -0.5 if m["tied"] else 1.0
     yield "model.embed_tokens.weight", (m["vocab"], hidden), 0, embed
-    for n in range(m["layers"]):
+    for n in range(m["layers"] + m["mtp"]):
         at = f"model.layers.{n}."
         yield at + "input_layernorm.weight", (hidden,), 1, 0.2
-        yield at + "self_attn.q_proj.weight", (q, hidden), 0, qk * hidden ** -0.5
-        yield at + "self_attn.k_proj.weight", (kv, hidden), 0, qk * hidden ** -0.5
-        yield at + "self_attn.v_proj.weight", (kv, hidden), 0, hidden ** -0.5
+        attention = latent_tensors if m["latent"] else attention_tensors
         gain = m["attn_gain"] * (min(1.0, 2 * embed) if n == 0 else 1.0)
-        yield at + "self_attn.o_proj.weight", (hidden, q), 0, gain * q ** -0.5
-        if m["family"] == "qwen2":
-            yield at + "self_attn.q_proj.bias", (q,), 0, 0.5
-            yield at + "self_attn.k_proj.bias", (kv,), 0, 0.5
-            yield at + "self_attn.v_proj.bias", (kv,), 0, 0.5
-        if m["family"] in ("qwen3", "qwen3_moe"):
-            yield at + "self_attn.q_norm.weight", (d,), sharp, 0.2
-            yield at + "self_attn.k_norm.weight", (d,), sharp, 0.2
+        yield from attention(m, at + "self_attn.", gain)
         yield at + "post_attention_layernorm.weight", (hidden,), 1, 0.2
-        if not m["experts"] or n in m["dense_layers"]:
-            yield from mlp_tensors(at + "mlp.", hidden, mlp)
-            continue
-        yield at + "mlp.gate.weight", (m["experts"], hidden), 0, ROUTER_STD * hidden ** -0.5
-        for e in range(m["experts"]):
-            yield from mlp_tensors(f"{at}mlp.experts.{e}.", hidden, m["expert_mlp"])
+        if m["experts"] and n not in m["dense_layers"]:
+            yield from experts_tensors(m, at + "mlp.")
+        else:
+            yield from mlp_tensors(at + "mlp.", hidden, m["mlp"])
+        if n == m["layers"]:
+            yield at + "eh_proj.weight", (hidden, 2 * hidden), 0, hidden ** -0.5
+            yield at + "shared_head.norm.weight", (hidden,), 1, 0.2
     yield "model.norm.weight", (hidden,), 1, 0.2
     if not m["tied"]:
         yield "lm_head.weight", (m["vocab"], hidden), 0, LOGIT_STD * hidden ** -0.5
@@ -176,14 +236,15 @@ def write_piece(piece):
 
 def write_header(path, entries, m):
     """The file with everything but the numbers: (bytes of them, pieces to write)."""
-    size = 2 if m["dtype"] == "bf16" else 4
     header, at, places = {"__metadata__": {"format": "pt"}}, 0, []
     for name, shape, mean, std in entries:
         n = int(np.prod(shape))
-        header[name] = {"dtype": m["dtype"].upper(), "shape": list(shape),
+        dtype = "f32" if name.endswith(BIAS) else m["dtype"]
+        size = 2 if dtype == "bf16" else 4
+        header[name] = {"dtype": dtype.upper(), "shape": list(shape),
                         "data_offsets": [at, at + size * n]}
         places += [(at + size * start, stream_of(name, m["seed"]), start, min(start + PIECE, n),
-                    mean, std, m["dtype"]) for start in range(0, n, PIECE)]
+                    mean, std, dtype) for start in range(0, n, PIECE)]
         at += size * n
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -216,6 +277,21 @@ def write_weights(folder, m):
             pass
 
 
+def latent_config(m):
+    w = m["latent"]
+    c = {"q_lora_rank": w["q_rank"], "kv_lora_rank": w["dim"], "qk_nope_head_dim": w["nope"],
+         "qk_rope_head_dim": w["rope"], "v_head_dim": w["value"], "n_routed_experts": m["experts"],
+         "n_shared_experts": m["shared"], "n_group": 1, "topk_group": 1,
+         "routed_scaling_factor": 1.8}
+    if m["layout"] == 5:
+        c["mlp_layer_types"] = ["dense" if n in m["dense_layers"] else "sparse"
+                                for n in range(m["layers"])]
+    else:
+        c.update(topk_method="noaux_tc", first_k_dense_replace=len(m["dense_layers"]),
+                 num_nextn_predict_layers=int(m["mtp"]), partial_rotary_factor=1.0)
+    return c
+
+
 def config(m):
     dtype = "bfloat16" if m["dtype"] == "bf16" else "float32"
     c = {
@@ -231,15 +307,19 @@ def config(m):
         c["head_dim"] = m["head_dim"]
     if m["family"] in ("qwen2", "qwen3", "qwen3_moe"):
         c.update(use_sliding_window=False, sliding_window=None, max_window_layers=m["layers"])
-    if m["family"] in ("qwen3", "llama", "qwen3_moe"):
+    if m["family"] in ("qwen3", "llama", "qwen3_moe", "glm4_moe_lite"):
         c["attention_bias"] = False
     if m["family"] == "mistral":
         c["sliding_window"] = None
     if m["experts"]:
         c.update(num_experts_per_tok=m["chosen"], moe_intermediate_size=m["expert_mlp"],
-                 norm_topk_prob=m["renormalise"], decoder_sparse_step=1,
+                 norm_topk_prob=m["renormalise"])
+    if m["family"] == "qwen3_moe":
+        c.update(decoder_sparse_step=1,
                  mlp_only_layers=[n for n in m["dense_layers"] if n < m["layers"]])
         c["num_local_experts" if m["layout"] == 5 else "num_experts"] = m["experts"]
+    if m["family"] == "glm4_moe_lite":
+        c.update(latent_config(m))
     if m["layout"] == 5:
         c.update(dtype=dtype, pad_token_id=None,
                  rope_parameters={"rope_type": "default", **(m["rope"] or {}),

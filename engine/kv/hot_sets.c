@@ -42,7 +42,7 @@ static struct layer_parts carve_layer(const struct hot_sets_config *cfg, char *b
     size_t positions = heads * (size_t)cfg->max_blocks * BLOCK_TOKENS;
     struct layer_parts l;
 
-    l.rows = mem_carve(base, at, rows * 2 * (size_t)cfg->shape.head_dim, sizeof *l.rows);
+    l.rows = mem_carve(base, at, rows * kv_row_dim(&cfg->shape), sizeof *l.rows);
     l.row_of = mem_carve(base, at, positions, sizeof *l.row_of);
     l.position = mem_carve(base, at, rows, sizeof *l.position);
     l.used = mem_carve(base, at, rows, sizeof *l.used);

@@ -263,7 +263,7 @@ enum status model_calibrate(struct model *m, const int32_t *ids, uint32_t n_ids,
     size_t sums = (size_t)(g->layers * g->kv_heads) * (size_t)g->head_dim;
     struct calibration c = { .m = m };
 
-    ASSERT(!m->prepared);
+    ASSERT(!m->prepared && !g->latent.dim);
     TRY(check_ids(g, ids, n_ids, err));
     c.q = mem_calloc(sums, sizeof *c.q);
     c.k = mem_calloc(sums, sizeof *c.k);

@@ -5,16 +5,15 @@
 #include "engine/kv/lagged_lists.h"
 #include "engine/model/model_parts.h"
 
-#include <math.h>
-
 /* One step: the forward pass as a list of operations, then sampling.
  *
  *   x = embed(ids)
  *   for each layer
  *       h = norm(x += delta);  q, k, v = linear(h);  rotate, store, index
+ *           latent attention: q | kv = linear(h);  q = linear(norm(q)) absorbed;  store kv
  *       attn = attention       full, or in two levels for sparse rows
- *       delta = linear(attn);  h = norm(x += delta)
- *       delta = down(silu(gate(h)) * up(h)), or the weighted sum of that of some experts
+ *       delta = linear(attn);  h = norm(x += delta)     latent: of each head's values of attn
+ *       delta = down(silu(gate(h)) * up(h)), or the weighted sum of that of some experts, or both
  *   logits = head(norm(x += delta)) of the wanted rows; sample
  *
  * The additions to the residual stream are made by the norm that follows them.
@@ -176,10 +175,23 @@ static void linear(struct pass *p, void *out, const void *x, struct weight w,
         .rows = rows, .in_dim = in_dim, .out_dim = out_dim, .out_stride = out_stride });
 }
 
-/* Elements of a row of qkv. */
+/* Elements of a row of qkv: q, k and v, or of low rank q and kv. */
 static int qkv_dim(const struct model_config *g)
 {
+    if (g->latent.dim)
+        return g->latent.q_rank + g->head_dim;
     return (g->heads + 2 * g->kv_heads) * g->head_dim;
+}
+
+/* The queries of attention and the elements from row to row of them. */
+static const void *queries(const struct pass *p)
+{
+    return p->g->latent.dim ? p->w->absorbed : p->w->qkv;
+}
+
+static int query_stride(const struct pass *p)
+{
+    return p->g->latent.dim ? p->g->heads * p->g->head_dim : qkv_dim(p->g);
 }
 
 /* Where column i of an activation matrix begins. */
@@ -204,7 +216,7 @@ static void attend_dense(struct pass *p, int layer, const struct dense_rows *d,
     if (d->seqs == 0)
         return;
     p->ops->attend_dense(p->s, &(struct attend_dense_args){
-        .out = p->w->attn, .q = p->w->qkv, .q_stride = qkv_dim(p->g),
+        .out = p->w->attn, .q = queries(p), .q_stride = query_stride(p),
         .kv = kv_pool_kv(p->pool, layer), .scratch = p->w->attention,
         .table = table,
         .first_row = d->first_row + d->from, .n_rows = d->n_rows + d->from,
@@ -212,8 +224,7 @@ static void attend_dense(struct pass *p, int layer, const struct dense_rows *d,
         .shape = p->shape, .seqs = d->seqs, .heads = p->g->heads,
         .max_blocks = p->m->limits.max_blocks,
         .max_n_rows = d->most_rows, .max_n_tokens = d->most_tokens,
-        .only_last_is_new = p->decodes,
-        .scale = 1.0f / sqrtf((float)p->g->head_dim) });
+        .only_last_is_new = p->decodes, .scale = p->g->score_scale });
 }
 
 static const int16_t *layer_channels(const struct pass *p, int layer)
@@ -255,7 +266,7 @@ static void attend_sparse(struct pass *p, int layer)
     if (lags)
         lagged = layer_lagged_blocks(p, layer);
     p->ops->attend_two_level(p->s, &(struct attend_two_level_args){
-        .out = p->w->attn, .q = p->w->qkv, .q_stride = qkv_dim(p->g),
+        .out = p->w->attn, .q = queries(p), .q_stride = query_stride(p),
         .kv = kv_pool_kv(p->pool, layer), .index = kv_pool_index(p->pool, layer),
         .kv_table = p->a->kv_table, .index_table = p->a->index_table,
         .n_tokens = p->sparse_n_tokens, .channels = layer_channels(p, layer),
@@ -264,7 +275,7 @@ static void attend_sparse(struct pass *p, int layer)
         .keep_blocks = budget->keep_blocks, .keep_tokens = budget->keep_tokens,
         .sink_tokens = cfg->sink_tokens, .recent_tokens = cfg->recent_tokens,
         .max_n_tokens = p->most_sparse_tokens,
-        .scale = 1.0f / sqrtf((float)p->g->head_dim), .hot = p->has_sets ? &hot : NULL,
+        .scale = p->g->score_scale, .hot = p->has_sets ? &hot : NULL,
         .lagged = lags ? &lagged : NULL });
 }
 
@@ -279,7 +290,7 @@ static void project_qkv(struct pass *p, const struct layer_weights *l, int rows)
     const int q = p->g->heads * p->g->head_dim, kv = p->g->kv_heads * p->g->head_dim;
     void *out = p->w->qkv;
 
-    if (l->qkv_joined) {
+    if (l->joined) {
         linear(p, out, p->w->h, l->q, l->q_bias, rows, hidden, stride, stride);
         return;
     }
@@ -289,10 +300,10 @@ static void project_qkv(struct pass *p, const struct layer_weights *l, int rows)
 }
 
 /* delta = down(silu(gate(h)) * up(h)) */
-static void dense_mlp(struct pass *p, const struct layer_weights *l, int rows)
+static void dense_mlp(struct pass *p, const struct layer_weights *l, int mlp, int rows)
 {
     const struct step_scratch *w = p->w;
-    const int hidden = p->g->hidden, mlp = p->g->mlp;
+    const int hidden = p->g->hidden;
 
     p->ops->linear_gated(p->s, &(struct linear_gated_args){
         .out = w->mid, .x = w->h, .gate = l->gate.data, .up = l->up.data,
@@ -301,34 +312,38 @@ static void dense_mlp(struct pass *p, const struct layer_weights *l, int rows)
     linear(p, w->delta, w->mid, l->down, no_weight, rows, mlp, hidden, hidden);
 }
 
-/* delta = what the experts make of h.  blocks: those of the rows, or NULL where none is padding. */
+/* delta = what the experts make of h, the shared one first: it is done with the scratch memory
+ * when the others begin.  blocks: those of the rows, or NULL where none is padding. */
 static void mixed_mlp(struct pass *p, const struct layer_weights *l, const int32_t *blocks,
                       int rows)
 {
     const struct step_scratch *w = p->w;
     const struct moe_config *moe = &p->g->moe;
+    const void *shared = moe->shared_mlp > 0 ? w->delta : NULL;
 
+    if (shared)
+        dense_mlp(p, l, moe->shared_mlp, rows);
     p->ops->route(p->s, &(struct route_args){
         .experts = w->chosen, .weights = w->chosen_weights, .scores = w->scores, .x = w->h,
-        .router = l->router.data, .router_type = l->router.type, .kv_block = blocks,
-        .score = ROUTER_SOFTMAX, .renormalise = moe->renormalise, .scale = 1, .rows = rows,
-        .dim = p->g->hidden, .n_experts = moe->experts, .n_chosen = moe->chosen });
+        .router = l->router.data, .router_type = l->router.type, .bias = l->router_bias.data,
+        .kv_block = blocks, .score = moe->score, .renormalise = moe->renormalise,
+        .scale = moe->scale, .rows = rows, .dim = p->g->hidden, .n_experts = moe->experts,
+        .n_chosen = moe->chosen });
     p->ops->experts(p->s, &(struct experts_args){
-        .out = w->delta, .x = w->h, .experts = w->chosen, .weights = w->chosen_weights,
+        .out = w->delta, .x = w->h, .add = shared, .experts = w->chosen,
+        .weights = w->chosen_weights,
         .matrices = l->experts, .scratch = w->experts, .rows = rows, .dim = p->g->hidden,
         .expert_dim = moe->expert_mlp, .n_experts = moe->experts, .n_chosen = moe->chosen });
 }
 
-/* Norm, projections, rotation; K and V into the pool. */
-static void project(struct pass *p, int layer, const void *delta)
+/* Products of a layer's h; K and V, rotated, into the pool. */
+static void project_plain(struct pass *p, const struct layer_weights *l, int layer)
 {
-    const struct layer_weights *l = weights_layer(p->m->weights, layer);
     const struct step_scratch *w = p->w;
-    const int rows = p->rows, stride = qkv_dim(p->g);
+    const int stride = qkv_dim(p->g);
     const int q = p->g->heads * p->g->head_dim, kv = p->g->kv_heads * p->g->head_dim;
 
-    norm(p, w->x, delta, l->attn_norm, rows);
-    project_qkv(p, l, rows);
+    project_qkv(p, l, p->rows);
     p->ops->rope_store(p->s, &(struct rope_store_args){
         .q = w->qkv, .k = column(p, w->qkv, q), .v = column(p, w->qkv, q + kv),
         .qkv_stride_q = stride, .qkv_stride_k = stride, .qkv_stride_v = stride,
@@ -337,9 +352,86 @@ static void project(struct pass *p, int layer, const void *delta)
         .kv_block = p->a->kv_block, .index_block = p->a->index_block,
         .kv = kv_pool_kv(p->pool, layer), .index = kv_pool_index(p->pool, layer),
         .channels = layer_channels(p, layer), .shape = p->shape,
-        .rows = rows, .heads = p->g->heads, .eps = p->g->norm_eps });
+        .rows = p->rows, .heads = p->g->heads, .eps = p->g->norm_eps });
+}
+
+/* Of each head, from row `from` of its part of kv_b on: out = W x, or W^T x with turned. */
+static void linear_kv_b(struct pass *p, const struct layer_weights *l, int from,
+                        struct linear_heads_args a)
+{
+    const struct latent_config *latent = &p->g->latent;
+    size_t row = (size_t)latent->dim * dtype_bytes(l->kv_b.type);
+
+    a.weight = (const char *)l->kv_b.data + (size_t)from * row;
+    a.weight_type = l->kv_b.type;
+    a.heads = p->g->heads;
+    a.weight_stride = (size_t)(latent->nope + latent->value) * (size_t)latent->dim;
+    p->ops->linear_heads(p->s, &a);
+}
+
+/* Queries and the row that is stored, both of low rank; and the queries that meet it
+ * (kernels/latent.h). */
+static void project_latent(struct pass *p, const struct layer_weights *l, int layer)
+{
+    const struct step_scratch *w = p->w;
+    const struct latent_config *latent = &p->g->latent;
+    const int rows = p->rows, hidden = p->g->hidden, heads = p->g->heads, dim = p->g->head_dim;
+    const int rank = latent->q_rank, stride = qkv_dim(p->g), head = latent->nope + latent->rope;
+    void *kv = column(p, w->qkv, rank);
+
+    if (l->joined)
+        linear(p, w->qkv, w->h, l->q_a, no_weight, rows, hidden, stride, stride);
+    else {
+        linear(p, w->qkv, w->h, l->q_a, no_weight, rows, hidden, rank, stride);
+        linear(p, kv, w->h, l->kv_a, no_weight, rows, hidden, dim, stride);
+    }
+    p->ops->add_norm(p->s, &(struct add_norm_args){
+        .out = w->low_rank, .x = w->qkv, .x_stride = stride, .weight = l->q_a_norm.data,
+        .weight_type = l->q_a_norm.type, .rows = rows, .dim = rank, .eps = p->g->norm_eps });
+    linear(p, w->by_head, w->low_rank, l->q_b, no_weight, rows, rank, heads * head, heads * head);
+    linear_kv_b(p, l, 0, (struct linear_heads_args){
+        .out = w->absorbed, .x = w->by_head, .turned = true, .rows = rows,
+        .in_dim = latent->nope, .out_dim = latent->dim,
+        .out_stride = heads * dim, .out_head_stride = dim,
+        .x_stride = heads * head, .x_head_stride = head });
+    p->ops->latent_store(p->s, &(struct latent_store_args){
+        .q = w->absorbed, .q_rope = column(p, w->by_head, latent->nope),
+        .q_rope_stride = heads * head, .q_rope_head_stride = head,
+        .kv = kv, .kv_stride = stride,
+        .norm = l->kv_a_norm.data, .norm_type = l->kv_a_norm.type,
+        .cos_sin = w->cos_sin, .positions = p->a->positions,
+        .kv_block = p->a->kv_block, .index_block = p->a->index_block,
+        .pool = kv_pool_kv(p->pool, layer), .index = kv_pool_index(p->pool, layer),
+        .shape = p->shape, .rows = rows, .heads = heads, .interleaved = latent->interleaved,
+        .eps = p->g->norm_eps });
+}
+
+/* What the heads' values come to, out of attention's latent rows. */
+static void latent_values(struct pass *p, const struct layer_weights *l, const void *attn,
+                          int rows)
+{
+    const struct latent_config *latent = &p->g->latent;
+    const int heads = p->g->heads;
+
+    linear_kv_b(p, l, latent->nope, (struct linear_heads_args){
+        .out = p->w->by_head, .x = attn, .rows = rows,
+        .in_dim = latent->dim, .out_dim = latent->value,
+        .out_stride = heads * latent->value, .out_head_stride = latent->value,
+        .x_stride = heads * latent->dim, .x_head_stride = latent->dim });
+}
+
+/* Norm, projections, rotation; K and V into the pool. */
+static void project(struct pass *p, int layer, const void *delta)
+{
+    const struct layer_weights *l = weights_layer(p->m->weights, layer);
+
+    norm(p, p->w->x, delta, l->attn_norm, p->rows);
+    if (p->g->latent.dim)
+        project_latent(p, l, layer);
+    else
+        project_plain(p, l, layer);
     if (p->m->observer)
-        p->m->observer(p->m->observer_arg, layer, p->b, w->qkv, stride);
+        p->m->observer(p->m->observer_arg, layer, p->b, queries(p), query_stride(p));
 }
 
 static bool selects(const struct pass *p, int layer)
@@ -369,13 +461,16 @@ static void finish_layer(struct pass *p, int layer, void *x, const void *attn, b
     const struct step_scratch *w = p->w;
     const int hidden = p->g->hidden, rows = gathered ? p->logit_rows : p->rows;
 
-    linear(p, w->delta, attn, l->o, no_weight, rows, p->g->heads * p->g->head_dim, hidden,
-           hidden);
+    if (p->g->latent.dim) {
+        latent_values(p, l, attn, rows);
+        attn = w->by_head;
+    }
+    linear(p, w->delta, attn, l->o, no_weight, rows, model_attention_dim(p->g), hidden, hidden);
     norm(p, x, w->delta, l->mlp_norm, rows);
     if (p->g->moe.in_layer[layer])
         mixed_mlp(p, l, gathered ? NULL : p->a->kv_block, rows);
     else
-        dense_mlp(p, l, rows);
+        dense_mlp(p, l, p->g->mlp, rows);
 }
 
 /* The last layer's second half and the logits. */
@@ -389,7 +484,7 @@ static void finish(struct pass *p, int layer)
 
     if (p->gathers) {
         x = gather(p, w->last_x, w->x, p->g->hidden);
-        attn = gather(p, w->last_attn, w->attn, p->g->heads * p->g->head_dim);
+        attn = gather(p, w->last_attn, w->attn, p->g->heads * kv_value_dim(&p->shape));
     }
     finish_layer(p, layer, x, attn, p->gathers);
     norm(p, x, w->delta, weights_norm(p->m->weights), rows);
@@ -409,7 +504,7 @@ void forward_queue(struct pass *p)
         .rows = rows, .dim = p->g->hidden });
     p->ops->rope_table(p->s, &(struct rope_table_args){
         .cos_sin = w->cos_sin, .positions = p->a->positions, .inv_freq = w->inv_freq,
-        .factor = p->g->rope_factor, .rows = rows, .head_dim = p->g->head_dim });
+        .factor = p->g->rope_factor, .rows = rows, .head_dim = model_rope_dim(p->g) });
     for (int layer = 0; layer < last; layer++) {
         project(p, layer, layer ? w->delta : NULL);
         attend(p, layer, false);

@@ -52,6 +52,7 @@ struct kv_shape model_kv_shape(const struct model *m, const struct select_config
     return (struct kv_shape){
         .kv_heads = m->config.kv_heads,
         .head_dim = m->config.head_dim,
+        .latent_dim = m->config.latent.dim,
         .filter = cfg->filter,
         .index = cfg->index,
     };
@@ -152,21 +153,40 @@ static void carve_experts(struct step_scratch *s, struct carver *c, const struct
         .n_experts = moe->experts, .n_chosen = moe->chosen }), 1, 1);
 }
 
+static int larger(int a, int b)
+{
+    return a > b ? a : b;
+}
+
+static void carve_attn(struct step_scratch *s, struct carver *c, const struct model_config *g,
+                       size_t rows, size_t act)
+{
+    const struct latent_config *l = &g->latent;
+
+    if (!l->dim) {
+        s->qkv = carve(c, rows, (size_t)((g->heads + 2 * g->kv_heads) * g->head_dim), act);
+        s->attn = carve(c, rows, (size_t)(g->heads * g->head_dim), act);
+        return;
+    }
+    s->qkv = carve(c, rows, (size_t)(l->q_rank + g->head_dim), act);
+    s->absorbed = carve(c, rows, (size_t)(g->heads * g->head_dim), act);
+    s->by_head = carve(c, rows, (size_t)(g->heads * larger(l->nope + l->rope, l->value)), act);
+    s->attn = carve(c, rows, (size_t)larger(g->heads * l->dim, l->q_rank), act);
+    s->low_rank = s->attn;
+}
+
 /* Attention and MLP of a layer never need their intermediates at the same
  * time, so these share one stretch. */
 static void carve_sublayers(struct step_scratch *s, struct carver *c, const struct model *m,
                             size_t rows, size_t act)
 {
     const struct model_config *g = &m->config;
-    size_t q = (size_t)(g->heads * g->head_dim), kv = (size_t)(g->kv_heads * g->head_dim);
+    const size_t dense = (size_t)larger(g->moe.layers < g->layers ? g->mlp : 0, g->moe.shared_mlp);
     struct carver mlp = *c, moe = *c;
 
-    s->qkv = carve(c, rows, q + 2 * kv, act);
-    s->attn = carve(c, rows, q, act);
-    if (g->moe.layers < g->layers) {
-        s->gate_up = carve(&mlp, rows, 2 * (size_t)g->mlp, act);
-        s->mid = carve(&mlp, rows, (size_t)g->mlp, act);
-    }
+    carve_attn(s, c, g, rows, act);
+    s->gate_up = carve(&mlp, rows, 2 * dense, act);
+    s->mid = carve(&mlp, rows, dense, act);
     if (mlp.at > c->at)
         c->at = mlp.at;
     carve_experts(s, &moe, m, rows);
@@ -200,7 +220,8 @@ static size_t carve_device(struct step_scratch *s, struct step_arrays *a, void *
     size_t wanted = (size_t)l->max_logit_rows;
     /* A row may be wanted more than once, so there may be more of these. */
     size_t rows = l->max_rows > l->max_logit_rows ? (size_t)l->max_rows : wanted;
-    size_t hidden = (size_t)g->hidden, head_dim = (size_t)g->head_dim;
+    size_t hidden = (size_t)g->hidden, rope = (size_t)model_rope_dim(g);
+    const struct kv_shape shape = model_kv_shape(m, &plan->config);
     size_t act = dtype_bytes(info->act);
     struct carver c = { base, 0 };
 
@@ -209,10 +230,10 @@ static size_t carve_device(struct step_scratch *s, struct step_arrays *a, void *
     s->delta = carve(&c, rows, hidden, act);
     carve_sublayers(s, &c, m, rows, act);
     s->last_x = carve(&c, wanted, hidden, act);
-    s->last_attn = carve(&c, wanted, (size_t)g->heads * head_dim, act);
-    s->cos_sin = carve(&c, rows, head_dim, sizeof(float));
+    s->last_attn = carve(&c, wanted, (size_t)(g->heads * kv_value_dim(&shape)), act);
+    s->cos_sin = carve(&c, rows, rope, sizeof(float));
     s->logits = carve(&c, wanted, (size_t)g->vocab, sizeof(float));
-    s->inv_freq = carve(&c, head_dim / 2, 1, sizeof(float));
+    s->inv_freq = carve(&c, rope / 2, 1, sizeof(float));
     s->channels = NULL;
     if (plan->channels)
         s->channels = carve(&c, (size_t)(g->layers * g->kv_heads), INDEX_CHANNELS_KEPT,
@@ -254,6 +275,7 @@ static void check_hot_sets(const struct model *m, const struct model_limits *lim
     ASSERT(cfg->layers == m->config.layers && cfg->max_blocks == limits->max_blocks);
     ASSERT(cfg->shape.kv_heads == m->config.kv_heads);
     ASSERT(cfg->shape.head_dim == m->config.head_dim);
+    ASSERT(cfg->shape.latent_dim == m->config.latent.dim);
     ASSERT(cfg->rows_per_head >= plan->max_keep_tokens);
 }
 
@@ -300,7 +322,7 @@ static enum status upload_constants(struct model *m, const struct select_plan *p
     const struct model_config *g = &m->config;
 
     TRY(model_upload(m, m->scratch.inv_freq, g->inv_freq,
-                     (size_t)(g->head_dim / 2) * sizeof(float), err));
+                     (size_t)(model_rope_dim(g) / 2) * sizeof(float), err));
     if (!plan->channels)
         return ST_OK;
     return model_upload(m, m->scratch.channels, plan->channels,

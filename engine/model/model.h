@@ -112,8 +112,8 @@ enum status model_step(struct model *m, struct stream *s, struct kv_pool *pool,
 uint64_t model_waited_ns(const struct model *m);
 
 /* Called in each layer once q is rotated and K stored, for calibration and
- * measurement; NULL turns it off.  q is act [rows, heads * head_dim] with row stride
- * q_stride, device memory. */
+ * measurement; NULL turns it off.  q is what attention reads, act [rows, heads * head_dim of
+ * model_kv_shape()] with row stride q_stride, device memory. */
 typedef void (*model_observer)(void *arg, int layer, const struct model_batch *batch,
                                const void *q, int q_stride);
 void model_observe(struct model *m, model_observer fn, void *arg);
@@ -122,7 +122,7 @@ void model_observe(struct model *m, model_observer fn, void *arg);
  * channels with the largest mean |q| * mean |k| over the tokens given (one
  * context, prefilled dense in a pool of its own).  out is
  * [layers][kv_heads][INDEX_CHANNELS_KEPT], ascending channels.  The model must not be
- * prepared yet; afterwards it must be closed. */
+ * prepared yet, and not have latent attention; afterwards it must be closed. */
 enum status model_calibrate(struct model *m, const int32_t *ids, uint32_t n_ids,
                             int16_t *out, struct error *err) MUST_USE;
 

@@ -2,8 +2,7 @@
 
 #include "engine/base/mem.h"
 #include "engine/base/strbuf.h"
-#include "engine/model/json_fields.h"
-#include "engine/model/rope.h"
+#include "engine/model/model_config_parts.h"
 #include "engine/select/select.h"
 
 #include <cjson/cJSON.h>
@@ -14,16 +13,11 @@
 enum {
     MAX_FILE_BYTES = 4 << 20,
     MAX_WIDTH = 1 << 18,         /* hidden, heads * head_dim */
-    MAX_MLP = 1 << 20,
     MAX_HEADS = 1024,
     MAX_VOCAB = 1 << 22,
-    MAX_POSITION = 1 << 24,      /* positions are exact in float up to here */
     QWEN3_HEAD_DIM = 128,        /* class defaults of the reference implementation */
     MISTRAL_WINDOW = 4096,
-    QWEN_FULL_LAYERS = 28,
-    QWEN3_MOE_EXPERTS = 128,
-    QWEN3_MOE_CHOSEN = 8,
-    QWEN3_MOE_EXPERT_MLP = 768
+    QWEN_FULL_LAYERS = 28
 };
 
 struct family_facts {
@@ -38,60 +32,62 @@ static const struct family_facts families[] = {
     { "llama", "LlamaForCausalLM", FAMILY_LLAMA, false, false },
     { "mistral", "MistralForCausalLM", FAMILY_MISTRAL, false, false },
     { "qwen3_moe", "Qwen3MoeForCausalLM", FAMILY_QWEN3_MOE, false, true },
+    { "glm4_moe_lite", "Glm4MoeLiteForCausalLM", FAMILY_GLM4_MOE_LITE, false, false },
 };
 
 /* Keys of other architectures that some folders carry under one of our
  * model_types.  Any other key that is not read here is one the reference
  * implementations of our families do not read either. */
 enum neutral { NEVER, FALSE_OR_ZERO, ONE };
+enum { QWEN3_MOE = 1u << FAMILY_QWEN3_MOE, GLM = 1u << FAMILY_GLM4_MOE_LITE };
 
 static const struct refused_key {
     const char *key;
     enum neutral neutral;        /* the value with which the key says nothing */
     const char *what;
-    bool of_experts;             /* read in a family that has them */
+    unsigned readers;            /* families that read it: bits by number */
 } refused_keys[] = {
-    { "quantization_config", NEVER, "quantised weights", false },
-    { "compression_config", NEVER, "compressed weights", false },
-    { "num_experts", FALSE_OR_ZERO, "mixture of experts", true },
-    { "num_local_experts", FALSE_OR_ZERO, "mixture of experts", true },
-    { "moe_intermediate_size", FALSE_OR_ZERO, "mixture of experts", true },
-    { "n_routed_experts", FALSE_OR_ZERO, "mixture of experts of another family", false },
-    { "n_shared_experts", FALSE_OR_ZERO, "shared experts", false },
-    { "shared_expert_intermediate_size", FALSE_OR_ZERO, "shared experts", false },
-    { "kv_lora_rank", FALSE_OR_ZERO, "multi-head latent attention", false },
-    { "q_lora_rank", FALSE_OR_ZERO, "multi-head latent attention", false },
-    { "qk_rope_head_dim", FALSE_OR_ZERO, "multi-head latent attention", false },
-    { "v_head_dim", FALSE_OR_ZERO, "values of another width than keys", false },
-    { "mlp_bias", FALSE_OR_ZERO, "a bias in the MLP", false },
-    { "qk_layernorm", FALSE_OR_ZERO, "another norm of queries and keys", false },
-    { "use_qk_norm", FALSE_OR_ZERO, "another norm of queries and keys", false },
-    { "rope_interleaved", FALSE_OR_ZERO, "interleaved rotary embedding", false },
-    { "rope_local_base_freq", NEVER, "a second rotary base", false },
-    { "no_rope_layers", NEVER, "layers without rotary embedding", false },
-    { "no_rope_layer_interval", NEVER, "layers without rotary embedding", false },
-    { "alibi", FALSE_OR_ZERO, "ALiBi", false },
-    { "attention_chunk_size", FALSE_OR_ZERO, "chunked attention", false },
-    { "attn_temperature_tuning", FALSE_OR_ZERO, "attention temperature", false },
-    { "dual_chunk_attention_config", NEVER, "dual chunk attention", false },
-    { "sliding_window_pattern", NEVER, "alternating sliding windows", false },
-    { "query_pre_attn_scalar", NEVER, "another attention scale", false },
-    { "attn_logit_softcapping", FALSE_OR_ZERO, "soft-capped attention", false },
-    { "final_logit_softcapping", FALSE_OR_ZERO, "soft-capped logits", false },
-    { "clip_qkv", FALSE_OR_ZERO, "clipped queries and keys", false },
-    { "logit_scale", ONE, "scaled logits", false },
-    { "logits_scaling", ONE, "scaled logits", false },
-    { "embedding_multiplier", ONE, "scaled embeddings", false },
-    { "attention_multiplier", ONE, "another attention scale", false },
-    { "residual_multiplier", ONE, "a scaled residual stream", false },
-    { "scale_emb", ONE, "scaled embeddings", false },
-    { "scale_depth", ONE, "a scaled residual stream", false },
-    { "is_encoder_decoder", FALSE_OR_ZERO, "an encoder", false },
-    { "add_cross_attention", FALSE_OR_ZERO, "cross attention", false },
-    { "text_config", NEVER, "a multimodal model", false },
-    { "vision_config", NEVER, "a multimodal model", false },
-    { "audio_config", NEVER, "a multimodal model", false },
-    { "auto_map", NEVER, "code that comes with the model", false },
+    { "quantization_config", NEVER, "quantised weights", 0 },
+    { "compression_config", NEVER, "compressed weights", 0 },
+    { "num_experts", FALSE_OR_ZERO, "mixture of experts", QWEN3_MOE },
+    { "num_local_experts", FALSE_OR_ZERO, "mixture of experts", QWEN3_MOE | GLM },
+    { "moe_intermediate_size", FALSE_OR_ZERO, "mixture of experts", QWEN3_MOE | GLM },
+    { "n_routed_experts", FALSE_OR_ZERO, "mixture of experts of another family", GLM },
+    { "n_shared_experts", FALSE_OR_ZERO, "shared experts", GLM },
+    { "shared_expert_intermediate_size", FALSE_OR_ZERO, "shared experts", 0 },
+    { "kv_lora_rank", FALSE_OR_ZERO, "multi-head latent attention", GLM },
+    { "q_lora_rank", FALSE_OR_ZERO, "multi-head latent attention", GLM },
+    { "qk_rope_head_dim", FALSE_OR_ZERO, "multi-head latent attention", GLM },
+    { "v_head_dim", FALSE_OR_ZERO, "values of another width than keys", GLM },
+    { "mlp_bias", FALSE_OR_ZERO, "a bias in the MLP", 0 },
+    { "qk_layernorm", FALSE_OR_ZERO, "another norm of queries and keys", 0 },
+    { "use_qk_norm", FALSE_OR_ZERO, "another norm of queries and keys", 0 },
+    { "rope_interleaved", FALSE_OR_ZERO, "interleaved rotary embedding", 0 },
+    { "rope_local_base_freq", NEVER, "a second rotary base", 0 },
+    { "no_rope_layers", NEVER, "layers without rotary embedding", 0 },
+    { "no_rope_layer_interval", NEVER, "layers without rotary embedding", 0 },
+    { "alibi", FALSE_OR_ZERO, "ALiBi", 0 },
+    { "attention_chunk_size", FALSE_OR_ZERO, "chunked attention", 0 },
+    { "attn_temperature_tuning", FALSE_OR_ZERO, "attention temperature", 0 },
+    { "dual_chunk_attention_config", NEVER, "dual chunk attention", 0 },
+    { "sliding_window_pattern", NEVER, "alternating sliding windows", 0 },
+    { "query_pre_attn_scalar", NEVER, "another attention scale", 0 },
+    { "attn_logit_softcapping", FALSE_OR_ZERO, "soft-capped attention", 0 },
+    { "final_logit_softcapping", FALSE_OR_ZERO, "soft-capped logits", 0 },
+    { "clip_qkv", FALSE_OR_ZERO, "clipped queries and keys", 0 },
+    { "logit_scale", ONE, "scaled logits", 0 },
+    { "logits_scaling", ONE, "scaled logits", 0 },
+    { "embedding_multiplier", ONE, "scaled embeddings", 0 },
+    { "attention_multiplier", ONE, "another attention scale", 0 },
+    { "residual_multiplier", ONE, "a scaled residual stream", 0 },
+    { "scale_emb", ONE, "scaled embeddings", 0 },
+    { "scale_depth", ONE, "a scaled residual stream", 0 },
+    { "is_encoder_decoder", FALSE_OR_ZERO, "an encoder", 0 },
+    { "add_cross_attention", FALSE_OR_ZERO, "cross attention", 0 },
+    { "text_config", NEVER, "a multimodal model", 0 },
+    { "vision_config", NEVER, "a multimodal model", 0 },
+    { "audio_config", NEVER, "a multimodal model", 0 },
+    { "auto_map", NEVER, "code that comes with the model", 0 },
 };
 
 static bool is_neutral(const cJSON *item, enum neutral neutral)
@@ -113,11 +109,9 @@ static enum status check_refused(const struct model_config *c, const struct json
     for (size_t i = 0; i < sizeof refused_keys / sizeof *refused_keys; i++) {
         const struct refused_key *r = &refused_keys[i];
         const cJSON *item = json_get(f->root, r->key);
-        if (r->of_experts && c->family == FAMILY_QWEN3_MOE)
-            continue;
-        if (item && !is_neutral(item, r->neutral))
+        if (!(r->readers & 1u << c->family) && item && !is_neutral(item, r->neutral))
             return error_set(err, ST_UNSUPPORTED, "%s: \"%s\" asks for %s, which is not "
-                             "implemented", f->name, r->key, r->what);
+                             "implemented for %s", f->name, r->key, r->what, c->family_name);
     }
     return ST_OK;
 }
@@ -138,7 +132,8 @@ static enum status read_family(struct model_config *c, const struct json_file *f
             facts = &families[i];
     if (!facts)
         return error_set(err, ST_UNSUPPORTED, "%s: \"model_type\" is \"%.60s\"; qwen3, "
-                         "qwen3_moe, qwen2, llama and mistral are implemented", f->name, type);
+                         "qwen3_moe, qwen2, llama, mistral and glm4_moe_lite are implemented",
+                         f->name, type);
     if ((architectures && !cJSON_IsArray(architectures))
         || (architecture && (!cJSON_IsString(architecture)
                              || strcmp(architecture->valuestring, facts->architecture) != 0)))
@@ -169,8 +164,8 @@ static enum status check_attention_bias(const struct model_config *c, const stru
     return ST_OK;
 }
 
-static enum status read_required(const struct json_file *f, const char *key, int max,
-                                 int *value, struct error *err)
+enum status config_required(const struct json_file *f, const char *key, int max, int *value,
+                            struct error *err)
 {
     *value = 0;
     TRY(json_int(f, f->root, key, 1, max, value, err));
@@ -179,10 +174,37 @@ static enum status read_required(const struct json_file *f, const char *key, int
     return ST_OK;
 }
 
-static enum status read_heads(struct model_config *c, const struct json_file *f,
-                              struct error *err)
+/* Transformers knows a form without q_lora_rank, whose queries are one product. */
+static enum status read_latent(struct model_config *c, const struct json_file *f,
+                               struct error *err)
 {
-    TRY(read_required(f, "num_attention_heads", MAX_HEADS, &c->heads, err));
+    struct latent_config *l = &c->latent;
+    const struct { const char *key; int max, *value; } widths[] = {
+        { "q_lora_rank", MAX_WIDTH, &l->q_rank },
+        { "kv_lora_rank", MODEL_MAX_LATENT_DIM, &l->dim },
+        { "qk_nope_head_dim", MODEL_MAX_HEAD_DIM, &l->nope },
+        { "qk_rope_head_dim", MODEL_MAX_HEAD_DIM, &l->rope },
+        { "v_head_dim", MODEL_MAX_HEAD_DIM, &l->value },
+    };
+
+    if (cJSON_IsNull(cJSON_GetObjectItemCaseSensitive(f->root, "q_lora_rank")))
+        return error_set(err, ST_UNSUPPORTED, "%s: \"q_lora_rank\" is null: queries without a "
+                         "low rank are not implemented", f->name);
+    for (size_t i = 0; i < sizeof widths / sizeof *widths; i++)
+        TRY(config_required(f, widths[i].key, widths[i].max, widths[i].value, err));
+    if (l->rope % 2 != 0)
+        return error_set(err, ST_INVALID, "%s: \"qk_rope_head_dim\" is %d; it must be even",
+                         f->name, l->rope);
+    l->interleaved = true;
+    TRY(json_bool(f, f->root, "rope_interleave", &l->interleaved, err));
+    c->kv_heads = 1;             /* whatever num_key_value_heads says */
+    c->head_dim = l->dim + l->rope;
+    return ST_OK;
+}
+
+static enum status read_plain_heads(struct model_config *c, const struct json_file *f,
+                                    struct error *err)
+{
     c->kv_heads = c->heads;
     TRY(json_int(f, f->root, "num_key_value_heads", 1, c->heads, &c->kv_heads, err));
     if (c->heads % c->kv_heads != 0)
@@ -201,90 +223,37 @@ static enum status read_heads(struct model_config *c, const struct json_file *f,
         return error_set(err, ST_UNSUPPORTED, "%s: a \"head_dim\" of %d is not implemented; it "
                          "must be even and at most %d", f->name, c->head_dim,
                          MODEL_MAX_HEAD_DIM);
+    return ST_OK;
+}
+
+static enum status read_heads(struct model_config *c, const struct json_file *f,
+                              struct error *err)
+{
+    TRY(config_required(f, "num_attention_heads", MAX_HEADS, &c->heads, err));
+    if (c->family == FAMILY_GLM4_MOE_LITE)
+        TRY(read_latent(c, f, err));
+    else
+        TRY(read_plain_heads(c, f, err));
     if (c->heads * c->head_dim > MAX_WIDTH)
-        return error_set(err, ST_UNSUPPORTED, "%s: \"num_attention_heads\" * \"head_dim\" is "
-                         "%d, the limit is %d", f->name, c->heads * c->head_dim, MAX_WIDTH);
+        return error_set(err, ST_UNSUPPORTED, "%s: \"num_attention_heads\" %d of %d values "
+                         "each are together more than %d", f->name, c->heads, c->head_dim, MAX_WIDTH);
     return ST_OK;
 }
 
 static enum status read_shape(struct model_config *c, const struct json_file *f,
                               struct error *err)
 {
-    double eps = 1e-6;
+    double eps = c->family == FAMILY_GLM4_MOE_LITE ? 1e-5 : 1e-6;
 
-    TRY(read_required(f, "hidden_size", MAX_WIDTH, &c->hidden, err));
-    TRY(read_required(f, "intermediate_size", MAX_MLP, &c->mlp, err));
-    TRY(read_required(f, "num_hidden_layers", SELECT_MAX_LAYERS, &c->layers, err));
-    TRY(read_required(f, "vocab_size", MAX_VOCAB, &c->vocab, err));
-    TRY(read_required(f, "max_position_embeddings", MAX_POSITION, &c->max_position, err));
+    TRY(config_required(f, "hidden_size", MAX_WIDTH, &c->hidden, err));
+    TRY(config_required(f, "intermediate_size", MAX_MLP, &c->mlp, err));
+    TRY(config_required(f, "num_hidden_layers", SELECT_MAX_LAYERS, &c->layers, err));
+    TRY(config_required(f, "vocab_size", MAX_VOCAB, &c->vocab, err));
+    TRY(config_required(f, "max_position_embeddings", MAX_POSITION, &c->max_position, err));
     TRY(read_heads(c, f, err));
     TRY(json_double(f, f->root, "rms_norm_eps", 1e-12, 0.1, &eps, err));
     c->norm_eps = (float)eps;
     return json_bool(f, f->root, "tie_word_embeddings", &c->tied, err);
-}
-
-/* ---- experts */
-
-/* A saved v5 folder says num_local_experts. */
-static enum status read_experts(struct moe_config *m, const struct json_file *f,
-                                struct error *err)
-{
-    int local = -1;
-
-    m->experts = -1;
-    TRY(json_int(f, f->root, "num_experts", 0, MOST_EXPERTS, &m->experts, err));
-    TRY(json_int(f, f->root, "num_local_experts", 0, MOST_EXPERTS, &local, err));
-    if (m->experts >= 0 && local >= 0 && m->experts != local)
-        return error_set(err, ST_INVALID, "%s: \"num_experts\" is %d and \"num_local_experts\" "
-                         "%d", f->name, m->experts, local);
-    if (m->experts < 0)
-        m->experts = local >= 0 ? local : QWEN3_MOE_EXPERTS;
-    m->chosen = QWEN3_MOE_CHOSEN;
-    m->expert_mlp = QWEN3_MOE_EXPERT_MLP;
-    TRY(json_int(f, f->root, "num_experts_per_tok", 1, MOST_CHOSEN, &m->chosen, err));
-    TRY(json_int(f, f->root, "moe_intermediate_size", 1, MAX_MLP, &m->expert_mlp, err));
-    if (m->experts > 0 && m->chosen > m->experts)
-        return error_set(err, ST_INVALID, "%s: \"num_experts_per_tok\" %d is more than the %d "
-                         "experts", f->name, m->chosen, m->experts);
-    return json_bool(f, f->root, "norm_topk_prob", &m->renormalise, err);
-}
-
-/* Layers without experts: those that mlp_only_layers names, and where decoder_sparse_step is n all
- * but each n-th. */
-static enum status read_expert_layers(struct model_config *c, const struct json_file *f,
-                                      struct error *err)
-{
-    const cJSON *only = json_get(f->root, "mlp_only_layers"), *item;
-    struct moe_config *m = &c->moe;
-    int step = 1;
-
-    TRY(json_int(f, f->root, "decoder_sparse_step", 1, MAX_POSITION, &step, err));
-    for (int l = 0; l < c->layers; l++)
-        m->in_layer[l] = m->experts > 0 && (l + 1) % step == 0;
-    if (only && !cJSON_IsArray(only))
-        return error_set(err, ST_INVALID, "%s: \"mlp_only_layers\" must be a list of layers",
-                         f->name);
-    cJSON_ArrayForEach(item, only) {
-        double v = cJSON_IsNumber(item) ? item->valuedouble : NAN;
-        if (!(v >= 0 && v < c->layers) || v != floor(v))
-            return error_set(err, ST_INVALID, "%s: \"mlp_only_layers\" must be layers from 0 to "
-                             "%d", f->name, c->layers - 1);
-        m->in_layer[(int)v] = false;
-    }
-    for (int l = 0; l < c->layers; l++)
-        m->layers += m->in_layer[l];
-    return ST_OK;
-}
-
-static enum status read_moe(struct model_config *c, const struct json_file *f, struct error *err)
-{
-    if (c->family != FAMILY_QWEN3_MOE)
-        return ST_OK;
-    TRY(read_experts(&c->moe, f, err));
-    TRY(read_expert_layers(c, f, err));
-    if (c->moe.layers == 0)
-        c->moe = (struct moe_config){ 0 };
-    return ST_OK;
 }
 
 /* ---- sliding windows */
@@ -339,7 +308,7 @@ static enum status read_window(struct model_config *c, const struct json_file *f
         sliding = by_rule;       /* Mistral's windows do not ask layer_types */
     if (sliding == 0)
         return ST_OK;
-    if (c->family == FAMILY_LLAMA || window == 0)
+    if ((!qwen && c->family != FAMILY_MISTRAL) || window == 0)
         return error_set(err, ST_UNSUPPORTED, "%s: \"%s\" asks for sliding windows, which are "
                          "not implemented for %s", f->name,
                          window ? "sliding_window" : "layer_types", c->family_name);
@@ -349,146 +318,6 @@ static enum status read_window(struct model_config *c, const struct json_file *f
                          json_get(f->root, "layer_types") ? "layer_types" : "max_window_layers",
                          sliding, c->layers);
     c->sliding_window = window;
-    return ST_OK;
-}
-
-/* ---- rotary embedding, both layouts */
-
-static const char *const rope_keys[] = {
-    "rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings",
-    "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor", "truncate",
-    "low_freq_factor", "high_freq_factor", "partial_rotary_factor", "finetuned",
-};
-
-static enum status check_rope_keys(const struct json_file *f, const cJSON *p, const char *where,
-                                   struct error *err)
-{
-    for (const cJSON *k = p->child; k; k = k->next) {
-        bool known = false;
-        for (size_t i = 0; i < sizeof rope_keys / sizeof *rope_keys; i++)
-            known = known || strcmp(k->string, rope_keys[i]) == 0;
-        if (known && cJSON_GetObjectItemCaseSensitive(p, k->string) != k)
-            return error_set(err, ST_INVALID, "%s: \"%.60s\" is in \"%s\" twice", f->name,
-                             k->string, where);
-        if (!known && !cJSON_IsNull(k))
-            return error_set(err, ST_UNSUPPORTED, "%s: \"%.60s\" in \"%s\" is not implemented",
-                             f->name, k->string, where);
-    }
-    return ST_OK;
-}
-
-/* The object that holds the scaling, an empty one when there is none. */
-static enum status find_rope(const cJSON **out, const char **where, const struct json_file *f,
-                             const cJSON *empty, struct error *err)
-{
-    const char *const keys[] = { "rope_parameters", "rope_scaling" };
-
-    *out = empty;
-    *where = keys[1];
-    for (int i = 0; i < 2; i++) {
-        const cJSON *p = json_get(f->root, keys[i]);
-        if (!p)
-            continue;
-        if (!cJSON_IsObject(p))
-            return error_set(err, ST_INVALID, "%s: \"%s\" must be an object", f->name, keys[i]);
-        if (!p->child)
-            continue;
-        if (*out != empty)
-            return error_set(err, ST_INVALID, "%s: has both \"rope_parameters\" and "
-                             "\"rope_scaling\"; one must go", f->name);
-        *out = p;
-        *where = keys[i];
-    }
-    return check_rope_keys(f, *out, *where, err);
-}
-
-static enum status rope_kind(enum rope_kind *out, const struct json_file *f, const cJSON *p,
-                             const char *where, struct error *err)
-{
-    static const struct { const char *name; enum rope_kind kind; } kinds[] = {
-        { "default", ROPE_DEFAULT }, { "linear", ROPE_LINEAR },
-        { "llama3", ROPE_LLAMA3 },   { "yarn", ROPE_YARN },
-    };
-    const char *type = "default";
-
-    TRY(json_string(f, p, "type", &type, err));
-    TRY(json_string(f, p, "rope_type", &type, err));
-    for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++)
-        if (strcmp(type, kinds[i].name) == 0) {
-            *out = kinds[i].kind;
-            return ST_OK;
-        }
-    return error_set(err, ST_UNSUPPORTED, "%s: \"rope_type\" in \"%s\" is \"%.60s\"; default, "
-                     "linear, llama3 and yarn are implemented", f->name, where, type);
-}
-
-static enum status read_llama3(struct rope_params *r, const struct json_file *f, const cJSON *p,
-                               struct error *err)
-{
-    TRY(json_double(f, p, "low_freq_factor", 1e-3, 1e6, &r->low_freq_factor, err));
-    TRY(json_double(f, p, "high_freq_factor", 1e-3, 1e6, &r->high_freq_factor, err));
-    if (r->low_freq_factor == 0 || r->high_freq_factor <= r->low_freq_factor)
-        return error_set(err, ST_INVALID, "%s: rope_type llama3 needs \"low_freq_factor\" and "
-                         "a larger \"high_freq_factor\"", f->name);
-    return ST_OK;
-}
-
-static enum status read_yarn(struct rope_params *r, const struct json_file *f, const cJSON *p,
-                             struct error *err)
-{
-    TRY(json_double(f, p, "beta_fast", 1e-3, 1e6, &r->beta_fast, err));
-    TRY(json_double(f, p, "beta_slow", 1e-3, 1e6, &r->beta_slow, err));
-    TRY(json_double(f, p, "mscale", 0, 1e3, &r->mscale, err));
-    TRY(json_double(f, p, "mscale_all_dim", 0, 1e3, &r->mscale_all_dim, err));
-    TRY(json_double(f, p, "attention_factor", 1e-3, 1e3, &r->attention_factor, err));
-    TRY(json_bool(f, p, "truncate", &r->truncate, err));
-    if (r->beta_fast <= r->beta_slow)
-        return error_set(err, ST_INVALID, "%s: \"beta_fast\" must be larger than \"beta_slow\"",
-                         f->name);
-    return ST_OK;
-}
-
-/* original_max_position_embeddings also occurs at the top level, where it
- * wins; without it the context is taken as it is. */
-static enum status read_scaling(struct rope_params *r, const struct json_file *f,
-                                const cJSON *p, int max_position, struct error *err)
-{
-    const char *key = "original_max_position_embeddings";
-
-    r->original = max_position;
-    TRY(json_double(f, p, key, 1, MAX_POSITION, &r->original, err));
-    TRY(json_double(f, f->root, key, 1, MAX_POSITION, &r->original, err));
-    TRY(json_double(f, p, "factor", 1, 1e6, &r->factor, err));
-    if (r->factor == 0 && r->kind == ROPE_YARN)
-        r->factor = max_position / r->original;
-    if (r->factor < 1)
-        return error_set(err, ST_INVALID, "%s: the rotary scaling needs a \"factor\" of at "
-                         "least 1", f->name);
-    if (r->kind == ROPE_LLAMA3)
-        return read_llama3(r, f, p, err);
-    return r->kind == ROPE_YARN ? read_yarn(r, f, p, err) : ST_OK;
-}
-
-static enum status read_rope(struct model_config *c, const struct json_file *f,
-                             struct error *err)
-{
-    const cJSON empty = { .type = cJSON_Object }, *p;
-    struct rope_params r = { .theta = 10000, .beta_fast = 32, .beta_slow = 1, .truncate = true };
-    double partial = 1;
-    const char *where;
-
-    TRY(find_rope(&p, &where, f, &empty, err));
-    TRY(rope_kind(&r.kind, f, p, where, err));
-    TRY(json_double(f, f->root, "rope_theta", 2, 1e12, &r.theta, err));
-    TRY(json_double(f, p, "rope_theta", 2, 1e12, &r.theta, err));
-    TRY(json_double(f, f->root, "partial_rotary_factor", 0, 1, &partial, err));
-    TRY(json_double(f, p, "partial_rotary_factor", 0, 1, &partial, err));
-    if (partial != 1)
-        return error_set(err, ST_UNSUPPORTED, "%s: a \"partial_rotary_factor\" other than 1 is "
-                         "not implemented", f->name);
-    if (r.kind != ROPE_DEFAULT)
-        TRY(read_scaling(&r, f, p, c->max_position, err));
-    rope_frequencies(c->inv_freq, &c->rope_factor, &r, c->head_dim);
     return ST_OK;
 }
 
@@ -568,9 +397,9 @@ static enum status read_config(struct model_config *c, const struct json_file *f
     TRY(check_refused(c, f, err));
     TRY(check_attention_bias(c, f, err));
     TRY(read_shape(c, f, err));
-    TRY(read_moe(c, f, err));
+    TRY(config_read_moe(c, f, err));
     TRY(read_window(c, f, err));
-    TRY(read_rope(c, f, err));
+    TRY(config_read_rope(c, f, err));
     return read_tokens(c, f, err);
 }
 

@@ -24,24 +24,31 @@ struct step_arrays {
     int32_t *lagged_slot;                                  /* [max_seqs]  lagged; else NULL */
 };
 
-/* Device memory of a step.  T max_rows, R max_logit_rows, S max_seqs. */
+/* Device memory of a step.  T max_rows, R max_logit_rows, S max_seqs.  With latent attention
+ * (kernels/latent.h) of L + P values, queries of rank Q, and N, P and D values of a head's query,
+ * without and with rotation, and of its value. */
 struct step_scratch {
     void *x;                     /* act [T, M]  residual stream */
     void *h;                     /* act [T, M]  normed */
     void *delta;                 /* act [T, M]  what the last sublayer adds */
-    void *qkv;                   /* act [T, H*D + 2 G*D]  a row is q, k and v, see weights.h */
-    void *attn;                  /* act [T, H*D] */
-    /* Of MLP and experts, which share memory with qkv and attn.  I and E are 0 where no layer is of
-     * that kind. */
+    void *qkv;                   /* act [T, H*D + 2 G*D]  a row is q, k and v, see weights.h;
+                                    latent: [T, Q + L + P] */
+    void *attn;                  /* act [T, H*D]; latent: [T, H*L] */
+    /* Latent attention alone.  low_rank, which is read before there is attn, lies in its memory. */
+    void *low_rank;              /* act [T, Q]  normed */
+    void *by_head;               /* act [T, H*(N + P)]  the queries; then [T, H*D]  the values */
+    void *absorbed;              /* act [T, H*(L + P)]  the queries of attention */
+    /* Of MLP and experts, which share memory with all since qkv.  I and E are 0 where no layer is
+     * of that kind; I is the larger of the layers' MLP and the shared expert's. */
     void *gate_up, *mid;         /* act [T, 2 I], [T, I] */
     float *scores;               /* [T, E] */
     int32_t *chosen;             /* [T, k] */
     float *chosen_weights;       /* [T, k] */
     void *experts;               /* scratch of experts */
-    void *last_x, *last_attn;    /* act [R, M], [R, H*D]  rows that are wanted */
-    float *cos_sin;              /* [T, D] */
+    void *last_x, *last_attn;    /* act [R, M] and as attn, [R, ...]  rows that are wanted */
+    float *cos_sin;              /* [T, D]; latent: [T, P] */
     float *logits;               /* [R, V] */
-    float *inv_freq;             /* [D / 2] */
+    float *inv_freq;             /* [D / 2]; latent: [P / 2] */
     int16_t *channels;           /* [layers, G, INDEX_CHANNELS_KEPT], NULL without */
     void *attention;             /* scratch of attend_dense or attend_two_level */
     void *lagged;                /* memory of the lagged lists, NULL without */

@@ -35,7 +35,7 @@ static double yarn_pair(double rotations, const struct rope_params *p, int head_
     return head_dim * log(p->original / (rotations * 2 * pi)) / (2 * log(p->theta));
 }
 
-static double yarn_mscale(double factor, double mscale)
+double rope_mscale(double factor, double mscale)
 {
     return factor <= 1 ? 1 : 0.1 * mscale * log(factor) + 1;
 }
@@ -45,8 +45,8 @@ static double yarn_attention(const struct rope_params *p)
     if (p->attention_factor > 0)
         return p->attention_factor;
     if (p->mscale > 0 && p->mscale_all_dim > 0)
-        return yarn_mscale(p->factor, p->mscale) / yarn_mscale(p->factor, p->mscale_all_dim);
-    return yarn_mscale(p->factor, 1);
+        return rope_mscale(p->factor, p->mscale) / rope_mscale(p->factor, p->mscale_all_dim);
+    return rope_mscale(p->factor, 1);
 }
 
 static void yarn_frequencies(float *inv_freq, const struct rope_params *p, int head_dim)

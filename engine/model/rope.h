@@ -26,4 +26,7 @@ struct rope_params {
 void rope_frequencies(float *inv_freq, float *factor, const struct rope_params *p,
                       int head_dim);
 
+/* By how much YaRN makes scores sharper for a context stretched by factor. */
+double rope_mscale(double factor, double mscale);
+
 #endif

@@ -131,7 +131,6 @@ static enum status map_file(struct weight_file *f, struct error *err)
     f->bytes = p;
     f->n = (size_t)s.st_size;
     f->mapped = true;
-    (void)madvise(p, f->n, MADV_WILLNEED);
     return ST_OK;
 }
 

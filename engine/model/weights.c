@@ -9,7 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { MAX_NAME = 160, PER_LAYER_MAX = 15, ALIGN_BYTES = 256 };
+enum { MAX_NAME = 160, PER_LAYER_MAX = 25, ALIGN_BYTES = 256 };
 
 /* The matrices of an expert, in the order in which they lie where they are copied. */
 enum { GATE, UP, DOWN, PER_EXPERT };
@@ -41,32 +41,51 @@ struct expected {
     size_t offset;               /* in struct layer_weights */
     int rows, cols;
     bool joins;                  /* lies behind the one before, see weights.h */
-    bool absent;                 /* the family has none */
+    bool absent;                 /* the layer has none */
 };
 
 static void layer_expects(struct expected e[PER_LAYER_MAX], const struct model_config *c,
                           int layer)
 {
-    const bool moe = c->moe.in_layer[layer];
+    const struct latent_config *l = &c->latent;
+    const struct moe_config *m = &c->moe;
+    const bool moe = m->in_layer[layer], latent = l->dim > 0;
+    const bool qkv_bias = !latent && c->qkv_bias, qk_norm = !latent && c->qk_norm;
+    const bool shared = moe && m->shared_mlp > 0, biased = moe && m->score == ROUTER_SIGMOID;
     const int q = c->heads * c->head_dim, kv = c->kv_heads * c->head_dim;
-    const int hidden = c->hidden, mlp = c->mlp;
-#define AT(member) offsetof(struct layer_weights, member)
+    const int hidden = c->hidden, mlp = c->mlp, latent_q = c->heads * (l->nope + l->rope);
+#define AT(member) .offset = offsetof(struct layer_weights, member)
     const struct expected all[PER_LAYER_MAX] = {
-        { "input_layernorm.weight", AT(attn_norm), hidden, 0, false, false },
-        { "self_attn.q_proj.weight", AT(q), q, hidden, false, false },
-        { "self_attn.k_proj.weight", AT(k), kv, hidden, true, false },
-        { "self_attn.v_proj.weight", AT(v), kv, hidden, true, false },
-        { "self_attn.o_proj.weight", AT(o), hidden, q, false, false },
-        { "self_attn.q_proj.bias", AT(q_bias), q, 0, false, !c->qkv_bias },
-        { "self_attn.k_proj.bias", AT(k_bias), kv, 0, true, !c->qkv_bias },
-        { "self_attn.v_proj.bias", AT(v_bias), kv, 0, true, !c->qkv_bias },
-        { "self_attn.q_norm.weight", AT(q_norm), c->head_dim, 0, false, !c->qk_norm },
-        { "self_attn.k_norm.weight", AT(k_norm), c->head_dim, 0, false, !c->qk_norm },
-        { "post_attention_layernorm.weight", AT(mlp_norm), hidden, 0, false, false },
-        { "mlp.gate_proj.weight", AT(gate), mlp, hidden, false, moe },
-        { "mlp.up_proj.weight", AT(up), mlp, hidden, true, moe },
-        { "mlp.down_proj.weight", AT(down), hidden, mlp, false, moe },
-        { "mlp.gate.weight", AT(router), c->moe.experts, hidden, false, !moe },
+        { "input_layernorm.weight", AT(attn_norm), hidden },
+        { "self_attn.q_proj.weight", AT(q), q, hidden, .absent = latent },
+        { "self_attn.k_proj.weight", AT(k), kv, hidden, .joins = true, .absent = latent },
+        { "self_attn.v_proj.weight", AT(v), kv, hidden, .joins = true, .absent = latent },
+        { "self_attn.q_proj.bias", AT(q_bias), q, .absent = !qkv_bias },
+        { "self_attn.k_proj.bias", AT(k_bias), kv, .joins = true, .absent = !qkv_bias },
+        { "self_attn.v_proj.bias", AT(v_bias), kv, .joins = true, .absent = !qkv_bias },
+        { "self_attn.q_norm.weight", AT(q_norm), c->head_dim, .absent = !qk_norm },
+        { "self_attn.k_norm.weight", AT(k_norm), c->head_dim, .absent = !qk_norm },
+        { "self_attn.q_a_proj.weight", AT(q_a), l->q_rank, hidden, .absent = !latent },
+        { "self_attn.kv_a_proj_with_mqa.weight", AT(kv_a), l->dim + l->rope, hidden,
+          .joins = true, .absent = !latent },
+        { "self_attn.q_a_layernorm.weight", AT(q_a_norm), l->q_rank, .absent = !latent },
+        { "self_attn.kv_a_layernorm.weight", AT(kv_a_norm), l->dim, .absent = !latent },
+        { "self_attn.q_b_proj.weight", AT(q_b), latent_q, l->q_rank, .absent = !latent },
+        { "self_attn.kv_b_proj.weight", AT(kv_b), c->heads * (l->nope + l->value), l->dim,
+          .absent = !latent },
+        { "self_attn.o_proj.weight", AT(o), hidden, model_attention_dim(c) },
+        { "post_attention_layernorm.weight", AT(mlp_norm), hidden },
+        { "mlp.gate_proj.weight", AT(gate), mlp, hidden, .absent = moe },
+        { "mlp.up_proj.weight", AT(up), mlp, hidden, .joins = true, .absent = moe },
+        { "mlp.down_proj.weight", AT(down), hidden, mlp, .absent = moe },
+        { "mlp.gate.weight", AT(router), m->experts, hidden, .absent = !moe },
+        { "mlp.gate.e_score_correction_bias", AT(router_bias), m->experts, .absent = !biased },
+        { "mlp.shared_experts.gate_proj.weight", AT(gate), m->shared_mlp, hidden,
+          .absent = !shared },
+        { "mlp.shared_experts.up_proj.weight", AT(up), m->shared_mlp, hidden, .joins = true,
+          .absent = !shared },
+        { "mlp.shared_experts.down_proj.weight", AT(down), hidden, m->shared_mlp,
+          .absent = !shared },
     };
 #undef AT
     memcpy(e, all, sizeof all);
@@ -180,6 +199,9 @@ static enum status bind_layer(struct binder *b, int layer)
         TRY(bind(b, (struct weight *)((char *)l + e[i].offset), name, e[i].rows, e[i].cols,
                  e[i].joins));
     }
+    if (l->router_bias.data && l->router_bias.type != DTYPE_F32)
+        return error_set(b->err, ST_UNSUPPORTED, "%s: e_score_correction_bias of layer %d is not "
+                         "F32", b->dir, layer);
     TRY(check_pair(b, layer, &l->q, &l->q_bias, "q_proj.weight and q_proj.bias"));
     TRY(check_pair(b, layer, &l->k, &l->k_bias, "k_proj.weight and k_proj.bias"));
     TRY(check_pair(b, layer, &l->v, &l->v_bias, "v_proj.weight and v_proj.bias"));
@@ -433,7 +455,10 @@ static void find_joined(struct weights *w, const struct model_config *c)
 
     for (int i = 0; i < w->n_layers; i++) {
         struct layer_weights *l = &w->layers[i];
-        l->qkv_joined = follows(l->q, l->k, q, c->hidden) && follows(l->k, l->v, kv, c->hidden) &&
+        if (c->latent.dim)
+            l->joined = follows(l->q_a, l->kv_a, c->latent.q_rank, c->hidden);
+        else
+            l->joined = follows(l->q, l->k, q, c->hidden) && follows(l->k, l->v, kv, c->hidden) &&
                         follows(l->q_bias, l->k_bias, q, 0) &&
                         follows(l->k_bias, l->v_bias, kv, 0);
     }

@@ -21,8 +21,8 @@
  * that lies misaligned in its file.
  *
  * Matrices with the same input are joined where they are copied and of one type: q, k
- * and v, and gate and up, then lie behind each other as the rows of one matrix, and so
- * do their biases.  One large product keeps a GPU busier than three.  The experts of a layer, where
+ * and v, or q_a and kv_a, and gate and up, then lie behind each other as the rows of one matrix,
+ * and so do their biases.  One large product keeps a GPU busier than three.  The experts of a layer, where
  * they are copied, are one stretch of memory too: gate, up and down of each.  Kernels find them
  * through tables (kernels/experts.h), which are made here. */
 
@@ -35,11 +35,16 @@ struct layer_weights {
     struct weight attn_norm, q, k, v, o;
     struct weight q_bias, k_bias, v_bias;   /* of the type of q, k and v */
     struct weight q_norm, k_norm;           /* of one type */
+    /* Latent attention has these and o; a head's rows of kv_b are those of its keys, then those of
+     * its values. */
+    struct weight q_a, q_a_norm, q_b, kv_a, kv_a_norm, kv_b;
     struct weight mlp_norm;
-    struct weight gate, up, down;           /* gate and up of one type; NULL with experts */
+    struct weight gate, up, down;           /* gate and up of one type; with experts of the shared
+                                               one, NULL if there is none */
     struct weight router;                   /* [experts, hidden]; NULL without experts */
+    struct weight router_bias;              /* [experts], F32; NULL if the choice has none */
     struct expert_weights experts;          /* undefined without */
-    bool qkv_joined;
+    bool joined;                            /* q, k and v are one matrix, or q_a and kv_a */
 };
 
 struct weights;

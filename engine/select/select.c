@@ -8,7 +8,7 @@
 #define XXH_INLINE_ALL
 #include <xxhash.h>
 
-enum { MAX_KEEP_BLOCKS = 1 << 16, MAX_FORCED_TOKENS = 1 << 16 };
+enum { MAX_KEEP_BLOCKS = 1 << 16, MAX_FORCED_TOKENS = 1 << 16, MOST_LATENT_PART = 512 };
 
 struct select_config select_default(void)
 {
@@ -159,6 +159,27 @@ static enum status validate_layer(const struct select_config *c, const struct se
     return ST_OK;
 }
 
+static bool can_rotate(int dim, int most)
+{
+    return dim >= 16 && dim <= most && (dim & (dim - 1)) == 0;
+}
+
+/* Both parts of a latent key are rotated, each by itself. */
+static enum status validate_latent(const struct select_config *c, const struct kv_shape *shape,
+                                   struct error *err)
+{
+    int latent = shape->latent_dim, rope = shape->head_dim - latent;
+
+    if (c->index == INDEX_CHANNELS)
+        return error_set(err, ST_UNSUPPORTED,
+                         "token-index channels: latent attention has token-index rotated alone");
+    if (!can_rotate(latent, MOST_LATENT_PART) || !can_rotate(rope, MOST_LATENT_PART))
+        return error_set(err, ST_UNSUPPORTED,
+                         "latent keys of %d and %d channels: the rotated index needs two powers "
+                         "of two from 16 to %d", latent, rope, (int)MOST_LATENT_PART);
+    return ST_OK;
+}
+
 static enum status validate_config(const struct select_config *c, const struct kv_shape *shape,
                                    const int16_t *channels, struct error *err)
 {
@@ -175,7 +196,9 @@ static enum status validate_config(const struct select_config *c, const struct k
         if (ranges[i].value < ranges[i].min || ranges[i].value > ranges[i].max)
             return error_set(err, ST_INVALID, "%s is %d; %d to %d can be", ranges[i].key,
                              ranges[i].value, ranges[i].min, ranges[i].max);
-    if (c->index == INDEX_ROTATED && (d < 16 || (d & (d - 1)) != 0))
+    if (shape->latent_dim)
+        return validate_latent(c, shape, err);
+    if (c->index == INDEX_ROTATED && !can_rotate(d, d))
         return error_set(err, ST_UNSUPPORTED,
                          "head_dim %d: the rotated index needs a power of two from 16 up; "
                          "use token-index channels", d);
@@ -193,7 +216,8 @@ static uint64_t fingerprint(const struct select_plan *p, const struct kv_shape *
 {
     const struct select_config *c = &p->config;
     int32_t head[] = { c->filter, c->index, c->selection, c->sink_tokens, c->recent_tokens,
-                       c->crossover_tokens, shape->head_dim, shape->kv_heads, p->n_layers };
+                       c->crossover_tokens, shape->head_dim, shape->latent_dim,
+                       shape->kv_heads, p->n_layers };
     uint64_t h = XXH3_64bits(head, sizeof head);
 
     for (int l = 0; l < p->n_layers; l++) {

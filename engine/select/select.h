@@ -62,8 +62,8 @@ struct select_config select_default(void);
 /* Check cfg against the shape and spread it over the layers.  A sentence for
  * the operator when impossible: budgets below the forced tokens, a kept-token
  * budget above keep_blocks * BLOCK_TOKENS, a bad exception, head_dim not a
- * power of two for INDEX_ROTATED, channels missing for INDEX_CHANNELS, lagged without a layer that
- * selects. */
+ * power of two for INDEX_ROTATED, channels missing for INDEX_CHANNELS, latent keys with parts that
+ * are not powers of two or with INDEX_CHANNELS, lagged without a layer that selects. */
 enum status select_plan_init(struct select_plan *plan, const struct select_config *cfg,
                              const struct kv_shape *shape, int n_layers,
                              const int16_t *channels, struct error *err) MUST_USE;

@@ -8,7 +8,8 @@
  * head: some rows of a sequence times the query heads of the KV head.  Many rows a unit
  * save reading and turning the keys again; units are made smaller while there are too
  * few for the workers, and when even that does not help, the splits of a unit become
- * tasks of their own, whose states are joined afterwards.  No cut changes a result. */
+ * tasks of their own, whose states are joined afterwards.  One row with one split has only
+ * its heads to divide, of which a latent key has all.  No cut changes a result. */
 enum {
     UNIT_QUERIES = 96,           /* q and acc, 100 KB, stay in the second-level cache */
     LEAST_QUERIES = 12,
@@ -20,7 +21,7 @@ enum {
 struct attention {
     const struct attend_leaf *leaf;
     struct stream *s;
-    float *out;                  /* [rows, heads, head_dim] */
+    float *out;                  /* [rows, heads, value_dim] */
     const float *q;
     const bf16 *kv;
     const int32_t *table;        /* [seqs, max_blocks] */
@@ -31,7 +32,8 @@ struct attention {
     size_t q_stride;
     float scale;
     int seqs, heads, group, max_blocks, keep_tokens;
-    int unit_rows, units_a_head; /* rows of a unit; units of one sequence and KV head */
+    int unit_rows, unit_heads;   /* at most in a unit */
+    int head_parts, units_a_head; /* units of one row and KV head, and of all rows */
     int splits;                  /* of the longest list, when they are tasks; else 0 */
     float *states;               /* [units, splits] states */
     size_t states_bytes;
@@ -39,6 +41,7 @@ struct attention {
 
 struct unit {
     int seq, kv_head, row, rows; /* rows of the batch from row on */
+    int head, heads;             /* query heads from head on */
     int index;
 };
 
@@ -49,12 +52,12 @@ static size_t at(int row, int width)
 
 static size_t state_floats(const struct attention *a)
 {
-    return at(a->unit_rows * a->group, a->shape.head_dim + 2);
+    return at(a->unit_rows * a->unit_heads, kv_value_dim(&a->shape) + 2);
 }
 
 static struct attend_state state_at(const struct attention *a, float *base)
 {
-    int n = a->unit_rows * a->group;
+    int n = a->unit_rows * a->unit_heads;
 
     return (struct attend_state){ .max = base, .sum = base + n, .acc = base + 2 * n };
 }
@@ -62,15 +65,18 @@ static struct attend_state state_at(const struct attention *a, float *base)
 /* The rows of unit `index`; false when it has none, or its sequence is padding. */
 static bool find_unit(const struct attention *a, int index, struct unit *u)
 {
-    int heads = a->shape.kv_heads, part = index % a->units_a_head;
+    int part = index % a->units_a_head, list = index / a->units_a_head;
 
     u->index = index;
-    u->kv_head = index / a->units_a_head % heads;
-    u->seq = index / a->units_a_head / heads;
+    u->kv_head = list % a->shape.kv_heads;
+    u->seq = list / a->shape.kv_heads;
     int rows = a->chosen ? 1 : a->n_rows[u->seq];
-    int from = part * a->unit_rows;
-    if (from >= rows || (a->chosen ? a->n_chosen[index] : a->n_tokens[u->seq]) == 0)
+    int from = part / a->head_parts * a->unit_rows;
+    if (from >= rows || (a->chosen ? a->n_chosen[list] : a->n_tokens[u->seq]) == 0)
         return false;
+    int first_head = part % a->head_parts * a->unit_heads;
+    u->head = u->kv_head * a->group + first_head;
+    u->heads = a->group - first_head < a->unit_heads ? a->group - first_head : a->unit_heads;
     u->row = (a->chosen ? u->seq : a->first_row[u->seq]) + from;
     u->rows = rows - from < a->unit_rows ? rows - from : a->unit_rows;
     return true;
@@ -84,14 +90,14 @@ static int row_sees(const struct attention *a, const struct unit *u, int row)
     return a->n_tokens[u->seq] - a->n_rows[u->seq] + row - a->first_row[u->seq] + 1;
 }
 
-static const bf16 *key_at(const struct attention *a, const struct unit *u, int position)
+static const bf16 *row_at(const struct attention *a, const struct unit *u, int position)
 {
     const int32_t *table = a->table + at(u->seq, a->max_blocks);
-    size_t head_dim = (size_t)a->shape.head_dim;
     size_t block = (size_t)table[position / BLOCK_TOKENS];
     size_t token = at(u->kv_head, BLOCK_TOKENS) + (size_t)(position % BLOCK_TOKENS);
 
-    return a->kv + block * (kv_block_bytes(&a->shape) / sizeof(bf16)) + token * 2 * head_dim;
+    return a->kv + block * (kv_block_bytes(&a->shape) / sizeof(bf16)) +
+           token * kv_row_dim(&a->shape);
 }
 
 /* Tokens first..end - 1 of the list, at most a block of them. */
@@ -106,7 +112,7 @@ static void find_rows(const struct attention *a, const struct unit *u, int first
     for (int j = 0; j < BLOCK_TOKENS; j++) {
         int token = first + (j < b->n ? j : b->n - 1);
         b->row[j] = a->rows ? a->rows[list + (size_t)token]
-                            : key_at(a, u, chosen ? chosen[token] : token);
+                            : row_at(a, u, chosen ? chosen[token] : token);
     }
 }
 
@@ -119,7 +125,7 @@ struct workspace {
 
 static size_t workspace_floats(const struct attention *a)
 {
-    size_t queries = (size_t)(a->unit_rows * a->group);
+    size_t queries = (size_t)(a->unit_rows * a->unit_heads);
     size_t head_dim = (size_t)a->shape.head_dim;
 
     return queries * head_dim + 2 * state_floats(a) + ATTEND_QUERIES * BLOCK_TOKENS +
@@ -142,10 +148,14 @@ static void open_workspace(const struct attention *a, int worker, struct workspa
     size_t before = worker == 0 ? a->states_bytes : 0;
     char *base = cpu_scratch(a->s, worker, before + workspace_floats(a) * sizeof(float));
     float *free = (float *)(void *)(base + before);
-    size_t queries = (size_t)(a->unit_rows * a->group);
+    size_t queries = (size_t)(a->unit_rows * a->unit_heads);
     size_t head_dim = (size_t)a->shape.head_dim;
 
-    w->tile = (struct attend_tile){ .head_dim = a->shape.head_dim };
+    w->tile = (struct attend_tile){
+        .head_dim = a->shape.head_dim,
+        .value_dim = kv_value_dim(&a->shape),
+        .value_at = a->shape.latent_dim ? 0 : a->shape.head_dim,
+    };
     w->tile.q = carve(&free, queries * head_dim);
     w->total = state_at(a, carve(&free, state_floats(a)));
     w->part = state_at(a, carve(&free, state_floats(a)));
@@ -159,9 +169,9 @@ static void load_queries(const struct attention *a, const struct unit *u,
 {
     int head_dim = a->shape.head_dim;
 
-    t->n = u->rows * a->group;
+    t->n = u->rows * u->heads;
     for (int i = 0; i < t->n; i++) {
-        int row = u->row + i / a->group, head = u->kv_head * a->group + i % a->group;
+        int row = u->row + i / u->heads, head = u->head + i % u->heads;
         const float *from = a->q + (size_t)row * a->q_stride + at(head, head_dim);
         float *to = t->q + at(i, head_dim);
         for (int d = 0; d < head_dim; d++)
@@ -180,7 +190,7 @@ static void walk_split(const struct attention *a, const struct unit *u, int spli
         t->state.max[i] = -INFINITY;
         t->state.sum[i] = 0;
     }
-    for (size_t d = 0; d < at(t->n, t->head_dim); d++)
+    for (size_t d = 0; d < at(t->n, t->value_dim); d++)
         t->state.acc[d] = 0;
     for (int block = split * SPLIT_BLOCKS; block < (split + 1) * SPLIT_BLOCKS; block++) {
         if (block * BLOCK_TOKENS >= last)
@@ -192,28 +202,28 @@ static void walk_split(const struct attention *a, const struct unit *u, int spli
 
 /* Join the state of query i of a later split to the total. */
 static void join(struct attend_state *total, const struct attend_state *part, int i,
-                 int head_dim)
+                 int value_dim)
 {
     float max = total->max[i] > part->max[i] ? total->max[i] : part->max[i];
     float keep = expf(total->max[i] - max), take = expf(part->max[i] - max);
-    float *acc = total->acc + at(i, head_dim);
-    const float *more = part->acc + at(i, head_dim);
+    float *acc = total->acc + at(i, value_dim);
+    const float *more = part->acc + at(i, value_dim);
 
     total->sum[i] = total->sum[i] * keep + part->sum[i] * take;
     total->max[i] = max;
-    for (int d = 0; d < head_dim; d++)
+    for (int d = 0; d < value_dim; d++)
         acc[d] = acc[d] * keep + more[d] * take;
 }
 
 static void write_out(const struct attention *a, const struct unit *u,
                       const struct attend_state *total)
 {
-    int head_dim = a->shape.head_dim;
+    int value_dim = kv_value_dim(&a->shape);
 
-    for (int i = 0; i < u->rows * a->group; i++) {
-        int row = u->row + i / a->group, head = u->kv_head * a->group + i % a->group;
-        a->leaf->finish(a->out + at(row, a->heads * head_dim) + at(head, head_dim),
-                        total->acc + at(i, head_dim), 1 / total->sum[i], head_dim);
+    for (int i = 0; i < u->rows * u->heads; i++) {
+        int row = u->row + i / u->heads, head = u->head + i % u->heads;
+        a->leaf->finish(a->out + at(row, a->heads * value_dim) + at(head, value_dim),
+                        total->acc + at(i, value_dim), 1 / total->sum[i], value_dim);
     }
 }
 
@@ -232,7 +242,7 @@ static void unit_task(void *arg, int task, int worker)
         walk_split(a, &u, split, &w.tile);
         for (int i = 0; split > 0 && i < w.tile.n; i++)
             if (w.tile.see[i] > split * SPLIT_TOKENS)
-                join(&w.total, &w.part, i, a->shape.head_dim);
+                join(&w.total, &w.part, i, kv_value_dim(&a->shape));
     }
     write_out(a, &u, &w.total);
 }
@@ -272,9 +282,9 @@ static void join_task(void *arg, int task, int worker)
     struct attend_state total = split_state(a, task, 0);
     for (int split = 1; split < a->splits; split++) {
         struct attend_state part = split_state(a, task, split);
-        for (int i = 0; i < u.rows * a->group; i++)
-            if (row_sees(a, &u, u.row + i / a->group) > split * SPLIT_TOKENS)
-                join(&total, &part, i, a->shape.head_dim);
+        for (int i = 0; i < u.rows * u.heads; i++)
+            if (row_sees(a, &u, u.row + i / u.heads) > split * SPLIT_TOKENS)
+                join(&total, &part, i, kv_value_dim(&a->shape));
     }
     write_out(a, &u, &total);
 }
@@ -286,9 +296,40 @@ static int ceil_div(int a, int b)
     return (a + b - 1) / b;
 }
 
+static const struct attend_leaf *leaf_of(const struct attention *a)
+{
+    bool whole = a->shape.head_dim % 32 == 0 && kv_value_dim(&a->shape) % 32 == 0;
+
+    return a->s->be->isa == ISA_SCALAR            ? &scalar_attend_leaf
+           : a->s->be->isa == ISA_AVX512 && whole ? &avx512_attend_leaf
+                                                  : &avx2_attend_leaf;
+}
+
 static int count_units(const struct attention *a)
 {
     return a->seqs * a->shape.kv_heads * a->units_a_head;
+}
+
+/* Sets unit_rows, unit_heads and what follows from them. */
+static void cut_units(struct attention *a, int most_rows, int splits)
+{
+    int wanted = UNITS_A_WORKER * workers_count(a->s->be->workers);
+
+    a->unit_heads = a->group;
+    a->head_parts = 1;
+    a->unit_rows = UNIT_QUERIES / a->group > 1 ? UNIT_QUERIES / a->group : 1;
+    if (a->unit_rows > most_rows)
+        a->unit_rows = most_rows;
+    a->units_a_head = ceil_div(most_rows, a->unit_rows);
+    while (count_units(a) < wanted && a->unit_rows / 2 * a->group >= LEAST_QUERIES) {
+        a->unit_rows /= 2;
+        a->units_a_head = ceil_div(most_rows, a->unit_rows);
+    }
+    while (most_rows == 1 && count_units(a) * splits < wanted &&
+           a->unit_heads > ATTEND_QUERIES) {
+        a->unit_heads = ceil_div(a->unit_heads, 2);
+        a->units_a_head = a->head_parts = ceil_div(a->group, a->unit_heads);
+    }
 }
 
 static void attend(struct attention *a, int most_rows, int most_tokens)
@@ -299,19 +340,10 @@ static void attend(struct attention *a, int most_rows, int most_tokens)
     if (most_tokens == 0)        /* nothing but padding */
         return;
     a->group = a->heads / a->shape.kv_heads;
-    a->leaf = a->s->be->isa == ISA_AVX512 && a->shape.head_dim >= 32 ? &avx512_attend_leaf
-              : a->s->be->isa == ISA_SCALAR                        ? &scalar_attend_leaf
-                                                                   : &avx2_attend_leaf;
-    a->unit_rows = UNIT_QUERIES / a->group > 1 ? UNIT_QUERIES / a->group : 1;
-    if (a->unit_rows > most_rows)
-        a->unit_rows = most_rows;
-    a->units_a_head = ceil_div(most_rows, a->unit_rows);
-    while (count_units(a) < UNITS_A_WORKER * workers &&
-           a->unit_rows / 2 * a->group >= LEAST_QUERIES) {
-        a->unit_rows /= 2;
-        a->units_a_head = ceil_div(most_rows, a->unit_rows);
-    }
-    int splits = ceil_div(most_tokens, SPLIT_TOKENS), units = count_units(a);
+    a->leaf = leaf_of(a);
+    int splits = ceil_div(most_tokens, SPLIT_TOKENS);
+    cut_units(a, most_rows, splits);
+    int units = count_units(a);
     size_t bytes = at(units, splits) * state_floats(a) * sizeof(float);
     if (splits == 1 || workers == 1 || units >= UNITS_A_WORKER * workers ||
         bytes > MOST_STATE_BYTES) {

@@ -22,12 +22,13 @@ enum { SPLIT_TOKENS = 1024 };
 struct attend_state {
     float *max;                  /* [n] largest score, -inf before the first token */
     float *sum;                  /* [n] */
-    float *acc;                  /* [n, head_dim], channels in the leaf's own order */
+    float *acc;                  /* [n, value_dim], channels in the leaf's own order */
 };
 
 /* Queries of one KV head that walk over the same list. */
 struct attend_tile {
-    int n, head_dim;
+    int n, head_dim;             /* of the keys */
+    int value_dim, value_at;     /* of the values, and where they begin in a row */
     float *q;                    /* [n, head_dim], times the scale of the scores */
     int32_t *see;                /* [n] how many tokens of the list each sees */
     struct attend_state state;
@@ -40,7 +41,7 @@ enum { ATTEND_QUERIES = 6 };
 
 /* Up to BLOCK_TOKENS tokens of the list, from number `first` on. */
 struct attend_block {
-    const bf16 *row[BLOCK_TOKENS]; /* [K: head_dim | V: head_dim]; past n: as the last */
+    const bf16 *row[BLOCK_TOKENS]; /* layout.h; past n: as the last */
     int first, n;                /* n >= 1 */
 };
 
@@ -48,7 +49,7 @@ struct attend_leaf {
     /* Take the block into the state of every query. */
     void (*take)(struct attend_tile *t, const struct attend_block *b);
     /* out = acc * factor, in the order of the channels */
-    void (*finish)(float *out, const float *acc, float factor, int head_dim);
+    void (*finish)(float *out, const float *acc, float factor, int value_dim);
 };
 
 /* attend_selected() of tokens whose rows are at given addresses: rows [S, G, keep_tokens] in
@@ -57,7 +58,7 @@ void cpu_attend_rows(struct stream *s, const struct attend_selected_args *args,
                      const bf16 *const *rows);
 
 extern const struct attend_leaf scalar_attend_leaf;
-extern const struct attend_leaf avx2_attend_leaf;   /* head_dim >= 16 */
-extern const struct attend_leaf avx512_attend_leaf; /* head_dim >= 32 */
+extern const struct attend_leaf avx2_attend_leaf;   /* widths a multiple of 16 */
+extern const struct attend_leaf avx512_attend_leaf; /* widths a multiple of 32 */
 
 #endif

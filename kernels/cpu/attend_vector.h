@@ -74,18 +74,20 @@ INLINE float weigh(struct attend_tile *t, int i, float *work, int sees)
 
 /* acc = acc * shrink + the weighted values of the first n_tokens rows, for the channel
  * pairs of `vecs` vectors from `pair` on. */
-INLINE void add_channels(float *acc, const float *shrink, const float *work,
-                         const struct attend_block *b, int n_tokens, int head_dim, int pair,
+INLINE void add_channels(const struct attend_tile *t, float *acc, const float *shrink,
+                         const struct attend_block *b, int n_tokens, int pair,
                          const int vecs, const int n)
 {
+    const int value_dim = t->value_dim, value_at = t->value_at;
+    const float *work = t->work;
     vec sum[ATTEND_QUERIES][2 * PAIR_VECS];
 
     acc += 2 * pair;
     UNROLL for (int i = 0; i < n; i++)
         UNROLL for (int v = 0; v < 2 * vecs; v++)
-            sum[i][v] = vec_mul(vec_set(shrink[i]), vec_load(acc + i * head_dim + v * LANES));
+            sum[i][v] = vec_mul(vec_set(shrink[i]), vec_load(acc + i * value_dim + v * LANES));
     for (int j = 0; j < n_tokens; j++) {
-        const bf16 *value = b->row[j] + head_dim + 2 * pair;
+        const bf16 *value = b->row[j] + value_at + 2 * pair;
         UNROLL for (int v = 0; v < vecs; v++) {
             ivec words = pair_load(value + 2 * v * LANES);
             vec even = pair_even(words), odd = pair_odd(words);
@@ -98,18 +100,18 @@ INLINE void add_channels(float *acc, const float *shrink, const float *work,
     }
     UNROLL for (int i = 0; i < n; i++)
         UNROLL for (int v = 0; v < 2 * vecs; v++)
-            vec_store(acc + i * head_dim + v * LANES, sum[i][v]);
+            vec_store(acc + i * value_dim + v * LANES, sum[i][v]);
 }
 
-INLINE void add_values(float *acc, const float *shrink, const float *work,
-                       const struct attend_block *b, int n_tokens, int head_dim, const int n)
+INLINE void add_values(const struct attend_tile *t, float *acc, const float *shrink,
+                       const struct attend_block *b, int n_tokens, const int n)
 {
-    int pair = 0;
+    int pair = 0, pairs = t->value_dim / 2;
 
-    for (; pair + PAIR_VECS * LANES <= head_dim / 2; pair += PAIR_VECS * LANES)
-        add_channels(acc, shrink, work, b, n_tokens, head_dim, pair, PAIR_VECS, n);
-    for (; pair < head_dim / 2; pair += LANES)
-        add_channels(acc, shrink, work, b, n_tokens, head_dim, pair, 1, n);
+    for (; pair + PAIR_VECS * LANES <= pairs; pair += PAIR_VECS * LANES)
+        add_channels(t, acc, shrink, b, n_tokens, pair, PAIR_VECS, n);
+    for (; pair < pairs; pair += LANES)
+        add_channels(t, acc, shrink, b, n_tokens, pair, 1, n);
 }
 
 /* Queries from..from + n - 1 of the tile.  One that sees nothing of the block keeps its
@@ -118,8 +120,8 @@ INLINE void take_queries(struct attend_tile *t, const struct attend_block *b, in
                          const int n)
 {
     float shrink[ATTEND_QUERIES];
+    float *acc = t->state.acc + (size_t)from * (size_t)t->value_dim;
     int head_dim = t->head_dim, most = 0;
-    size_t at = (size_t)from * (size_t)head_dim;
 
     for (int i = 0; i < n; i++)
         if (t->see[from + i] - b->first > most)
@@ -127,7 +129,7 @@ INLINE void take_queries(struct attend_tile *t, const struct attend_block *b, in
     most = most < b->n ? most : b->n;
     if (most == 0)
         return;
-    score_queries(t->work, t->q + at, t->keys, head_dim, n);
+    score_queries(t->work, t->q + (size_t)from * (size_t)head_dim, t->keys, head_dim, n);
     for (int i = 0; i < n; i++) {
         float *work = t->work + i * BLOCK_TOKENS;
         int sees = t->see[from + i] - b->first;
@@ -139,7 +141,7 @@ INLINE void take_queries(struct attend_tile *t, const struct attend_block *b, in
                 vec_store(work + j, vec_zero());
         }
     }
-    add_values(t->state.acc + at, shrink, t->work, b, most, head_dim, n);
+    add_values(t, acc, shrink, b, most, n);
 }
 
 /* A function each, so that the compiler allocates registers for each count alone. */
@@ -194,9 +196,9 @@ static void vector_take(struct attend_tile *t, const struct attend_block *b)
     }
 }
 
-static void vector_finish(float *out, const float *acc, float factor, int head_dim)
+static void vector_finish(float *out, const float *acc, float factor, int value_dim)
 {
-    for (int from = 0; from < head_dim; from += 2 * LANES)
+    for (int from = 0; from < value_dim; from += 2 * LANES)
         for (int i = 0; i < LANES; i++) {
             out[from + 2 * i] = acc[from + i] * factor;
             out[from + 2 * i + 1] = acc[from + LANES + i] * factor;

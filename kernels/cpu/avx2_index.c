@@ -53,11 +53,47 @@ static void avx2_look_up(float *best, const struct index_codes *codes, const flo
             look_up_tokens(best + t, words + t, n_words, tables + q * n_words * 128, q == 0);
 }
 
+/* Two products of 3 by 127 fit 16 bits, so nothing saturates before the widening. */
+static void dot_codes(int32_t *sum, const uint32_t *codes,
+                      const int8_t (*n)[SCORE_QUERIES][4], int quads)
+{
+    const __m256i ones = _mm256_set1_epi16(1);
+
+    for (int t = 0; t < BLOCK_TOKENS; t += 2 * LANES) {
+        __m256i acc[SCORE_QUERIES][2];
+        for (int q = 0; q < SCORE_QUERIES; q++)
+            acc[q][0] = acc[q][1] = _mm256_setzero_si256();
+        for (int i = 0; i < quads; i++) {
+            const __m256i_u *at = (const __m256i_u *)(const void *)(codes + i * BLOCK_TOKENS + t);
+            __m256i code[2] = { _mm256_loadu_si256(at), _mm256_loadu_si256(at + 1) };
+            for (int q = 0; q < SCORE_QUERIES; q++) {
+                int32_t four;
+                memcpy(&four, n[i][q], sizeof four);
+                __m256i query = _mm256_set1_epi32(four);
+                for (int g = 0; g < 2; g++) {
+                    __m256i pairs = _mm256_maddubs_epi16(code[g], query);
+                    acc[q][g] = _mm256_add_epi32(acc[q][g], _mm256_madd_epi16(pairs, ones));
+                }
+            }
+        }
+        for (int q = 0; q < SCORE_QUERIES; q++)
+            for (int g = 0; g < 2; g++)
+                _mm256_storeu_si256((__m256i_u *)(void *)(sum + q * BLOCK_TOKENS + t + g * LANES),
+                                    acc[q][g]);
+    }
+}
+
+#include "kernels/cpu/latent_scores_body.h"
+
 const struct index_leaf avx2_index_leaf = {
-    .place = leaf_place,
+    .norm = leaf_norm,
+    .turn = leaf_turn,
+    .turn_pairs = leaf_turn_pairs,
     .add_key = leaf_add_key,
     .rotate = leaf_rotate,
     .bound = leaf_bound,
     .scale_scores = leaf_scale_scores,
     .look_up = avx2_look_up,
+    .round_query = leaf_round_query,
+    .score_latent = leaf_score_latent,
 };

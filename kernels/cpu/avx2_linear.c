@@ -6,7 +6,8 @@
 /* Dot products eight lanes wide, as in avx512_linear.c with half the registers of half
  * the width: 3 rows by 4 outputs is 12 sums, 3 of x and one weight in 16 registers,
  * 12 multiply-adds for 7 loads and 4 widenings: 88 GFLOP/s a core on Zen 4. */
-enum { LANES = 8, TILE_ROWS = 3, TILE_OUTS = 4, AHEAD_BYTES = 8192 };
+enum { LANES = 8, TILE_ROWS = 3, TILE_OUTS = 4, AHEAD_BYTES = 8192,
+       TURNED_ROWS = 4, TURNED_VECS = 2, TURNED_WIDE = 8 };
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -82,8 +83,9 @@ struct ahead {
 };
 
 /* The sums of n_rows rows and TILE_OUTS outputs. */
-INLINE void dot_tile(__m256 acc[TILE_ROWS][TILE_OUTS], const float *x, const void *w,
-                     enum dtype type, size_t dim, int n_rows, struct ahead ahead)
+INLINE void dot_tile(__m256 acc[TILE_ROWS][TILE_OUTS], const float *x,
+                     size_t x_stride, const void *w, enum dtype type, size_t dim, int n_rows,
+                     struct ahead ahead)
 {
     const size_t whole = dim / LANES * LANES;
 
@@ -96,7 +98,7 @@ INLINE void dot_tile(__m256 acc[TILE_ROWS][TILE_OUTS], const float *x, const voi
         __m256 rows[TILE_ROWS];
 #pragma GCC unroll 8
         for (int i = 0; i < n_rows; i++)
-            rows[i] = _mm256_loadu_ps(x + (size_t)i * dim + k);
+            rows[i] = _mm256_loadu_ps(x + (size_t)i * x_stride + k);
 #pragma GCC unroll 8
         for (int j = 0; j < TILE_OUTS; j++) {
             __m256 weight = load_weight(w, type, (size_t)j * dim + k);
@@ -114,7 +116,7 @@ INLINE void dot_tile(__m256 acc[TILE_ROWS][TILE_OUTS], const float *x, const voi
         __m256 weight = load_weight_tail(w, type, (size_t)j * dim + whole, dim - whole);
 #pragma GCC unroll 8
         for (int i = 0; i < n_rows; i++) {
-            __m256 row = load_weight_tail(x, DTYPE_F32, (size_t)i * dim + whole, dim - whole);
+            __m256 row = load_weight_tail(x, DTYPE_F32, (size_t)i * x_stride + whole, dim - whole);
             acc[i][j] = _mm256_fmadd_ps(row, weight, acc[i][j]);
         }
     }
@@ -125,7 +127,7 @@ INLINE void dot_four(const struct dot_block *b, enum dtype type, int r, int o, i
                      const float *bias, struct ahead ahead)
 {
     const size_t dim = (size_t)b->in_dim;
-    const float *x = b->x + (size_t)r * dim;
+    const float *x = b->x + (size_t)r * b->x_stride;
     const void *w = weight_offset(b->weight, type, (size_t)o * dim);
     __m256 acc[TILE_ROWS][TILE_OUTS];
 
@@ -134,7 +136,7 @@ INLINE void dot_four(const struct dot_block *b, enum dtype type, int r, int o, i
         for (int j = 0; j < TILE_OUTS; j++)
             acc[0][j] = dot_one(x, weight_offset(w, type, (size_t)j * dim), type, dim);
     } else {
-        dot_tile(acc, x, w, type, dim, n_rows, ahead);
+        dot_tile(acc, x, b->x_stride, w, type, dim, n_rows, ahead);
     }
 #pragma GCC unroll 8
     for (int i = 0; i < n_rows; i++)
@@ -176,12 +178,33 @@ INLINE void dot_block(const struct dot_block *b, enum dtype type)
         const void *w = weight_offset(b->weight, type, (size_t)o * dim);
         float bias = b->bias ? weight_at(b->bias, type, (size_t)o) : 0;
         for (int r = 0; r < b->rows; r++) {
-            __m256 acc = dot_one(b->x + (size_t)r * dim, w, type, dim);
+            __m256 acc = dot_one(b->x + (size_t)r * b->x_stride, w, type, dim);
             store_outs(b->out + (size_t)r * b->out_stride + o, sum_lanes(acc, acc, acc, acc),
                        b->bias ? &bias : NULL, 1);
         }
     }
 }
+
+#define vec               __m256
+#define vec_zero()        _mm256_setzero_ps()
+#define vec_set(x)        _mm256_set1_ps(x)
+#define vec_fma(a, b, c)  _mm256_fmadd_ps(a, b, c)
+#define vec_store(p, x)   _mm256_storeu_ps(p, x)
+
+INLINE __m256 load_part(const void *w, enum dtype type, size_t i, int n)
+{
+    return load_weight_tail(w, type, i, (size_t)n);
+}
+
+INLINE void store_part(float *out, __m256 x, int n)
+{
+    float part[LANES];
+
+    _mm256_storeu_ps(part, x);
+    memcpy(out, part, (size_t)n * sizeof *out);
+}
+
+#include "kernels/cpu/linear_turned.h"
 
 static void dot_bf16(const struct dot_block *b)
 {
@@ -196,4 +219,9 @@ static void dot_f32(const struct dot_block *b)
 void avx2_dot_block(const struct dot_block *b)
 {
     (b->type == DTYPE_F32 ? dot_f32 : dot_bf16)(b);
+}
+
+void avx2_turned_block(const struct dot_block *b)
+{
+    (b->type == DTYPE_F32 ? turned_f32 : turned_bf16)(b);
 }

@@ -74,11 +74,42 @@ static void avx512_look_up(float *best, const struct index_codes *codes, const f
     look_up_words(best, words, codes->parts * codes->bytes / 4, tables, queries);
 }
 
+static void dot_codes(int32_t *sum, const uint32_t *codes,
+                      const int8_t (*n)[SCORE_QUERIES][4], int quads)
+{
+    __m512i acc[SCORE_QUERIES][GROUPS];
+
+    for (int q = 0; q < SCORE_QUERIES; q++)
+        for (int g = 0; g < GROUPS; g++)
+            acc[q][g] = _mm512_setzero_si512();
+    for (int i = 0; i < quads; i++) {
+        __m512i code[GROUPS];
+        for (int g = 0; g < GROUPS; g++)
+            code[g] = _mm512_loadu_si512(codes + i * BLOCK_TOKENS + g * LANES);
+        for (int q = 0; q < SCORE_QUERIES; q++) {
+            int32_t four;
+            memcpy(&four, n[i][q], sizeof four);
+            __m512i query = _mm512_set1_epi32(four);
+            for (int g = 0; g < GROUPS; g++)
+                acc[q][g] = _mm512_dpbusd_epi32(acc[q][g], code[g], query);
+        }
+    }
+    for (int q = 0; q < SCORE_QUERIES; q++)
+        for (int g = 0; g < GROUPS; g++)
+            _mm512_storeu_si512(sum + q * BLOCK_TOKENS + g * LANES, acc[q][g]);
+}
+
+#include "kernels/cpu/latent_scores_body.h"
+
 const struct index_leaf avx512_index_leaf = {
-    .place = leaf_place,
+    .norm = leaf_norm,
+    .turn = leaf_turn,
+    .turn_pairs = leaf_turn_pairs,
     .add_key = leaf_add_key,
     .rotate = leaf_rotate,
     .bound = leaf_bound,
     .scale_scores = leaf_scale_scores,
     .look_up = avx512_look_up,
+    .round_query = leaf_round_query,
+    .score_latent = leaf_score_latent,
 };

@@ -15,7 +15,8 @@
  * widened weights, copied first, came to 105.  The four weight streams of a tile
  * starve on memory unless it prefetches what lies AHEAD_BYTES on, in the order of
  * addresses. */
-enum { LANES = 16, TILE_ROWS = 6, TILE_OUTS = 4, AHEAD_BYTES = 8192 };
+enum { LANES = 16, TILE_ROWS = 6, TILE_OUTS = 4, AHEAD_BYTES = 8192,
+       TURNED_ROWS = 4, TURNED_VECS = 4, TURNED_WIDE = 16 };
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -95,8 +96,9 @@ struct ahead {
 };
 
 /* The sums of n_rows rows and TILE_OUTS outputs. */
-INLINE void dot_tile(__m512 acc[TILE_ROWS][TILE_OUTS], const float *x, const void *w,
-                     enum dtype type, size_t dim, int n_rows, struct ahead ahead)
+INLINE void dot_tile(__m512 acc[TILE_ROWS][TILE_OUTS], const float *x,
+                     size_t x_stride, const void *w, enum dtype type, size_t dim, int n_rows,
+                     struct ahead ahead)
 {
     const size_t whole = dim / LANES * LANES;
 
@@ -109,7 +111,7 @@ INLINE void dot_tile(__m512 acc[TILE_ROWS][TILE_OUTS], const float *x, const voi
         __m512 rows[TILE_ROWS];
 #pragma GCC unroll 8
         for (int i = 0; i < n_rows; i++)
-            rows[i] = _mm512_loadu_ps(x + (size_t)i * dim + k);
+            rows[i] = _mm512_loadu_ps(x + (size_t)i * x_stride + k);
 #pragma GCC unroll 8
         for (int j = 0; j < TILE_OUTS; j++) {
             __m512 weight = load_weight(w, type, (size_t)j * dim + k);
@@ -129,7 +131,7 @@ INLINE void dot_tile(__m512 acc[TILE_ROWS][TILE_OUTS], const float *x, const voi
         __m512 weight = load_weight_tail(w, type, (size_t)j * dim + whole, mask);
 #pragma GCC unroll 8
         for (int i = 0; i < n_rows; i++) {
-            __m512 row = _mm512_maskz_loadu_ps(mask, x + (size_t)i * dim + whole);
+            __m512 row = _mm512_maskz_loadu_ps(mask, x + (size_t)i * x_stride + whole);
             acc[i][j] = _mm512_fmadd_ps(row, weight, acc[i][j]);
         }
     }
@@ -140,7 +142,7 @@ INLINE void dot_four(const struct dot_block *b, enum dtype type, int r, int o, i
                      const float *bias, struct ahead ahead)
 {
     const size_t dim = (size_t)b->in_dim;
-    const float *x = b->x + (size_t)r * dim;
+    const float *x = b->x + (size_t)r * b->x_stride;
     const void *w = weight_offset(b->weight, type, (size_t)o * dim);
     __m512 acc[TILE_ROWS][TILE_OUTS];
 
@@ -149,7 +151,7 @@ INLINE void dot_four(const struct dot_block *b, enum dtype type, int r, int o, i
         for (int j = 0; j < TILE_OUTS; j++)
             acc[0][j] = dot_one(x, weight_offset(w, type, (size_t)j * dim), type, dim);
     } else {
-        dot_tile(acc, x, w, type, dim, n_rows, ahead);
+        dot_tile(acc, x, b->x_stride, w, type, dim, n_rows, ahead);
     }
 #pragma GCC unroll 8
     for (int i = 0; i < n_rows; i++)
@@ -194,12 +196,30 @@ INLINE void dot_block(const struct dot_block *b, enum dtype type)
         const void *w = weight_offset(b->weight, type, (size_t)o * dim);
         float bias = b->bias ? weight_at(b->bias, type, (size_t)o) : 0;
         for (int r = 0; r < b->rows; r++) {
-            __m512 acc = dot_one(b->x + (size_t)r * dim, w, type, dim);
+            __m512 acc = dot_one(b->x + (size_t)r * b->x_stride, w, type, dim);
             store_outs(b->out + (size_t)r * b->out_stride + o, sum_lanes(acc, acc, acc, acc),
                        b->bias ? &bias : NULL, 1);
         }
     }
 }
+
+#define vec               __m512
+#define vec_zero()        _mm512_setzero_ps()
+#define vec_set(x)        _mm512_set1_ps(x)
+#define vec_fma(a, b, c)  _mm512_fmadd_ps(a, b, c)
+#define vec_store(p, x)   _mm512_storeu_ps(p, x)
+
+INLINE __m512 load_part(const void *w, enum dtype type, size_t i, int n)
+{
+    return load_weight_tail(w, type, i, tail_mask((size_t)n));
+}
+
+INLINE void store_part(float *out, __m512 x, int n)
+{
+    _mm512_mask_storeu_ps(out, tail_mask((size_t)n), x);
+}
+
+#include "kernels/cpu/linear_turned.h"
 
 static void dot_bf16(const struct dot_block *b)
 {
@@ -214,4 +234,9 @@ static void dot_f32(const struct dot_block *b)
 void avx512_dot_block(const struct dot_block *b)
 {
     (b->type == DTYPE_F32 ? dot_f32 : dot_bf16)(b);
+}
+
+void avx512_turned_block(const struct dot_block *b)
+{
+    (b->type == DTYPE_F32 ? turned_f32 : turned_bf16)(b);
 }

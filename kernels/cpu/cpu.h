@@ -53,6 +53,8 @@ void cpu_linear(struct stream *s, const struct linear_args *a);
 void cpu_logits(struct stream *s, const struct logits_args *a);
 void cpu_rope_table(struct stream *s, const struct rope_table_args *a);
 void cpu_rope_store(struct stream *s, const struct rope_store_args *a);
+void cpu_linear_heads(struct stream *s, const struct linear_heads_args *a);
+void cpu_latent_store(struct stream *s, const struct latent_store_args *a);
 void cpu_attend_dense(struct stream *s, const struct attend_dense_args *a);
 void cpu_block_filter(struct stream *s, const struct block_filter_args *a);
 void cpu_token_select(struct stream *s, const struct token_select_args *a);

@@ -3,6 +3,7 @@
 #include "engine/base/host_limits.h"
 #include "engine/base/invariant.h"
 #include "engine/base/mem.h"
+#include "kernels/cpu/index.h"
 #include "kernels/cpu/isa.h"
 #include "kernels/cpu/scratch.h"
 
@@ -20,9 +21,25 @@ struct event {
     _Atomic uint64_t records;
 };
 
-static bool power_of_two(int n)
+static bool can_rotate(int dim, int most)
 {
-    return n > 0 && (n & (n - 1)) == 0;
+    return dim >= 16 && dim <= most && (dim & (dim - 1)) == 0;
+}
+
+static bool supports_latent(const struct kv_shape *kv, struct error *why)
+{
+    int latent = kv->latent_dim, rope = kv->head_dim - latent;
+
+    if (kv->kv_heads != 1)
+        error_set(why, ST_UNSUPPORTED, "%d KV heads: latent attention has one", kv->kv_heads);
+    else if (kv->index != INDEX_ROTATED)
+        error_set(why, ST_UNSUPPORTED, "latent attention has the rotated token index alone");
+    else if (!can_rotate(latent, MOST_PART_DIM) || !can_rotate(rope, MOST_PART_DIM))
+        error_set(why, ST_UNSUPPORTED, "latent keys of %d and %d channels: the CPU back end does "
+                  "powers of two from 16 to %d", latent, rope, (int)MOST_PART_DIM);
+    else
+        return true;
+    return false;
 }
 
 static bool cpu_supports(const struct shape_query *q, struct error *why)
@@ -34,17 +51,19 @@ static bool cpu_supports(const struct shape_query *q, struct error *why)
     else if (q->heads % kv->kv_heads)
         error_set(why, ST_UNSUPPORTED, "%d query heads do not divide among %d KV heads",
                   q->heads, kv->kv_heads);
-    else if (!power_of_two(kv->head_dim) || kv->head_dim < 16 || kv->head_dim > 256)
+    else if (q->n_experts > MOST_EXPERTS || q->n_chosen > MOST_CHOSEN)
+        error_set(why, ST_UNSUPPORTED,
+                  "%d of %d experts for each token: the CPU back end does up to %d of %d",
+                  q->n_chosen, q->n_experts, MOST_CHOSEN, MOST_EXPERTS);
+    else if (kv->latent_dim)
+        return supports_latent(kv, why);
+    else if (!can_rotate(kv->head_dim, 256))
         error_set(why, ST_UNSUPPORTED,
                   "head dimension %d: the CPU back end does powers of two from 16 to 256",
                   kv->head_dim);
     else if (kv->index == INDEX_CHANNELS && kv->head_dim < INDEX_CHANNELS_KEPT)
         error_set(why, ST_UNSUPPORTED, "head dimension %d has fewer than %d channels to keep",
                   kv->head_dim, INDEX_CHANNELS_KEPT);
-    else if (q->n_experts > MOST_EXPERTS || q->n_chosen > MOST_CHOSEN)
-        error_set(why, ST_UNSUPPORTED,
-                  "%d of %d experts for each token: the CPU back end does up to %d of %d",
-                  q->n_chosen, q->n_experts, MOST_CHOSEN, MOST_EXPERTS);
     else
         return true;
     return false;
@@ -58,6 +77,8 @@ static const struct backend_ops cpu_ops = {
     .logits = cpu_logits,
     .rope_table = cpu_rope_table,
     .rope_store = cpu_rope_store,
+    .linear_heads = cpu_linear_heads,
+    .latent_store = cpu_latent_store,
     .attend_dense = cpu_attend_dense,
     .block_filter = cpu_block_filter,
     .token_select = cpu_token_select,

@@ -200,8 +200,8 @@ static void dot(const struct mixture *m, const struct cut *c, float *out, const 
     m->dot(&(struct dot_block){
         .out = out + c->first * (size_t)out_dim + c->from, .x = x + c->first * (size_t)in_dim,
         .weight = weight_offset(weight, type, c->from * (size_t)in_dim),
-        .out_stride = (size_t)out_dim, .type = type, .rows = c->rows, .outs = c->outs,
-        .in_dim = in_dim });
+        .out_stride = (size_t)out_dim, .x_stride = (size_t)in_dim, .type = type,
+        .rows = c->rows, .outs = c->outs, .in_dim = in_dim });
 }
 
 static void gated_task(void *arg, int task, int worker)

@@ -19,27 +19,38 @@ static float halving_sum(float *s, int n)
 
 static float mean_square(const float *x, int n)
 {
-    float s[MOST_HEAD_DIM];
+    float s[MOST_PART_DIM];
 
     for (int i = 0; i < n; i++)
         s[i] = x[i] * x[i];
     return halving_sum(s, n) * (1.0f / (float)n);
 }
 
-static void leaf_place(float *x, const float *norm, const float *cos_sin, int head_dim,
-                       float eps)
+static void leaf_norm(float *x, const float *weight, int n, float eps)
 {
-    int half = head_dim / 2;
+    float factor = 1 / sqrtf(mean_square(x, n) + eps);
 
-    if (norm) {
-        float factor = 1 / sqrtf(mean_square(x, head_dim) + eps);
-        for (int i = 0; i < head_dim; i++)
-            x[i] = x[i] * factor * norm[i];
-    }
+    for (int i = 0; i < n; i++)
+        x[i] = x[i] * factor * weight[i];
+}
+
+static void leaf_turn(float *x, const float *cos_sin, int n)
+{
+    int half = n / 2;
+
     for (int i = 0; i < half; i++) {
         float a = x[i], b = x[i + half];
         x[i] = a * cos_sin[i] - b * cos_sin[i + half];
         x[i + half] = b * cos_sin[i] + a * cos_sin[i + half];
+    }
+}
+
+static void leaf_turn_pairs(float *x, const float *cos_sin, int n)
+{
+    for (int i = 0; i < n / 2; i++) {
+        float a = x[2 * i], b = x[2 * i + 1];
+        x[2 * i] = a * cos_sin[i] - b * cos_sin[i + n / 2];
+        x[2 * i + 1] = b * cos_sin[i] + a * cos_sin[i + n / 2];
     }
 }
 
@@ -55,19 +66,19 @@ static inline __attribute__((always_inline)) void butterflies(float *x, int n,
         }
 }
 
-static void leaf_rotate(float *out, const float *x, int head_dim)
+static void leaf_rotate(float *out, const float *x, int n)
 {
-    float factor = 1 / sqrtf((float)head_dim);
+    float factor = 1 / sqrtf((float)n);
 
-    for (int i = 0; i < head_dim; i++)
+    for (int i = 0; i < n; i++)
         out[i] = rotation_sign(i) < 0 ? -x[i] : x[i];
-    butterflies(out, head_dim, 1);
-    butterflies(out, head_dim, 2);
-    butterflies(out, head_dim, 4);
-    butterflies(out, head_dim, 8);
-    for (int distance = 16; distance < head_dim; distance *= 2)
-        butterflies(out, head_dim, distance);
-    for (int i = 0; i < head_dim; i++)
+    butterflies(out, n, 1);
+    butterflies(out, n, 2);
+    butterflies(out, n, 4);
+    butterflies(out, n, 8);
+    for (int distance = 16; distance < n; distance *= 2)
+        butterflies(out, n, distance);
+    for (int i = 0; i < n; i++)
         out[i] *= factor;
 }
 
@@ -86,9 +97,9 @@ static void widen_bounds(const struct index_record *r, const bf16 *key, const fl
     }
 }
 
-static void put_scale(const struct index_record *r, int offset, int token, bf16 scale)
+static void put_scale(const struct index_record *r, int offset, int number, bf16 scale)
 {
-    memcpy(r->base + offset + 2 * token, &scale, sizeof scale);
+    memcpy(r->base + offset + 2 * number, &scale, sizeof scale);
 }
 
 static bf16 scale_of(const float *x, int n)
@@ -96,21 +107,23 @@ static bf16 scale_of(const float *x, int n)
     return float_to_bf16(0.996f * sqrtf(mean_square(x, n)));
 }
 
-static void add_rotated(const struct index_record *r, const float *x, int token)
+/* n channels of the key x from channel `from` on; their scale is number `number` of the block. */
+static void add_rotated(const struct index_record *r, const float *x, int from, int n,
+                        int token, int number)
 {
-    float y[MOST_HEAD_DIM];
-    bf16 rounded = scale_of(x, r->head_dim);
+    float y[MOST_PART_DIM];
+    bf16 rounded = scale_of(x + from, n);
     float scale = bf16_to_float(rounded);
-    int bytes = r->head_dim / 8;
-    uint8_t *sign = r->base + r->layout.sign + token * bytes;
-    uint8_t *large = r->base + r->layout.large + token * bytes;
+    int bytes = n / 8, at = (token * r->head_dim + from) / 8;
+    uint8_t *sign = r->base + r->layout.sign + at;
+    uint8_t *large = r->base + r->layout.large + at;
 
-    put_scale(r, r->layout.scale, token, rounded);
+    put_scale(r, r->layout.scale, number, rounded);
     memset(sign, 0, (size_t)bytes);
     memset(large, 0, (size_t)bytes);
     if (scale == 0)
         return;
-    leaf_rotate(y, x, r->head_dim);
+    leaf_rotate(y, x + from, n);
     for (int b = 0; b < bytes; b++) {
         unsigned s = 0, l = 0;
         for (int i = 0; i < 8; i++) {
@@ -164,21 +177,25 @@ static void leaf_add_key(const struct index_record *r, const bf16 *key, int toke
         x[i] = bf16_to_float(key[i]);
     if (r->layout.lo >= 0)
         widen_bounds(r, key, x, token);
-    if (r->kind == INDEX_ROTATED)
-        add_rotated(r, x, token);
-    else
+    if (r->kind == INDEX_CHANNELS) {
         add_channels_kept(r, x, token);
+    } else if (r->latent_dim == 0) {
+        add_rotated(r, x, 0, r->head_dim, token, token);
+    } else {
+        add_rotated(r, x, 0, r->latent_dim, token, 2 * token);
+        add_rotated(r, x, r->latent_dim, r->head_dim - r->latent_dim, token, 2 * token + 1);
+    }
 }
 
-static float leaf_bound(const float *q, const bf16 *lo, const bf16 *hi, int head_dim)
+static float leaf_bound(const float *q, const bf16 *lo, const bf16 *hi, int n)
 {
-    float s[MOST_HEAD_DIM];
+    float s[MOST_PART_DIM];
 
-    for (int i = 0; i < head_dim; i++) {
+    for (int i = 0; i < n; i++) {
         float a = q[i] * bf16_to_float(lo[i]), b = q[i] * bf16_to_float(hi[i]);
         s[i] = a > b ? a : b;
     }
-    return halving_sum(s, head_dim);
+    return halving_sum(s, n);
 }
 
 static float leaf_scale_scores(float *score, const bf16 *scale, int n)
@@ -205,7 +222,7 @@ static float leaf_scale_scores(float *score, const bf16 *scale, int n)
     return best;
 }
 
-enum { MOST_CODE_WORDS = 2 * MOST_HEAD_DIM / 32 };
+enum { MOST_CODE_WORDS = 2 * MOST_PART_DIM / 32 };
 
 /* Codes in words, turned: [word][token], tokens into lanes.  bytes is a multiple of 4. */
 static inline void turn_words(uint32_t *out, const struct index_codes *codes)

@@ -49,7 +49,7 @@ static void product_task(void *arg, int task, int worker)
     (void)worker;
     b.rows = min_int(p->task_rows, b.rows - r);
     b.outs = min_int(p->task_outs, b.outs - o);
-    b.x += (size_t)r * (size_t)b.in_dim;
+    b.x += (size_t)r * b.x_stride;
     b.out += (size_t)r * b.out_stride + (size_t)o;
     b.weight = weight_offset(b.weight, b.type, (size_t)o * (size_t)b.in_dim);
     if (b.bias)
@@ -103,6 +103,7 @@ void cpu_linear(struct stream *s, const struct linear_args *a)
         .weight = a->weight,
         .bias = a->bias,
         .out_stride = (size_t)a->out_stride,
+        .x_stride = (size_t)a->in_dim,
         .type = a->weight_type,
         .rows = a->rows,
         .outs = a->out_dim,
@@ -120,6 +121,7 @@ void cpu_logits(struct stream *s, const struct logits_args *a)
         .x = a->x,
         .weight = a->weight,
         .out_stride = (size_t)a->vocab,
+        .x_stride = (size_t)a->dim,
         .type = a->weight_type,
         .rows = a->rows,
         .outs = a->vocab,

@@ -14,12 +14,12 @@ static void norm_task(void *arg, int task, int worker)
 {
     const struct norm *n = arg;
     const struct add_norm_args *a = &n->args;
-    const size_t dim = (size_t)a->dim;
+    const size_t dim = (size_t)a->dim, stride = a->x_stride ? (size_t)a->x_stride : dim;
     int end = (task + 1) * ROWS_A_TASK;
 
     (void)worker;
     for (int t = task * ROWS_A_TASK; t < end && t < a->rows; t++) {
-        size_t from = (size_t)(a->rows_of ? a->rows_of[t] : t) * dim;
+        size_t from = (size_t)(a->rows_of ? a->rows_of[t] : t) * stride;
         float *x = (float *)a->x + from;
         const float *delta = a->delta ? (const float *)a->delta + from : NULL;
         float square = n->leaf->add_square(x, delta, a->dim);

@@ -7,7 +7,7 @@
 
 /* The part of a set that belongs to one KV head, and the sequence that has it. */
 struct hot_head {
-    bf16 *rows;                  /* [N, 2 D] */
+    bf16 *rows;                  /* [N, kv_row_dim] */
     uint16_t *row_of;            /* [P] */
     int32_t *position;           /* [N] */
     uint32_t *used;              /* [N] */
@@ -32,7 +32,7 @@ static struct hot_head hot_head_of(const struct resolve_args *a, int seq, int kv
     size_t positions = head * (size_t)a->max_blocks * BLOCK_TOKENS;
 
     return (struct hot_head){
-        .rows = hot->rows + rows * 2 * (size_t)a->shape.head_dim,
+        .rows = hot->rows + rows * kv_row_dim(&a->shape),
         .row_of = hot->row_of + positions,
         .position = hot->position + rows,
         .used = hot->used + rows,
@@ -152,7 +152,7 @@ static void report_stall(const struct resolve_args *a, int lists)
 
 void cpu_resolve(struct stream *s, const struct resolve_args *a)
 {
-    struct resolution r = { .a = a, .s = s, .row = 2 * (size_t)a->shape.head_dim };
+    struct resolution r = { .a = a, .s = s, .row = kv_row_dim(&a->shape) };
     int lists = a->seqs * a->shape.kv_heads;
 
     if (s->failed != ST_OK || a->seqs == 0)

@@ -14,28 +14,27 @@ struct rope_store {
     int query_tasks, key_pieces;
 };
 
-/* The norm's weights as floats in store, or NULL. */
-static const float *norm_weights(float *store, const void *weight, enum dtype type, int n)
+/* One head of q or k: normalised (norm may be NULL), then rotated by its position. */
+static void place(const struct rope_store *r, float *x, const float *norm, int row)
 {
-    if (!weight)
-        return NULL;
-    for (int i = 0; i < n; i++)
-        store[i] = weight_at(weight, type, (size_t)i);
-    return store;
+    int head_dim = r->args.shape.head_dim;
+
+    if (norm)
+        r->leaf->norm(x, norm, head_dim, r->args.eps);
+    r->leaf->turn(x, r->args.cos_sin + (size_t)row * (size_t)head_dim, head_dim);
 }
 
 static void place_queries(const struct rope_store *r, int from, int to)
 {
     const struct rope_store_args *a = &r->args;
     int head_dim = a->shape.head_dim;
-    float store[MOST_HEAD_DIM];
-    const float *norm = norm_weights(store, a->q_norm, a->norm_type, head_dim);
+    float store[MOST_PART_DIM];
+    const float *norm = weights_in(store, a->q_norm, a->norm_type, head_dim);
 
     for (int row = from; row < to; row++) {
-        const float *cos_sin = a->cos_sin + (size_t)row * (size_t)head_dim;
         float *q = (float *)a->q + (size_t)row * (size_t)a->qkv_stride_q;
         for (int h = 0; h < a->heads; h++)
-            r->leaf->place(q + h * head_dim, norm, cos_sin, head_dim, a->eps);
+            place(r, q + h * head_dim, norm, row);
     }
 }
 
@@ -46,13 +45,13 @@ static void store_row(const struct rope_store *r, int row, int kv_head, const fl
     const float *k = (const float *)a->k + (size_t)row * (size_t)a->qkv_stride_k;
     const float *v = (const float *)a->v + (size_t)row * (size_t)a->qkv_stride_v;
     size_t block = (size_t)a->kv_block[row] * (kv_block_bytes(&a->shape) / sizeof(bf16));
-    size_t place = (size_t)(kv_head * BLOCK_TOKENS + token) * 2 * (size_t)head_dim;
-    bf16 *out = a->kv + block + place;
-    float key[MOST_HEAD_DIM];
+    size_t in_block = (size_t)(kv_head * BLOCK_TOKENS + token) * kv_row_dim(&a->shape);
+    bf16 *out = a->kv + block + in_block;
+    float key[MOST_PART_DIM];
 
     for (int i = 0; i < head_dim; i++)
         key[i] = k[kv_head * head_dim + i];
-    r->leaf->place(key, norm, a->cos_sin + (size_t)row * (size_t)head_dim, head_dim, a->eps);
+    place(r, key, norm, row);
     for (int i = 0; i < head_dim; i++) {
         out[i] = float_to_bf16(key[i]);
         out[head_dim + i] = float_to_bf16(v[kv_head * head_dim + i]);
@@ -68,21 +67,11 @@ static void store_row(const struct rope_store *r, int row, int kv_head, const fl
     r->leaf->add_key(&record, out, token);
 }
 
-/* The first row from `row` on that begins a run of one block. */
-static int run_start(const struct rope_store_args *a, int row)
-{
-    if (row >= a->rows)
-        return a->rows;
-    while (row > 0 && row < a->rows && a->index_block[row] == a->index_block[row - 1])
-        row++;
-    return row;
-}
-
 static void rope_task(void *arg, int task, int worker)
 {
     const struct rope_store *r = arg;
     const struct rope_store_args *a = &r->args;
-    float store[MOST_HEAD_DIM];
+    float store[MOST_PART_DIM];
 
     (void)worker;
     if (task < r->query_tasks) {
@@ -92,9 +81,9 @@ static void rope_task(void *arg, int task, int worker)
     }
     task -= r->query_tasks;
     int from = task % r->key_pieces * KEY_ROWS, kv_head = task / r->key_pieces;
-    int end = run_start(a, from + KEY_ROWS);
-    const float *norm = norm_weights(store, a->k_norm, a->norm_type, a->shape.head_dim);
-    for (int row = run_start(a, from); row < end; row++)
+    int end = run_start(a->index_block, a->rows, from + KEY_ROWS);
+    const float *norm = weights_in(store, a->k_norm, a->norm_type, a->shape.head_dim);
+    for (int row = run_start(a->index_block, a->rows, from); row < end; row++)
         if (a->kv_block[row] >= 0)
             store_row(r, row, kv_head, norm);
 }
@@ -111,7 +100,7 @@ void cpu_rope_store(struct stream *s, const struct rope_store_args *a)
 
     if (s->failed != ST_OK || a->rows <= 0)
         return;
-    ASSERT(a->shape.head_dim <= MOST_HEAD_DIM);
+    ASSERT(a->shape.head_dim <= MOST_PART_DIM && a->shape.latent_dim == 0);
     ASSERT(a->shape.index != INDEX_CHANNELS || a->channels);
     workers_run(s->be->workers, r.query_tasks + a->shape.kv_heads * r.key_pieces, rope_task,
                 &r);

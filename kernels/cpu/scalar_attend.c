@@ -15,7 +15,7 @@ static float dot(const float *q, const bf16 *k, int n)
 static void take_one(struct attend_tile *t, int i, const struct attend_block *b, int n)
 {
     const float *q = t->q + (size_t)i * (size_t)t->head_dim;
-    float *acc = t->state.acc + (size_t)i * (size_t)t->head_dim;
+    float *acc = t->state.acc + (size_t)i * (size_t)t->value_dim;
     float *score = t->work, max = t->state.max[i], sum = 0;
 
     for (int j = 0; j < n; j++) {
@@ -23,13 +23,13 @@ static void take_one(struct attend_tile *t, int i, const struct attend_block *b,
         max = score[j] > max ? score[j] : max;
     }
     float shrink = expf(t->state.max[i] - max);
-    for (int d = 0; d < t->head_dim; d++)
+    for (int d = 0; d < t->value_dim; d++)
         acc[d] *= shrink;
     for (int j = 0; j < n; j++) {
-        const bf16 *v = b->row[j] + t->head_dim;
+        const bf16 *v = b->row[j] + t->value_at;
         float weight = expf(score[j] - max);
         sum += weight;
-        for (int d = 0; d < t->head_dim; d++)
+        for (int d = 0; d < t->value_dim; d++)
             acc[d] += weight * bf16_to_float(v[d]);
     }
     t->state.sum[i] = t->state.sum[i] * shrink + sum;
@@ -45,9 +45,9 @@ static void scalar_take(struct attend_tile *t, const struct attend_block *b)
     }
 }
 
-static void scalar_finish(float *out, const float *acc, float factor, int head_dim)
+static void scalar_finish(float *out, const float *acc, float factor, int value_dim)
 {
-    for (int d = 0; d < head_dim; d++)
+    for (int d = 0; d < value_dim; d++)
         out[d] = acc[d] * factor;
 }
 

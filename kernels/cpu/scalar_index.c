@@ -22,11 +22,30 @@ void scalar_look_up(float *best, const struct index_codes *codes, const float *t
         }
 }
 
+static void dot_codes(int32_t *sum, const uint32_t *codes,
+                      const int8_t (*n)[SCORE_QUERIES][4], int quads)
+{
+    for (int q = 0; q < SCORE_QUERIES; q++)
+        for (int t = 0; t < BLOCK_TOKENS; t++) {
+            int32_t s = 0;
+            for (int i = 0; i < quads; i++)
+                for (int b = 0; b < 4; b++)
+                    s += (int32_t)(codes[i * BLOCK_TOKENS + t] >> 8 * b & 255) * n[i][q][b];
+            sum[q * BLOCK_TOKENS + t] = s;
+        }
+}
+
+#include "kernels/cpu/latent_scores_body.h"
+
 const struct index_leaf scalar_index_leaf = {
-    .place = leaf_place,
+    .norm = leaf_norm,
+    .turn = leaf_turn,
+    .turn_pairs = leaf_turn_pairs,
     .add_key = leaf_add_key,
     .rotate = leaf_rotate,
     .bound = leaf_bound,
     .scale_scores = leaf_scale_scores,
     .look_up = scalar_look_up,
+    .round_query = leaf_round_query,
+    .score_latent = leaf_score_latent,
 };

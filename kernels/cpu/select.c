@@ -14,7 +14,8 @@
  *   sum x[d] * (sign ? 1 : -1) * (large ? 1.5 : 0.5)
  *     = sum x[d] * (sign ? 1 : -1) + sum x[d] / 2 * (sign == large ? 1 : -1)
  *
- * so the second part is where the planes agree, and its tables are halved. */
+ * so the second part is where the planes agree, and its tables are halved.  Latent keys are
+ * scored by whole numbers instead (latent_scores_body.h). */
 enum {
     PIECE_BLOCKS = 32,           /* scored by a task: 2,048 tokens, as long as the tables take */
 };
@@ -119,7 +120,7 @@ static void make_tables(const struct selection *a, const struct target *t, float
     const int16_t *channels = a->channels ? a->channels + t->kv_head * INDEX_CHANNELS_KEPT
                                           : NULL;
     int head_dim = a->shape.head_dim;
-    float x[MOST_HEAD_DIM];
+    float x[MOST_PART_DIM];
 
     for (int i = 0; i < a->group; i++, tables += table_floats(a)) {
         const float *q = query_at(a, t, i);
@@ -136,6 +137,58 @@ static void make_tables(const struct selection *a, const struct target *t, float
     }
 }
 
+/* ---- queries as they are scored: tables, or whole numbers for latent keys */
+
+static int tiles_of(const struct selection *a)
+{
+    return (a->group + SCORE_QUERIES - 1) / SCORE_QUERIES;
+}
+
+static void round_queries(const struct selection *a, const struct target *t,
+                          struct latent_queries *tiles)
+{
+    int latent = a->shape.latent_dim, rope = a->shape.head_dim - latent;
+    float x[MOST_PART_DIM];
+
+    memset(tiles, 0, (size_t)tiles_of(a) * sizeof *tiles);
+    for (int i = 0; i < a->group; i++) {
+        struct latent_queries *to = &tiles[i / SCORE_QUERIES];
+        const float *q = query_at(a, t, i);
+        a->leaf->rotate(x, q, latent);
+        a->leaf->round_query(to, i % SCORE_QUERIES, x, 0, latent, 0);
+        a->leaf->rotate(x, q + latent, rope);
+        a->leaf->round_query(to, i % SCORE_QUERIES, x, latent, rope, 1);
+    }
+}
+
+/* What a task makes of its queries: tables, or of latent keys the other two. */
+struct prepared {
+    const float *tables;             /* [group, table_floats] */
+    const struct latent_queries *tiles; /* [tiles_of] */
+    uint32_t *work;                  /* [head_dim / 4, BLOCK_TOKENS] */
+};
+
+static struct prepared prepare(const struct selection *a, const struct target *t, int worker)
+{
+    struct prepared p = { 0 };
+
+    if (a->shape.latent_dim) {
+        size_t bytes = (size_t)tiles_of(a) * sizeof *p.tiles;
+        size_t words = (size_t)a->shape.head_dim / 4 * BLOCK_TOKENS;
+        struct latent_queries *tiles =
+            cpu_scratch(a->s, worker, bytes + words * sizeof *p.work);
+        round_queries(a, t, tiles);
+        p.tiles = tiles;
+        p.work = (uint32_t *)(void *)(tiles + tiles_of(a));
+    } else {
+        float *tables = cpu_scratch(a->s, worker, (size_t)(a->group * table_floats(a)) *
+                                                      sizeof *tables);
+        make_tables(a, t, tables);
+        p.tables = tables;
+    }
+    return p;
+}
+
 /* ---- scores */
 
 /* Where the planes of a rotated key agree. */
@@ -149,16 +202,35 @@ static void agreement(uint64_t *out, const uint8_t *sign, const uint8_t *large, 
     }
 }
 
+static float score_latent_tokens(const struct selection *a, const uint8_t *record,
+                                 const struct prepared *p, float *score, int n)
+{
+    const struct index_layout *l = &a->layout;
+    float best;
+
+    a->leaf->score_latent(score, &(struct latent_codes){
+        .scale = (const bf16 *)(const void *)(record + l->scale),
+        .sign = record + l->sign, .large = a->kept ? record + l->large : NULL,
+        .latent_dim = a->shape.latent_dim, .head_dim = a->shape.head_dim, .work = p->work },
+        p->tiles, a->group);
+    best = score[0];
+    for (int t = 1; t < n; t++)
+        best = score[t] > best ? score[t] : best;
+    return best;
+}
+
 /* Scores of all BLOCK_TOKENS tokens of a block, and the largest of the first n; those
  * past the context mean nothing. */
 static float score_tokens(const struct selection *a, const uint8_t *record,
-                          const float *tables, float *score, int n)
+                          const struct prepared *p, float *score, int n)
 {
     const struct index_layout *l = &a->layout;
-    uint64_t agree[BLOCK_TOKENS * MOST_HEAD_DIM / 64];
+    uint64_t agree[BLOCK_TOKENS * MOST_PART_DIM / 64];
     struct index_codes codes = { .parts = 1, .bytes = a->code_bytes };
     int scale;
 
+    if (p->tiles)
+        return score_latent_tokens(a, record, p, score, n);
     if (a->shape.index == INDEX_ROTATED) {
         codes.part[0] = record + l->sign;
         scale = l->scale;
@@ -171,20 +243,23 @@ static float score_tokens(const struct selection *a, const uint8_t *record,
         codes.part[0] = record + (a->kept ? l->fine : l->coarse);
         scale = a->kept ? l->scale4 : l->scale2;
     }
-    a->leaf->look_up(score, &codes, tables, a->group);
+    a->leaf->look_up(score, &codes, p->tables, a->group);
     return a->leaf->scale_scores(score, (const bf16 *)(const void *)(record + scale), n);
 }
 
 static float bounds_score(const struct selection *a, const struct target *t,
                           const uint8_t *record)
 {
+    const bf16 *lo = (const bf16 *)(const void *)(record + a->layout.lo);
+    const bf16 *hi = (const bf16 *)(const void *)(record + a->layout.hi);
+    int latent = a->shape.latent_dim, rest = a->shape.head_dim - latent;
     float best = 0;
 
     for (int i = 0; i < a->group; i++) {
-        float score = a->leaf->bound(query_at(a, t, i),
-                                     (const bf16 *)(const void *)(record + a->layout.lo),
-                                     (const bf16 *)(const void *)(record + a->layout.hi),
-                                     a->shape.head_dim);
+        const float *q = query_at(a, t, i);
+        float score = a->leaf->bound(q + latent, lo + latent, hi + latent, rest);
+        if (latent)
+            score += a->leaf->bound(q, lo, hi, latent);
         if (i == 0 || score > best)
             best = score;
     }
@@ -192,7 +267,7 @@ static float bounds_score(const struct selection *a, const struct target *t,
 }
 
 static void score_block(const struct selection *a, const struct target *t, int block,
-                        const float *tables, uint32_t *key)
+                        const struct prepared *p, uint32_t *key)
 {
     int left = t->n_tokens - block * BLOCK_TOKENS;
     float score[BLOCK_TOKENS];
@@ -202,16 +277,16 @@ static void score_block(const struct selection *a, const struct target *t, int b
     else if (a->shape.filter == FILTER_BOUNDS)
         *key = top_key(bounds_score(a, t, record_at(a, t, block)));
     else
-        *key = top_key(score_tokens(a, record_at(a, t, block), tables, score,
+        *key = top_key(score_tokens(a, record_at(a, t, block), p, score,
                                     left < BLOCK_TOKENS ? left : BLOCK_TOKENS));
 }
 
 static void score_kept_block(const struct selection *a, const struct target *t, int block,
-                             const float *tables, uint32_t *keys)
+                             const struct prepared *p, uint32_t *keys)
 {
     float score[BLOCK_TOKENS];
 
-    score_tokens(a, record_at(a, t, block), tables, score, BLOCK_TOKENS);
+    score_tokens(a, record_at(a, t, block), p, score, BLOCK_TOKENS);
     for (int i = 0; i < BLOCK_TOKENS; i++)
         keys[i] = always_chosen(block * BLOCK_TOKENS + i, t->n_tokens, a->sink_tokens,
                                 a->recent_tokens)
@@ -225,22 +300,19 @@ static void score_task(void *arg, int task, int worker)
     struct target t = target_at(a, task / a->pieces);
     int from = task % a->pieces * PIECE_BLOCKS, to = from + PIECE_BLOCKS;
     uint32_t *keys = a->keys + (size_t)t.index * (size_t)a->most_items;
-    float *tables = NULL;
+    struct prepared p = { 0 };
 
     if (to > t.n_blocks)
         to = t.n_blocks;
     if (from >= to)
         return;
-    if (a->kept || a->shape.filter == FILTER_COARSE) {
-        tables = cpu_scratch(a->s, worker,
-                             (size_t)(a->group * table_floats(a)) * sizeof(float));
-        make_tables(a, &t, tables);
-    }
+    if (a->kept || a->shape.filter == FILTER_COARSE)
+        p = prepare(a, &t, worker);
     for (int i = from; i < to; i++) {
         if (t.kept)
-            score_kept_block(a, &t, t.kept[i], tables, keys + i * BLOCK_TOKENS);
+            score_kept_block(a, &t, t.kept[i], &p, keys + i * BLOCK_TOKENS);
         else
-            score_block(a, &t, i, tables, keys + i);
+            score_block(a, &t, i, &p, keys + i);
     }
 }
 
@@ -280,7 +352,9 @@ static void select_items(struct selection *a, int heads)
     int targets = a->seqs * a->shape.kv_heads;
 
     ASSERT(heads % a->shape.kv_heads == 0 && a->keep > 0);
-    ASSERT(a->shape.head_dim <= MOST_HEAD_DIM);
+    ASSERT(a->shape.head_dim - a->shape.latent_dim <= MOST_PART_DIM);
+    ASSERT(a->shape.latent_dim <= MOST_PART_DIM);
+    ASSERT(a->shape.latent_dim == 0 || a->shape.index == INDEX_ROTATED);
     ASSERT(a->shape.index != INDEX_CHANNELS || a->channels);
     a->leaf = index_leaf_of(a->s);
     a->layout = index_layout(&a->shape);

@@ -31,6 +31,7 @@
  *   a hint that K and V are not needed again: nothing, when merely reading */
 
 #include "kernels/cuda/attend.cuh"
+#include "kernels/cuda/latent.cuh"
 
 namespace {
 
@@ -448,6 +449,10 @@ void cuda_attend_rows(struct stream *s, const struct attend_selected_args *args,
     decode a = {};
     int head_dim = args->shape.head_dim, most = args->keep_tokens;
 
+    if (latent::is_latent(&args->shape)) {
+        latent::queue_attend_selected(s, args, rows);
+        return;
+    }
     if (args->seqs == 0)
         return;
     a.out = (__nv_bfloat16 *)args->out;
@@ -474,6 +479,8 @@ size_t cuda_attend_dense_scratch(const struct kv_shape *shape, int max_seqs, int
                                  int max_blocks)
 {
     (void)max_blocks;
+    if (latent::is_latent(shape))
+        return latent::attend_scratch(max_seqs, heads);
     return (size_t)max_seqs * heads * most_chunks(shape->kv_heads) *
            part_floats(shape->head_dim) * sizeof(float);
 }

@@ -6,6 +6,7 @@
  * two tiles of 16 rows, so what it loads of a block is used twice. */
 
 #include "kernels/cuda/attend.cuh"
+#include "kernels/cuda/latent.cuh"
 
 namespace {
 
@@ -252,6 +253,10 @@ void cuda_attend_dense(struct stream *s, const struct attend_dense_args *a)
 {
     if (a->seqs == 0)
         return;
+    if (latent::is_latent(&a->shape)) {
+        latent::queue_attend(s, a);
+        return;
+    }
     /* Which sequences have one row is known on the device alone. */
     cuda_attend_one_row(s, a);
     if (a->max_n_rows > 1 && !attend_many_rows_hopper(s, a))

@@ -60,14 +60,21 @@ static __device__ __forceinline__ void barrier_wait(uint64_t *barrier)
                  : : "r"(shared_address(barrier)) : "memory");
 }
 
-/* Shared memory of this block to the same place in block `rank`. */
-static __device__ __forceinline__ void send_bytes(int rank, const void *p, unsigned bytes,
-                                                  uint64_t *barrier)
+/* Shared memory of this block at p to what block `rank` has as `place`. */
+static __device__ __forceinline__ void send_to(int rank, const void *place, const void *p,
+                                               unsigned bytes, uint64_t *barrier)
 {
     asm volatile("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes "
                  "[%0], [%1], %2, [%3];"
-                 : : "r"(address_in(rank, p)), "r"(shared_address(p)), "r"(bytes),
+                 : : "r"(address_in(rank, place)), "r"(shared_address(p)), "r"(bytes),
                      "r"(address_in(rank, barrier)) : "memory");
+}
+
+/* To the same place in block `rank`. */
+static __device__ __forceinline__ void send_bytes(int rank, const void *p, unsigned bytes,
+                                                  uint64_t *barrier)
+{
+    send_to(rank, p, p, bytes, barrier);
 }
 
 /* To the place in block `rank` that this block has as `place`.  As large pieces as can be:

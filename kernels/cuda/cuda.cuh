@@ -138,6 +138,8 @@ void cuda_linear(struct stream *s, const struct linear_args *a);
 void cuda_logits(struct stream *s, const struct logits_args *a);
 void cuda_rope_table(struct stream *s, const struct rope_table_args *a);
 void cuda_rope_store(struct stream *s, const struct rope_store_args *a);
+void cuda_linear_heads(struct stream *s, const struct linear_heads_args *a);
+void cuda_latent_store(struct stream *s, const struct latent_store_args *a);
 void cuda_attend_dense(struct stream *s, const struct attend_dense_args *a);
 void cuda_block_filter(struct stream *s, const struct block_filter_args *a);
 void cuda_token_select(struct stream *s, const struct token_select_args *a);

@@ -5,6 +5,7 @@
  * reported where it is asked for; everything later sticks to the stream. */
 
 #include "kernels/cuda/cuda.cuh"
+#include "kernels/cuda/latent.cuh"
 
 #include "engine/base/mem.h"
 
@@ -275,26 +276,8 @@ static void device_graph_destroy(struct graph *g)
     mem_free(g);
 }
 
-static bool device_supports(const struct shape_query *q, struct error *why)
+static bool supports_width(const struct shape_query *q, struct error *why)
 {
-    const struct kv_shape *kv = &q->kv;
-
-    if (kv->head_dim != 64 && kv->head_dim != 128) {
-        error_set(why, ST_UNSUPPORTED, "head_dim %d: the CUDA back end has 64 and 128",
-                  kv->head_dim);
-        return false;
-    }
-    if (q->heads / kv->kv_heads > 16) {
-        error_set(why, ST_UNSUPPORTED,
-                  "%d query heads for each KV head: the CUDA back end takes up to 16",
-                  q->heads / kv->kv_heads);
-        return false;
-    }
-    if (kv->kv_heads > MOST_KV_HEADS) {
-        error_set(why, ST_UNSUPPORTED, "%d KV heads: the CUDA back end takes up to %d",
-                  kv->kv_heads, (int)MOST_KV_HEADS);
-        return false;
-    }
     if (q->dim % 8 || q->mlp_dim % 8) {
         error_set(why, ST_UNSUPPORTED,
                   "hidden size %d, MLP size %d: the CUDA back end needs multiples of 8", q->dim,
@@ -316,6 +299,45 @@ static bool device_supports(const struct shape_query *q, struct error *why)
         return false;
     }
     return true;
+}
+
+static bool supports_latent(const struct shape_query *q, struct error *why)
+{
+    const struct kv_shape *kv = &q->kv;
+
+    if (kv->latent_dim == latent::L && kv->head_dim == latent::D &&
+        q->heads <= latent::MOST_HEADS)
+        return true;
+    error_set(why, ST_UNSUPPORTED, "latent attention of %d heads to rows of %d + %d values: the "
+              "CUDA back end takes up to %d heads and rows of %d + %d", q->heads, kv->latent_dim,
+              kv->head_dim - kv->latent_dim, (int)latent::MOST_HEADS, (int)latent::L,
+              (int)latent::P);
+    return false;
+}
+
+static bool device_supports(const struct shape_query *q, struct error *why)
+{
+    const struct kv_shape *kv = &q->kv;
+
+    if (kv->latent_dim)
+        return supports_latent(q, why) && supports_width(q, why);
+    if (kv->head_dim != 64 && kv->head_dim != 128) {
+        error_set(why, ST_UNSUPPORTED, "head_dim %d: the CUDA back end has 64 and 128",
+                  kv->head_dim);
+        return false;
+    }
+    if (q->heads / kv->kv_heads > 16) {
+        error_set(why, ST_UNSUPPORTED,
+                  "%d query heads for each KV head: the CUDA back end takes up to 16",
+                  q->heads / kv->kv_heads);
+        return false;
+    }
+    if (kv->kv_heads > MOST_KV_HEADS) {
+        error_set(why, ST_UNSUPPORTED, "%d KV heads: the CUDA back end takes up to %d",
+                  kv->kv_heads, (int)MOST_KV_HEADS);
+        return false;
+    }
+    return supports_width(q, why);
 }
 
 static const struct device_calls calls = {
@@ -395,6 +417,8 @@ extern "C" enum status cuda_backend_open(struct backend **out, int device, struc
     be->ops.logits = cuda_logits;
     be->ops.rope_table = cuda_rope_table;
     be->ops.rope_store = cuda_rope_store;
+    be->ops.linear_heads = cuda_linear_heads;
+    be->ops.latent_store = cuda_latent_store;
     be->ops.attend_dense = cuda_attend_dense;
     be->ops.block_filter = cuda_block_filter;
     be->ops.token_select = cuda_token_select;

@@ -93,7 +93,8 @@ __global__ void add_norm(struct add_norm_args a)
         weight = load_weights(a.weight, threadIdx.x * VECTOR, a.weight_type);
     let_next_start();
     wait_for_inputs();
-    size_t from = (size_t)(a.rows_of ? a.rows_of[row] : row) * a.dim;
+    size_t stride = a.x_stride ? a.x_stride : a.dim;
+    size_t from = (size_t)(a.rows_of ? a.rows_of[row] : row) * stride;
 #pragma unroll
     for (int p = 0; p < MOST_PARTS; p++) {
         int i = (threadIdx.x + p * blockDim.x) * VECTOR;

@@ -6,6 +6,7 @@
  * 16 bytes on their way each have 32 KB in flight, several times what its latency holds. */
 
 #include "kernels/cuda/hot_rows.cuh"
+#include "kernels/cuda/latent.cuh"
 
 namespace {
 
@@ -29,11 +30,11 @@ template <int DIM>
 __device__ __forceinline__ void fetch(const unsigned *place, const int *missing, int n,
                                       const uint16_t *into, const head &h)
 {
-    enum { PIECES = DIM / 4, AT_ONCE = THREADS / PIECES }; /* of 16 bytes a row; rows */
-    int piece = threadIdx.x % PIECES * 8;
+    enum { PIECES = DIM / 4 };   /* of 16 bytes a row */
 
 #pragma unroll 4
-    for (int i = threadIdx.x / PIECES; i < n; i += AT_ONCE) {
+    for (int k = threadIdx.x; k < n * PIECES; k += THREADS) {
+        int i = k / PIECES, piece = k % PIECES * 8;
         const __nv_bfloat16 *from = row_at<DIM>(h, NULL, place[missing[i]]);
         *(uint4 *)(h.rows + (size_t)into[missing[i]] * (2 * DIM) + piece) =
             __ldcg((const uint4 *)(from + piece));
@@ -111,7 +112,9 @@ void cuda_resolve(struct stream *s, const struct resolve_args *args)
     a.kv_heads = args->shape.kv_heads;
     a.max_blocks = args->max_blocks;
     a.keep_tokens = args->keep_tokens;
-    if (args->shape.head_dim == 128)
+    if (latent::is_latent(&args->shape))
+        resolve<latent::D / 2><<<grid, THREADS, 0, s->cu>>>(a);
+    else if (args->shape.head_dim == 128)
         resolve<128><<<grid, THREADS, 0, s->cu>>>(a);
     else
         resolve<64><<<grid, THREADS, 0, s->cu>>>(a);

@@ -1,48 +1,12 @@
 /* Norm and rotation of queries and keys; keys, values and their index into the pools.
  *
- * A warp takes one head of one row, lane l channels l + 32 i.  The index must come out as
- * layout.h says to the bit, so its arithmetic here is in functions that round each
- * operation and fuse none. */
+ * A warp takes one head of one row, lane l channels l + 32 i. */
 
 #include "kernels/cuda/rotate.cuh"
 
 namespace {
 
 enum { WARPS = 4 };
-
-/* x [DIM / WARP]: the sum over a head, adding the upper half to the lower one until one
- * is left; for all lanes. */
-template <int PARTS>
-__device__ __forceinline__ float halving_sum(float (&s)[PARTS])
-{
-#pragma unroll
-    for (int half = PARTS / 2; half > 0; half /= 2)
-#pragma unroll
-        for (int i = 0; i < half; i++)
-            s[i] = __fadd_rn(s[i], s[i + half]);
-    float sum = s[0];
-#pragma unroll
-    for (int half = WARP / 2; half > 0; half /= 2)
-        sum = __fadd_rn(sum, __shfl_xor_sync(0xffffffffu, sum, half));
-    return sum;
-}
-
-template <int PARTS>
-__device__ __forceinline__ float mean_square(const float (&x)[PARTS])
-{
-    float s[PARTS];
-
-#pragma unroll
-    for (int i = 0; i < PARTS; i++)
-        s[i] = __fmul_rn(x[i], x[i]);
-    return __fmul_rn(halving_sum(s), 1.0f / (float)(PARTS * WARP));
-}
-
-template <int PARTS>
-__device__ __forceinline__ __nv_bfloat16 scale_of(const float (&x)[PARTS])
-{
-    return __float2bfloat16_rn(__fmul_rn(0.996f, __fsqrt_rn(mean_square(x))));
-}
 
 template <int PARTS>
 __device__ __forceinline__ void place(float (&x)[PARTS], const float (&norm)[PARTS],
@@ -71,33 +35,6 @@ struct record {
     struct index_layout layout;
     const int16_t *channels;
 };
-
-template <int PARTS>
-__device__ __forceinline__ void add_rotated(const record &r, const float (&x)[PARTS], int token)
-{
-    enum { DIM = PARTS * WARP };
-    int lane = threadIdx.x % WARP;
-    __nv_bfloat16 rounded = scale_of(x);
-    float scale = __bfloat162float(rounded), y[PARTS];
-    unsigned *sign = (unsigned *)(r.base + r.layout.sign) + token * PARTS;
-    unsigned *large = (unsigned *)(r.base + r.layout.large) + token * PARTS;
-
-#pragma unroll
-    for (int i = 0; i < PARTS; i++)
-        y[i] = x[i];
-    rotate<DIM>(y);
-#pragma unroll
-    for (int i = 0; i < PARTS; i++) {
-        unsigned s = __ballot_sync(0xffffffffu, y[i] >= 0 && scale != 0);
-        unsigned l = __ballot_sync(0xffffffffu, fabsf(y[i]) >= scale && scale != 0);
-        if (lane == 0) {
-            sign[i] = s;
-            large[i] = l;
-        }
-    }
-    if (lane == 0)
-        ((__nv_bfloat16 *)(r.base + r.layout.scale))[token] = rounded;
-}
 
 __device__ __forceinline__ unsigned fine_code(float x, float scale)
 {
@@ -207,7 +144,9 @@ __global__ void __launch_bounds__(WARPS * WARP) rope_store(struct rope_store_arg
     }
     record r = record_of(a, row, kv_head);
     if (a.shape.index == INDEX_ROTATED)
-        add_rotated(r, x, token);
+        add_planes(r.base + r.layout.sign + token * (DIM / 8),
+                   r.base + r.layout.large + token * (DIM / 8),
+                   (__nv_bfloat16 *)(r.base + r.layout.scale) + token, x);
     else
         add_channels_kept(r, x, token);
 }

@@ -2,6 +2,7 @@
  * index: what a layer needs whose keys and values must be fetched before they are
  * attended to, and the kinds that two_level.cu has no fused kernel for. */
 
+#include "kernels/cuda/latent.cuh"
 #include "kernels/cuda/rotate.cuh"
 #include "kernels/cuda/select.cuh"
 
@@ -219,6 +220,35 @@ void fill_shape(selection *a, const struct kv_shape *shape, int heads)
     a->channels_kept = shape->index == INDEX_CHANNELS;
 }
 
+/* The queries behind the keys. */
+void score_latent_blocks(struct stream *s, const struct block_filter_args *args, unsigned *keys)
+{
+    latent::queries *made = latent::queries_behind(keys, (size_t)args->seqs * args->max_blocks);
+
+    if (args->shape.filter == FILTER_COARSE)
+        latent::queue_queries(s, made, args->q, args->q_stride, args->heads, args->n_tokens,
+                              args->seqs);
+    latent::queue_scores(s, args, made, keys);
+}
+
+void score_latent_kept(struct stream *s, const struct token_select_args *args, unsigned *keys)
+{
+    latent::queries *made = latent::queries_behind(
+        keys, (size_t)args->seqs * args->keep_blocks * BLOCK_TOKENS);
+
+    latent::queue_queries(s, made, args->q, args->q_stride, args->heads, args->n_tokens,
+                          args->seqs);
+    latent::queue_kept_scores(s, args, made, keys);
+}
+
+/* For n keys. */
+size_t scratch_bytes(const struct kv_shape *shape, int max_seqs, size_t n)
+{
+    size_t bytes = n * sizeof(unsigned);
+
+    return latent::is_latent(shape) ? bytes + 256 + latent::queries_bytes(max_seqs) : bytes;
+}
+
 }
 
 void cuda_block_filter(struct stream *s, const struct block_filter_args *args)
@@ -244,7 +274,10 @@ void cuda_block_filter(struct stream *s, const struct block_filter_args *args)
     a.most_items = args->max_blocks;
     int blocks = (args->max_n_tokens + BLOCK_TOKENS - 1) / BLOCK_TOKENS;
     dim3 grid((blocks + SCORE_WARPS - 1) / SCORE_WARPS, a.kv_heads, args->seqs);
-    score_blocks<<<grid, SCORE_WARPS * WARP, 0, s->cu>>>(a);
+    if (latent::is_latent(&args->shape))
+        score_latent_blocks(s, args, a.keys);
+    else
+        score_blocks<<<grid, SCORE_WARPS * WARP, 0, s->cu>>>(a);
     choose<<<dim3(a.kv_heads, args->seqs), CHOOSE_THREADS, 0, s->cu>>>(a);
     stream_note(s, "block_filter");
 }
@@ -274,7 +307,10 @@ void cuda_token_select(struct stream *s, const struct token_select_args *args)
     a.recent_tokens = args->recent_tokens;
     a.most_items = args->keep_blocks * BLOCK_TOKENS;
     dim3 grid(args->keep_blocks, a.kv_heads, args->seqs);
-    score_kept<<<grid, BLOCK_TOKENS, 0, s->cu>>>(a);
+    if (latent::is_latent(&args->shape))
+        score_latent_kept(s, args, a.keys);
+    else
+        score_kept<<<grid, BLOCK_TOKENS, 0, s->cu>>>(a);
     choose<<<dim3(a.kv_heads, args->seqs), CHOOSE_THREADS, 0, s->cu>>>(a);
     stream_note(s, "token_select");
 }
@@ -284,12 +320,13 @@ size_t cuda_block_filter_scratch(const struct kv_shape *shape, int max_seqs, int
                                  int max_blocks)
 {
     (void)heads;
-    return (size_t)max_seqs * shape->kv_heads * max_blocks * sizeof(unsigned);
+    return scratch_bytes(shape, max_seqs, (size_t)max_seqs * shape->kv_heads * max_blocks);
 }
 
 size_t cuda_token_select_scratch(const struct kv_shape *shape, int max_seqs, int heads,
                                  int keep_blocks)
 {
     (void)heads;
-    return (size_t)max_seqs * shape->kv_heads * keep_blocks * BLOCK_TOKENS * sizeof(unsigned);
+    return scratch_bytes(shape, max_seqs,
+                         (size_t)max_seqs * shape->kv_heads * keep_blocks * BLOCK_TOKENS);
 }

@@ -3,6 +3,7 @@
  * lists of blocks are traded between the first two. */
 
 #include "kernels/cuda/lag.cuh"
+#include "kernels/cuda/latent.cuh"
 
 namespace {
 
@@ -117,7 +118,9 @@ void cuda_attend_two_level(struct stream *s, const struct attend_two_level_args 
 {
     if (!stream_enter(s) || a->seqs == 0)
         return;
-    if (!attend_two_level_fused(s, a))
+    bool fused = latent::is_latent(&a->shape) ? latent::queue_two_level(s, a)
+                                              : attend_two_level_fused(s, a);
+    if (!fused)
         run_parts(s, a);
 }
 

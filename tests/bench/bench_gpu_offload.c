@@ -410,7 +410,8 @@ static void report_overlap(struct bench *b, int overlap, double full_ms, const c
     struct hot_counts after = count(b);
     double hits = (double)(after.hits - before.hits) / steps;
     double misses = (double)(after.misses - before.misses) / steps;
-    double bytes = misses * 4 * b->steps.shape.head_dim, longer = ms - resident_ms;
+    double bytes = misses * (double)kv_row_dim(&b->steps.shape) * sizeof(bf16);
+    double longer = ms - resident_ms;
     char rate[16] = "-";
 
     if (bytes > 0 && longer > 0)

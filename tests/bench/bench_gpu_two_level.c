@@ -1,7 +1,9 @@
 /* Two-level attention of one layer on the GPU over context length and batch, in a graph,
- * beside the time that reading all of K and V takes at the memory's rate.
+ * beside our own full attention and the time that reading all of K and V takes at the memory's rate.
  *
  *   bench-gpu-two-level [heads] [kv_heads] [head_dim] [lagged]
+ *
+ * A head_dim of 576 is that of latent attention: 20 1 576 has the shape of GLM-4.7-Flash.
  *
  * Several copies of the pool are used by turns where one would fit the cache.  Lagged, the calls of
  * a graph are steps of the same contexts, each a token longer, and all but the first choose among
@@ -23,6 +25,7 @@ struct bench {
     struct kv_shape shape;
     int heads, seqs, n_tokens;
     struct attend_two_level_args args;
+    struct attend_dense_args full;
     bool lags;
     struct lagged_blocks lagged;
     size_t layer_kv, layer_index;
@@ -41,6 +44,42 @@ static void queue_layers(void *arg)
         a.n_tokens += layer * b->seqs;
         gpu_bench_ops()->attend_two_level(gpu_bench_stream(), &a);
     }
+}
+
+static void queue_full_layers(void *arg)
+{
+    struct bench *b = arg;
+
+    for (int layer = 0; layer < LAYERS; layer++) {
+        struct attend_dense_args a = b->full;
+        a.kv = (const bf16 *)(const void *)((const char *)a.kv + (size_t)layer * b->layer_kv);
+        gpu_bench_ops()->attend_dense(gpu_bench_stream(), &a);
+    }
+}
+
+/* The same contexts, a row each. */
+static double measure_full(struct bench *b)
+{
+    const struct attend_two_level_args *a = &b->args;
+    int32_t *row = mem_alloc((size_t)b->seqs * sizeof *row);
+    int32_t *one = mem_alloc((size_t)b->seqs * sizeof *one);
+
+    for (int i = 0; i < b->seqs; i++) {
+        row[i] = i;
+        one[i] = 1;
+    }
+    b->full = (struct attend_dense_args){
+        .out = a->out, .q = a->q, .q_stride = a->q_stride, .kv = a->kv, .table = a->kv_table,
+        .first_row = gpu_bench_copy(row, (size_t)b->seqs * sizeof *row),
+        .n_rows = gpu_bench_copy(one, (size_t)b->seqs * sizeof *one), .n_tokens = a->n_tokens,
+        .scratch = gpu_bench_zero(gpu_bench_ops()->attend_dense_scratch(
+            &b->shape, b->seqs, b->heads, a->max_blocks)),
+        .shape = b->shape, .seqs = b->seqs, .heads = b->heads, .max_blocks = a->max_blocks,
+        .max_n_rows = 1, .max_n_tokens = b->n_tokens, .only_last_is_new = true,
+        .scale = a->scale };
+    mem_free(row);
+    mem_free(one);
+    return gpu_bench_graph(queue_full_layers, b) / LAYERS;
 }
 
 static struct lagged_blocks empty_lists(const struct bench *b)
@@ -92,8 +131,9 @@ static void measure(struct bench *b)
     b->args.scratch = gpu_bench_zero(gpu_bench_ops()->attend_two_level_scratch(
         &b->shape, b->seqs, b->heads, blocks, KEEP_BLOCKS, KEEP_TOKENS));
     double us = gpu_bench_graph(queue_layers, b) / LAYERS;
-    double floor_us = (double)b->layer_kv / b->gb_per_s * 1e-3;
-    printf("%8d %6d %10.1f %12.1f %8.1f\n", b->n_tokens, b->seqs, us, floor_us, floor_us / us);
+    double floor_us = (double)b->layer_kv / b->gb_per_s * 1e-3, full_us = measure_full(b);
+    printf("%8d %6d %10.1f %12.1f %8.1f %10.1f %8.1f %8.0f\n", b->n_tokens, b->seqs, us, floor_us,
+           floor_us / us, full_us, full_us / us, 100 * floor_us / full_us);
     fflush(stdout);
     gpu_bench_forget();
     mem_free(table);
@@ -113,11 +153,13 @@ int main(int argc, char **argv)
         .filter = FILTER_COARSE,
         .index = INDEX_ROTATED,
     };
+    if (b.shape.head_dim == 576)
+        b.shape.latent_dim = 512;
     if (!gpu_bench_open())
         return 1;
     b.gb_per_s = memory_rate();
     printf("two-level attention%s, one layer, %d heads on %d of %d, us; \"all\" is reading all "
-           "of K and V at %.0f GB/s\n  tokens  batch  two-level          all   faster\n",
+           "of K and V at %.0f GB/s\n  tokens  batch  two-level          all   faster       full   faster  full reads, %%\n",
            b.lags ? ", lagged" : "", b.heads, b.shape.kv_heads, b.shape.head_dim, b.gb_per_s);
     for (size_t i = 0; i < sizeof batches / sizeof batches[0]; i++)
         for (size_t j = 0; j < sizeof lengths / sizeof lengths[0]; j++) {

@@ -207,18 +207,19 @@ double decode_weight_bytes(const struct decode_bench *b, int batch)
            - unread * m->layers * 3.0 * m->expert_mlp * g->hidden * sizeof(bf16);
 }
 
-/* Of a context in a layer: K and V; or the filter's sign plane and scales, the second plane
- * of the blocks it keeps and the tokens selected. */
+/* Of a context in a layer: its rows; or the filter's sign plane and scales, the second plane
+ * of the blocks it keeps and the rows of the tokens selected. */
 double decode_context_bytes(const struct decode_bench *b, const struct decodes *d, bool sparse)
 {
     const struct select_config *c = &b->plan.config;
     double heads = b->shape.kv_heads, dim = b->shape.head_dim, n = d->n_tokens;
     double blocks = decode_blocks(d->n_tokens), tokens = n < c->keep_tokens ? n : c->keep_tokens;
     double kept = blocks < c->keep_blocks ? blocks : c->keep_blocks;
-    double layer = n * dim * 4;
+    double row = (double)kv_row_dim(&b->shape) * sizeof(bf16), scales = 2 * index_parts(&b->shape);
+    double layer = n * row;
 
     if (sparse)
-        layer = n * (dim / 8 + 2) + kept * BLOCK_TOKENS * dim / 8 + tokens * dim * 4;
+        layer = n * (dim / 8 + scales) + kept * BLOCK_TOKENS * dim / 8 + tokens * row;
     return d->batch * model_config(b->model)->layers * heads * layer;
 }
 

@@ -94,7 +94,7 @@ static void store_sequence(struct history *h, int seq, int n)
 static struct books make_books(const struct history *h)
 {
     return (struct books){
-        .rows = nothing(h->n_rows * 4 * (size_t)h->s.head_dim),
+        .rows = nothing(h->n_rows * kv_row_dim(&h->shape) * sizeof(bf16)),
         .row_of = nothing(h->n_positions * sizeof(uint16_t)),
         .position = nothing(h->n_rows * sizeof(int32_t)),
         .used = nothing(h->n_rows * sizeof(uint32_t)),
@@ -160,7 +160,7 @@ static void put_device(struct history *h)
     h->args.index_table = h->args.kv_table;
     h->hot = (struct hot_rows){
         .host = tier.base, .host_stride = kv_block_bytes(&h->shape) + 16,
-        .rows = gpu_put(h->after.rows, h->n_rows * 4 * (size_t)s->head_dim),
+        .rows = gpu_put(h->after.rows, h->n_rows * kv_row_dim(&h->shape) * sizeof(bf16)),
         .row_of = gpu_put(h->after.row_of, h->n_positions * sizeof(uint16_t)),
         .position = gpu_put(h->after.position, h->n_rows * sizeof(int32_t)),
         .used = gpu_put(h->after.used, h->n_rows * sizeof(uint32_t)),
@@ -175,10 +175,7 @@ static void start_history(struct history *h, const struct setup *s, uint64_t see
     memset(h, 0, sizeof *h);
     h->s = *s;
     h->r = test_random(seed);
-    h->shape = (struct kv_shape){
-        .kv_heads = s->kv_heads, .head_dim = s->head_dim,
-        .filter = s->kind & 1 ? FILTER_BOUNDS : FILTER_COARSE,
-        .index = s->kind & 2 ? INDEX_CHANNELS : INDEX_ROTATED };
+    h->shape = test_kv_shape(s->kv_heads, s->head_dim, s->kind);
     h->heads = s->kv_heads * s->group;
     h->lists = s->seqs * s->kv_heads;
     h->max_blocks = blocks_of(s->n_tokens + s->steps * BLOCK_TOKENS / 2);
@@ -200,7 +197,8 @@ static void start_history(struct history *h, const struct setup *s, uint64_t see
     h->q = random_acts(&h->r, h->n_q, 1);
     h->before = make_books(h);
     h->after = make_books(h);
-    random_channels(&h->r, h->channels, &h->shape);
+    if (!h->shape.latent_dim)
+        random_channels(&h->r, h->channels, &h->shape);
     start_sequences(h);
     size_t bytes = (size_t)h->n_blocks * (kv_block_bytes(&h->shape) + 16);
     ck_assert_int_eq(buffer_alloc(gpu_backend(), &tier, MEM_PINNED, bytes), ST_OK);
@@ -299,7 +297,7 @@ static int longest(const struct history *h)
 
 static void get_books(const struct history *h, struct books *b)
 {
-    gpu_get(b->rows, h->hot.rows, h->n_rows * 4 * (size_t)h->s.head_dim);
+    gpu_get(b->rows, h->hot.rows, h->n_rows * kv_row_dim(&h->shape) * sizeof(bf16));
     gpu_get(b->row_of, h->hot.row_of, h->n_positions * sizeof *b->row_of);
     gpu_get(b->position, h->hot.position, h->n_rows * sizeof *b->position);
     gpu_get(b->used, h->hot.used, h->n_rows * sizeof *b->used);
@@ -368,7 +366,7 @@ static void check_row(const struct history *h, int seq, int g, int i)
 {
     int head = h->set[seq] * h->s.kv_heads + g;
     size_t row = (size_t)head * (size_t)h->s.rows_per_head + (size_t)i;
-    size_t row_bytes = 4 * (size_t)h->s.head_dim;
+    size_t row_bytes = kv_row_dim(&h->shape) * sizeof(bf16);
     size_t positions = (size_t)head * (size_t)(h->max_blocks * BLOCK_TOKENS);
     int32_t p = h->after.position[row];
     int32_t id = h->ids[seq * h->max_blocks + p / BLOCK_TOKENS];
@@ -442,7 +440,7 @@ static int chosen_of(const struct history *h, int seq)
 
 static void check_step(struct history *h, const char *name)
 {
-    size_t row = (size_t)(h->heads * h->s.head_dim);
+    size_t row = (size_t)(h->heads * kv_value_dim(&h->shape));
     uint64_t counts[HOT_COUNTS], want[HOT_COUNTS] = { 0 };
 
     for (int seq = 0; seq < h->s.seqs; seq++) {
@@ -474,7 +472,7 @@ static void check_step(struct history *h, const char *name)
  * off, and a few lists may be, whose border falls between two scores that are nearly equal. */
 static void check_cpu(const struct history *h, const char *name)
 {
-    int width = h->s.group * h->s.head_dim, n_off = 0, n_lists = 0;
+    int width = h->s.group * kv_value_dim(&h->shape), n_off = 0, n_lists = 0;
     float *want = run_cpu(h), worst = 0;
 
     for (int list = 0; list < h->lists; list++) {
@@ -633,6 +631,34 @@ START_TEST(lagged)
 }
 END_TEST
 
+/* Latent rows: coarse and bounds, few sequences and many, exact and lagged, the first
+ * configuration's budgets, budgets without a fused kernel. */
+START_TEST(latent_rows)
+{
+    if (!gpu_backend())
+        return;
+    for (int kind = 0; kind < 2; kind++) {
+        struct setup s = base_setup(_i == 1 ? 5 : 20, 1, LATENT_ROW);
+        s.kind = kind;
+        s.lagged = _i == 2;
+        s.steps = s.lagged ? 12 : 4;
+        s.seqs = _i == 3 ? 30 : _i == 4 ? 1 : 6;
+        if (_i == 4) {
+            s.n_tokens = 20000;
+            s.keep_blocks = 64;
+            s.keep_tokens = 1024;
+            s.rows_per_head = 4096;
+        }
+        if (_i == 5) {
+            s.keep_blocks = 200;
+            s.keep_tokens = 2000;
+            s.rows_per_head = 2500;
+        }
+        run_history(&s, "latent rows", 130 + (uint64_t)_i);
+    }
+}
+END_TEST
+
 TCase *gpu_hot_rows_case(void)
 {
     TCase *c = tcase_create("gpu_hot_rows");
@@ -645,5 +671,6 @@ TCase *gpu_hot_rows_case(void)
     tcase_add_loop_test(c, room, 0, 6);
     tcase_add_loop_test(c, long_context, 0, 3);
     tcase_add_loop_test(c, lagged, 0, 4);
+    tcase_add_loop_test(c, latent_rows, 0, 6);
     return c;
 }

@@ -130,10 +130,7 @@ static void start_history(struct history *h, const struct setup *s, uint64_t see
     memset(h, 0, sizeof *h);
     h->s = *s;
     h->r = test_random(seed);
-    h->shape = (struct kv_shape){
-        .kv_heads = s->kv_heads, .head_dim = s->head_dim,
-        .filter = s->kind & 1 ? FILTER_BOUNDS : FILTER_COARSE,
-        .index = s->kind & 2 ? INDEX_CHANNELS : INDEX_ROTATED };
+    h->shape = test_kv_shape(s->kv_heads, s->head_dim, s->kind);
     h->heads = s->kv_heads * s->group;
     h->lists = s->seqs * s->kv_heads;
     h->max_blocks = blocks_of(s->n_tokens + 2 * s->steps);
@@ -151,7 +148,8 @@ static void start_history(struct history *h, const struct setup *s, uint64_t see
     h->got = mem_calloc(h->n_q, sizeof *h->got);
     h->cpu = make_lists(h);
     h->gpu = make_lists(h);
-    random_channels(&h->r, h->channels, &h->shape);
+    if (!h->shape.latent_dim)
+        random_channels(&h->r, h->channels, &h->shape);
     start_sequences(h);
     put_device(h);
 }
@@ -248,7 +246,7 @@ static void run_cpu(struct history *h)
  * output by about 1 / keep_tokens, far more than rounding. */
 static void compare_outputs(struct history *h, float tolerance)
 {
-    int width = h->s.group * h->s.head_dim;
+    int width = h->s.group * kv_value_dim(&h->shape);
 
     for (int list = 0; list < h->lists; list++) {
         float most = 0;
@@ -365,6 +363,24 @@ START_TEST(kinds)
 }
 END_TEST
 
+/* Latent rows, with and without a fused kernel. */
+START_TEST(latent_rows)
+{
+    if (!gpu_backend())
+        return;
+    for (int kind = 0; kind < 2; kind++) {
+        struct setup s = base_setup(20, 1, LATENT_ROW);
+        s.kind = kind;
+        s.steps = 30;
+        s.seqs = 9;
+        s.n_tokens = _i ? 13000 : 1500;
+        s.keep_blocks = _i ? 200 : 6;
+        s.keep_tokens = _i ? 1024 : 256;
+        run_history(&s, "latent rows", 6e-3f, 80 + (uint64_t)_i);
+    }
+}
+END_TEST
+
 /* Forced blocks alone, and more of them than are kept; no sinks and one recent token; more blocks
  * than a thread block has threads, and than fit a bin of keys; a batch. */
 START_TEST(budgets)
@@ -395,7 +411,7 @@ END_TEST
 
 static void assert_same(const struct history *h, const char *what)
 {
-    int row = h->heads * h->s.head_dim;
+    int row = h->heads * kv_value_dim(&h->shape);
 
     for (int seq = 0; seq < h->s.seqs; seq++)
         for (int i = seq * row; h->n_tokens[seq] > 0 && i < (seq + 1) * row; i++)
@@ -441,6 +457,7 @@ TCase *gpu_lagged_case(void)
     tcase_add_checked_fixture(c, gpu_clean, NULL);
     tcase_add_loop_test(c, shapes, 0, 8);
     tcase_add_loop_test(c, kinds, 0, 4);
+    tcase_add_loop_test(c, latent_rows, 0, 2);
     tcase_add_loop_test(c, budgets, 0, 7);
     tcase_add_loop_test(c, what_is_exact, 0, 4);
     return c;

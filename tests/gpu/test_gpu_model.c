@@ -13,6 +13,7 @@ static const char *const folders[] = {
     "models/asynctlsd-books-9m", "build/models/qwen3", "build/models/qwen3-yarn-g5",
     "build/models/llama3", "build/models/llama-linear-mha", "build/models/mistral",
     "build/models/smollm2", "build/models/qwen3-moe", "build/models/qwen3-moe-128",
+    "build/models/glm4-moe-lite",
 };
 enum {
     N_FOLDERS = sizeof folders / sizeof folders[0],
@@ -67,6 +68,14 @@ START_TEST(prompt_and_decodes_equal_the_cpu)
 }
 END_TEST
 
+static const struct { const char *dir; enum selection selection; } batches[] = {
+    { "models/asynctlsd-books-9m", SELECTION_EXACT },
+    { "models/asynctlsd-books-9m", SELECTION_LAGGED },
+    { "build/models/glm4-moe-lite", SELECTION_EXACT },
+    { "build/models/glm4-moe-lite", SELECTION_LAGGED },
+};
+enum { N_BATCHES = sizeof batches / sizeof batches[0] };
+
 /* A token's result is the same to the bit alone and among others, recorded or not, whatever
  * the number of rows is rounded up to, with sparse and dense sequences in any mix, the sparse ones
  * exact or lagged. */
@@ -82,8 +91,8 @@ START_TEST(batch_changes_nothing)
 
     if (!gpu_backend())
         return;
-    o = options_of(folders[0], true);
-    o.select.selection = (enum selection)_i;
+    o = options_of(batches[_i].dir, true);
+    o.select.selection = batches[_i].selection;
     o.select.keep_blocks = 4;
     o.select.keep_tokens = 128;
     runner_open(&r, &o);
@@ -146,24 +155,30 @@ START_TEST(chunks_change_little)
 }
 END_TEST
 
+static const struct { const char *dir; enum filter_kind filter; int tokens; } budgets[] = {
+    { "models/asynctlsd-books-9m", FILTER_COARSE, MAX_TOKENS / 64 * 64 },
+    { "models/asynctlsd-books-9m", FILTER_BOUNDS, MAX_TOKENS / 64 * 64 },
+    { "models/asynctlsd-books-9m", FILTER_COARSE, 192 },
+    { "models/asynctlsd-books-9m", FILTER_BOUNDS, 192 },
+    { "build/models/glm4-moe-lite", FILTER_COARSE, MAX_TOKENS / 64 * 64 },
+    { "build/models/glm4-moe-lite", FILTER_BOUNDS, MAX_TOKENS / 64 * 64 },
+};
+enum { N_BUDGETS = sizeof budgets / sizeof budgets[0] };
+
 /* Sparse within the budget is full attention; beyond it the GPU leaves out about what the
  * CPU leaves out. */
 START_TEST(sparse_equals_dense_and_the_cpu)
 {
     static int32_t ids[PROMPT];
-    static const struct { enum filter_kind filter; int tokens; } kinds[] = {
-        { FILTER_COARSE, MAX_TOKENS / 64 * 64 }, { FILTER_BOUNDS, MAX_TOKENS / 64 * 64 },
-        { FILTER_COARSE, 192 }, { FILTER_BOUNDS, 192 },
-    };
     struct runner cpu, gpu;
     struct test_seq a, b, c;
-    struct runner_options on_cpu = options_of(folders[0], false), on_gpu;
+    struct runner_options on_cpu = options_of(budgets[_i].dir, false), on_gpu;
 
     if (!gpu_backend())
         return;
-    on_cpu.select.filter = kinds[_i].filter;
-    on_cpu.select.keep_tokens = kinds[_i].tokens;
-    on_cpu.select.keep_blocks = kinds[_i].tokens / 64 + 1;
+    on_cpu.select.filter = budgets[_i].filter;
+    on_cpu.select.keep_tokens = budgets[_i].tokens;
+    on_cpu.select.keep_blocks = budgets[_i].tokens / 64 + 1;
     on_gpu = on_cpu;
     on_gpu.backend = gpu_backend();
     test_prompt(ids, PROMPT);
@@ -179,11 +194,11 @@ START_TEST(sparse_equals_dense_and_the_cpu)
     struct sample_result y = runner_decode(&gpu, &b, ids[PROMPT - 1], true);
     struct sample_result z = runner_decode(&gpu, &c, ids[PROMPT - 1], false);
     double to_cpu = logprob_difference(&x, &y), to_dense = logprob_difference(&y, &z);
-    printf("filter %d, %d tokens: logprobs %.4f from the CPU's, %.4f from full attention\n",
-           (int)kinds[_i].filter, kinds[_i].tokens, to_cpu, to_dense);
+    printf("%s, filter %d, %d tokens: logprobs %.4f from the CPU's, %.4f from full attention\n",
+           budgets[_i].dir, (int)budgets[_i].filter, budgets[_i].tokens, to_cpu, to_dense);
     /* Beyond the budget a few tokens at the border are others: scores are close, not equal. */
-    ck_assert_double_le(to_cpu, kinds[_i].tokens >= PROMPT ? TOLERANCE : 1);
-    if (kinds[_i].tokens >= PROMPT)
+    ck_assert_double_le(to_cpu, budgets[_i].tokens >= PROMPT ? TOLERANCE : 1);
+    if (budgets[_i].tokens >= PROMPT)
         ck_assert_double_le(to_dense, TOLERANCE);
     seq_fini(&cpu, &a);
     seq_fini(&gpu, &b);
@@ -213,6 +228,9 @@ START_TEST(leaving_the_device_changes_nothing)
         { "models/asynctlsd-books-9m", FILTER_COARSE, 4, 128, 400, SELECTION_LAGGED },
         { "build/models/qwen3", FILTER_BOUNDS, 4, 100, 300, SELECTION_LAGGED },
         { "build/models/qwen3-moe-128", FILTER_COARSE, 4, 128, 200, SELECTION_EXACT },
+        { "build/models/glm4-moe-lite", FILTER_COARSE, 4, 128, 129, SELECTION_EXACT },
+        { "build/models/glm4-moe-lite", FILTER_BOUNDS, 4, 100, 300, SELECTION_EXACT },
+        { "build/models/glm4-moe-lite", FILTER_COARSE, 6, 200, 400, SELECTION_LAGGED },
     };
     struct offload_history h = {
         .dir = kinds[_i].dir, .backend = gpu_backend(), .select = select_default(), .sparse = 7,
@@ -230,7 +248,7 @@ START_TEST(leaving_the_device_changes_nothing)
     offload_history_run(&h);
 }
 END_TEST
-enum { N_OFFLOAD_KINDS = 9 };
+enum { N_OFFLOAD_KINDS = 12 };
 
 /* A prompt that streams through the device, by the kernels of prompts and of single rows. */
 START_TEST(streaming_changes_nothing)
@@ -239,6 +257,7 @@ START_TEST(streaming_changes_nothing)
         { "models/asynctlsd-books-9m", 3000, 512, 30 },
         { "models/asynctlsd-books-9m", 700, 77, 70 },
         { "build/models/qwen3", 900, 64, 5 },
+        { "build/models/glm4-moe-lite", 900, 100, 30 },
     };
     struct streamed_history h = { .dir = kinds[_i].dir, .backend = gpu_backend(),
                                   .prompt = kinds[_i].prompt, .chunk = kinds[_i].chunk,
@@ -255,10 +274,10 @@ TCase *gpu_model_case(void)
 
     tcase_set_timeout(tc, 300);
     tcase_add_loop_test(tc, prompt_and_decodes_equal_the_cpu, 0, N_FOLDERS);
-    tcase_add_loop_test(tc, batch_changes_nothing, SELECTION_EXACT, SELECTION_LAGGED + 1);
+    tcase_add_loop_test(tc, batch_changes_nothing, 0, N_BATCHES);
     tcase_add_test(tc, chunks_change_little);
-    tcase_add_loop_test(tc, sparse_equals_dense_and_the_cpu, 0, 4);
+    tcase_add_loop_test(tc, sparse_equals_dense_and_the_cpu, 0, N_BUDGETS);
     tcase_add_loop_test(tc, leaving_the_device_changes_nothing, 0, N_OFFLOAD_KINDS);
-    tcase_add_loop_test(tc, streaming_changes_nothing, 0, 3);
+    tcase_add_loop_test(tc, streaming_changes_nothing, 0, 4);
     return tc;
 }

@@ -167,7 +167,7 @@ static void run_gpu(struct problem *p, float *out)
 /* The largest difference of a KV head's outputs in one sequence. */
 static float difference(const struct setup *s, const float *got, const float *want, int list)
 {
-    int n = s->heads / s->shape.kv_heads * s->shape.head_dim;
+    int n = s->heads / s->shape.kv_heads * kv_value_dim(&s->shape);
     float worst = 0;
 
     for (int i = list * n; i < (list + 1) * n; i++) {
@@ -221,8 +221,7 @@ enum { N_GROUPS = sizeof groups / sizeof groups[0] };
 static struct setup base_setup(int group, int kv_heads, int head_dim)
 {
     return (struct setup){
-        .shape = { .kv_heads = kv_heads, .head_dim = head_dim, .filter = FILTER_COARSE,
-                   .index = INDEX_ROTATED },
+        .shape = test_kv_shape(kv_heads, head_dim, 0),
         .heads = kv_heads * group, .keep_blocks = 16, .keep_tokens = 256, .sinks = 4,
         .recent = 64,
     };
@@ -325,6 +324,44 @@ START_TEST(budgets)
 }
 END_TEST
 
+/* Latent rows: numbers of heads; every kind of filter; lengths; the first configuration's budgets;
+ * more sequences than there is room for large clusters. */
+START_TEST(latent_rows)
+{
+    static const int heads[] = { 20, 1, 5, 24, 8, 20, 20 };
+    static const int32_t n_tokens[][MAX_SEQS] = {
+        { 3000, 1111 }, { 3000, 1111 }, { 1, 2, 63, 64, 65, 0, 127, 128 },
+        { 255, 256, 257, 300, 0, 1023, 1024, 1025 }, { 33333 }, { 33333, 5000, 0, 20000 },
+        { 2500, 700 },
+    };
+
+    if (!gpu_backend())
+        return;
+    for (int kind = 0; kind < 2; kind++) {
+        struct setup s = base_setup(heads[_i], 1, LATENT_ROW);
+        s.shape = test_kv_shape(1, LATENT_ROW, kind);
+        memcpy(s.n_tokens, n_tokens[_i], sizeof s.n_tokens);
+        for (int i = 0; i < MAX_SEQS; i++) {
+            s.seqs = s.n_tokens[i] > 0 ? i + 1 : s.seqs;
+            s.pool_blocks += blocks_of(s.n_tokens[i]);
+            if (s.max_blocks < blocks_of(s.n_tokens[i]) + 2)
+                s.max_blocks = blocks_of(s.n_tokens[i]) + 2;
+        }
+        if (_i == 4 || _i == 5) {
+            s.keep_blocks = 64;
+            s.keep_tokens = 1024;
+        }
+        if (_i == 6) {           /* budgets for which there is no fused kernel */
+            s.keep_blocks = 128;
+            s.keep_tokens = 6000;
+        }
+        compare("uniform", &s, 6e-3f, 40 + (uint64_t)_i);
+        s.scale = 1 / 16.0f;
+        compare("softmax", &s, 3e-2f, 50 + (uint64_t)_i);
+    }
+}
+END_TEST
+
 TCase *gpu_two_level_case(void)
 {
     TCase *c = tcase_create("gpu_two_level");
@@ -335,5 +372,6 @@ TCase *gpu_two_level_case(void)
     tcase_add_loop_test(c, long_context, 0, 2);
     tcase_add_loop_test(c, kinds, 0, 4);
     tcase_add_loop_test(c, budgets, 0, 4);
+    tcase_add_loop_test(c, latent_rows, 0, 7);
     return c;
 }

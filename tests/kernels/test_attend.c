@@ -14,7 +14,7 @@
  * numbers and NaN, one of which is enough to spoil a row that reads it. */
 enum {
     MAX_SEQS = 12,
-    MAX_DIM = 256,
+    MAX_DIM = 576,
     Q_GAP = 5,                   /* floats between the rows of q */
     UNWRITTEN = -77,             /* in rows of out that belong to no sequence */
 };
@@ -23,6 +23,7 @@ struct setup {
     int kv_heads, group, head_dim, seqs;
     int32_t n_tokens[MAX_SEQS], n_rows[MAX_SEQS];
     int shared;                  /* blocks that a context repeats; 0: each has its own */
+    int latent_dim;              /* of latent rows, whose kv_heads is 1 */
 };
 
 struct problem {
@@ -48,14 +49,20 @@ static int q_stride(const struct problem *p)
     return p->heads * p->shape.head_dim + Q_GAP;
 }
 
-/* [K: head_dim | V: head_dim] */
+/* The row of a token. */
 static bf16 *token_at(const struct problem *p, int seq, int kv_head, int position)
 {
     size_t block = (size_t)p->table[seq * p->max_blocks + position / BLOCK_TOKENS];
     size_t head = block * (size_t)p->shape.kv_heads + (size_t)kv_head;
     size_t token = head * BLOCK_TOKENS + (size_t)(position % BLOCK_TOKENS);
 
-    return p->kv + token * 2 * (size_t)p->shape.head_dim;
+    return p->kv + token * kv_row_dim(&p->shape);
+}
+
+/* Where the value begins in a row. */
+static int value_at(const struct problem *p)
+{
+    return p->shape.latent_dim ? 0 : p->shape.head_dim;
 }
 
 /* Alternately 1.7e38 and NaN, both signs. */
@@ -69,7 +76,7 @@ static void spoil(bf16 *at, size_t n)
 
 static void fill_pool(struct problem *p, struct test_random *r)
 {
-    size_t row = 2 * (size_t)p->shape.head_dim;
+    size_t row = kv_row_dim(&p->shape);
 
     for (int seq = 0; seq < p->s.seqs; seq++)
         for (int position = 0; position < p->s.n_tokens[seq]; position++)
@@ -104,7 +111,8 @@ static struct problem *make_problem(const struct setup *s, uint64_t seed)
     int n_blocks = 1;
 
     p->s = *s;
-    p->shape = (struct kv_shape){ .kv_heads = s->kv_heads, .head_dim = s->head_dim };
+    p->shape = (struct kv_shape){ .kv_heads = s->kv_heads, .head_dim = s->head_dim,
+                                  .latent_dim = s->latent_dim };
     p->heads = s->kv_heads * s->group;
     p->scale = 1 / sqrtf((float)s->head_dim);
     for (int i = 0; i < s->seqs; i++) {
@@ -122,7 +130,7 @@ static struct problem *make_problem(const struct setup *s, uint64_t seed)
     fill_pool(p, &r);
     p->q = mem_alloc((size_t)(p->rows * q_stride(p)) * sizeof *p->q);
     random_floats(&r, p->q, (size_t)(p->rows * q_stride(p)), 1);
-    p->out_floats = (size_t)p->rows * (size_t)(p->heads * s->head_dim);
+    p->out_floats = (size_t)p->rows * (size_t)(p->heads * kv_value_dim(&p->shape));
     p->out = mem_alloc(p->out_floats * sizeof *p->out);
     return p;
 }
@@ -140,7 +148,7 @@ static void free_problem(struct problem *p)
 
 static float *out_at(const struct problem *p, float *out, int row, int head)
 {
-    return out + (size_t)(row * p->heads + head) * (size_t)p->shape.head_dim;
+    return out + (size_t)(row * p->heads + head) * (size_t)kv_value_dim(&p->shape);
 }
 
 /* ---- the operations */
@@ -222,10 +230,10 @@ static void attend_slowly(const struct problem *p, int seq, int row, int head,
                           const int32_t *listed, int n, double *out)
 {
     const float *q = p->q + row * q_stride(p) + head * p->shape.head_dim;
-    int dim = p->shape.head_dim, kv_head = head / p->s.group;
+    int dim = p->shape.head_dim, values = kv_value_dim(&p->shape), kv_head = head / p->s.group;
     double *score = mem_alloc((size_t)n * sizeof *score), most = -INFINITY, sum = 0;
 
-    for (int d = 0; d < dim; d++)
+    for (int d = 0; d < values; d++)
         out[d] = 0;
     for (int i = 0; i < n; i++) {
         const bf16 *k = token_at(p, seq, kv_head, listed ? listed[i] : i);
@@ -236,13 +244,13 @@ static void attend_slowly(const struct problem *p, int seq, int row, int head,
         most = fmax(most, score[i]);
     }
     for (int i = 0; i < n; i++) {
-        const bf16 *v = token_at(p, seq, kv_head, listed ? listed[i] : i) + dim;
+        const bf16 *v = token_at(p, seq, kv_head, listed ? listed[i] : i) + value_at(p);
         double weight = exp(score[i] - most);
         sum += weight;
-        for (int d = 0; d < dim; d++)
+        for (int d = 0; d < values; d++)
             out[d] += weight * (double)bf16_value(v[d]);
     }
-    for (int d = 0; d < dim; d++)
+    for (int d = 0; d < values; d++)
         out[d] /= sum;
     mem_free(score);
 }
@@ -258,10 +266,10 @@ static int row_to_look_at(int n_rows, int i)
     return (n_rows - 1) * hundredths[i] / 100;
 }
 
-/* What the rows looked at should be, [seqs, LOOKED_AT, heads, head_dim]. */
+/* What the rows looked at should be, [seqs, LOOKED_AT, heads, width of a value]. */
 static float *make_wanted(const struct problem *p)
 {
-    size_t dim = (size_t)p->shape.head_dim;
+    size_t dim = (size_t)kv_value_dim(&p->shape);
     size_t n = (size_t)(p->s.seqs * LOOKED_AT * p->heads) * dim;
     float *wanted = mem_calloc(n, sizeof *wanted), *at = wanted;
     double out[MAX_DIM];
@@ -282,7 +290,7 @@ static float *make_wanted(const struct problem *p)
 
 static void check_wanted(const struct problem *p, const float *wanted, const char *isa)
 {
-    size_t dim = (size_t)p->shape.head_dim;
+    size_t dim = (size_t)kv_value_dim(&p->shape);
 
     for (int seq = 0; seq < p->s.seqs; seq++)
         for (int i = 0; i < LOOKED_AT; i++)
@@ -301,7 +309,7 @@ static void check_wanted(const struct problem *p, const float *wanted, const cha
 /* Rows of out between the sequences are nobody's, and there are no others. */
 static void check_ownership(const struct problem *p)
 {
-    size_t width = (size_t)(p->heads * p->shape.head_dim);
+    size_t width = (size_t)(p->heads * kv_value_dim(&p->shape));
     int seq = 0;
 
     for (int row = 0; row < p->rows; row++) {
@@ -321,11 +329,13 @@ static void check_ownership(const struct problem *p)
 
 /* Every length with some number of rows, for growing shapes.  n_rows goes round, so that
  * each length meets several counts. */
-static const struct { int kv_heads, group, head_dim, most_rows; } shapes[] = {
-    { 1, 1, 16, 200 }, { 2, 3, 16, 64 },  { 3, 1, 32, 200 }, { 1, 8, 32, 64 },
-    { 2, 2, 64, 200 }, { 1, 7, 64, 64 },  { 2, 5, 64, 13 },  { 4, 1, 64, 64 },
-    { 1, 3, 128, 200 }, { 2, 8, 128, 2 }, { 2, 1, 128, 13 }, { 1, 7, 256, 13 },
-    { 2, 2, 256, 13 },  { 1, 100, 16, 2 }, { 1, 1, 256, 64 },
+static const struct { int kv_heads, group, head_dim, most_rows, latent_dim; } shapes[] = {
+    { 1, 1, 16, 200, 0 }, { 2, 3, 16, 64, 0 }, { 3, 1, 32, 200, 0 }, { 1, 8, 32, 64, 0 },
+    { 2, 2, 64, 200, 0 }, { 1, 7, 64, 64, 0 }, { 2, 5, 64, 13, 0 }, { 4, 1, 64, 64, 0 },
+    { 1, 3, 128, 200, 0 }, { 2, 8, 128, 2, 0 }, { 2, 1, 128, 13, 0 }, { 1, 7, 256, 13, 0 },
+    { 2, 2, 256, 13, 0 }, { 1, 100, 16, 2, 0 }, { 1, 1, 256, 64, 0 },
+    { 1, 20, 576, 2, 512 }, { 1, 5, 160, 64, 128 }, { 1, 1, 80, 200, 64 },
+    { 1, 20, 64, 13, 32 }, { 1, 3, 32, 64, 16 },
 };
 enum { N_SHAPES = sizeof shapes / sizeof shapes[0] };
 
@@ -334,7 +344,8 @@ static struct setup every_length(int round)
     static const int32_t lengths[] = { 1, 63, 64, 65, 127, 1023, 1024, 1025, 3000 };
     static const int32_t rows[] = { 1, 2, 13, 64, 200 };
     struct setup s = { .kv_heads = shapes[round].kv_heads, .group = shapes[round].group,
-                       .head_dim = shapes[round].head_dim, .seqs = 9 };
+                       .head_dim = shapes[round].head_dim,
+                       .latent_dim = shapes[round].latent_dim, .seqs = 9 };
 
     for (int i = 0; i < s.seqs; i++) {
         s.n_tokens[i] = lengths[i];
@@ -371,7 +382,7 @@ END_TEST
 static void compare_pieces(struct backend *be, struct problem *p, const float *want, int piece,
                            bool alone, const char *what)
 {
-    size_t width = (size_t)(p->heads * p->shape.head_dim);
+    size_t width = (size_t)(p->heads * kv_value_dim(&p->shape));
     int total = p->s.n_rows[0], before = p->s.n_tokens[0] - total, seqs = p->s.seqs;
     int32_t first[MAX_SEQS], rows[MAX_SEQS], tokens[MAX_SEQS];
 
@@ -395,7 +406,7 @@ static void compare_pieces(struct backend *be, struct problem *p, const float *w
 
 static float *copy_rows(const struct problem *p)
 {
-    size_t width = (size_t)(p->heads * p->shape.head_dim);
+    size_t width = (size_t)(p->heads * kv_value_dim(&p->shape));
     size_t n = (size_t)p->s.n_rows[0] * width;
     float *rows = mem_alloc(n * sizeof *rows);
 
@@ -406,10 +417,11 @@ static float *copy_rows(const struct problem *p)
 /* Rows that cross the end of a split, and of a block, in company of a short sequence, of
  * padding and of a longer one. */
 static const struct setup mixes[] = {
-    { 2, 3, 64, 4, { 1100, 70, 0, 2100 }, { 150, 13, 1, 2 }, 0 },
-    { 1, 1, 32, 4, { 2060, 1, 0, 1500 }, { 40, 1, 1, 7 }, 0 },
-    { 1, 8, 16, 4, { 1030, 900, 0, 3000 }, { 70, 64, 1, 1 }, 0 },
-    { 1, 5, 128, 4, { 1026, 64, 0, 1025 }, { 14, 9, 1, 2 }, 0 },
+    { 2, 3, 64, 4, { 1100, 70, 0, 2100 }, { 150, 13, 1, 2 }, 0, 0 },
+    { 1, 1, 32, 4, { 2060, 1, 0, 1500 }, { 40, 1, 1, 7 }, 0, 0 },
+    { 1, 8, 16, 4, { 1030, 900, 0, 3000 }, { 70, 64, 1, 1 }, 0, 0 },
+    { 1, 5, 128, 4, { 1026, 64, 0, 1025 }, { 14, 9, 1, 2 }, 0, 0 },
+    { 1, 20, 160, 4, { 1100, 70, 0, 2100 }, { 80, 13, 1, 1 }, 0, 128 },
 };
 enum { N_MIXES = sizeof mixes / sizeof mixes[0] };
 
@@ -465,8 +477,10 @@ END_TEST
  * whose workers have kept scratch of another size. */
 START_TEST(one_long_row)
 {
-    const struct setup s = { .kv_heads = 1, .group = 1 + _i, .head_dim = 64, .seqs = 1,
-                             .n_tokens = { 20001 }, .n_rows = { 1 } };
+    static const struct { int group, latent_dim; } keys[] = { { 1, 0 }, { 2, 0 }, { 20, 32 } };
+    const struct setup s = { .kv_heads = 1, .group = keys[_i].group, .head_dim = 64, .seqs = 1,
+                             .n_tokens = { 20001 }, .n_rows = { 1 },
+                             .latent_dim = keys[_i].latent_dim };
     struct problem *p = make_problem(&s, 35);
     struct backend *be = open_with_threads("auto", 8), *one = open_with_threads("auto", 1);
     float *wanted = make_wanted(p), *all = mem_alloc(p->out_floats * sizeof *all);
@@ -604,14 +618,14 @@ static void spoil_the_rest(struct problem *p)
             if (at < p->n_chosen[list] && chosen[at] == position)
                 at++;
             else
-                spoil(token_at(p, seq, g, position), 2 * (size_t)p->shape.head_dim);
+                spoil(token_at(p, seq, g, position), kv_row_dim(&p->shape));
         ck_assert_int_eq(at, p->n_chosen[list]);
     }
 }
 
 static float *wanted_of_chosen(const struct problem *p)
 {
-    size_t dim = (size_t)p->shape.head_dim;
+    size_t dim = (size_t)kv_value_dim(&p->shape);
     float *wanted = mem_calloc((size_t)(p->s.seqs * p->heads) * dim, sizeof *wanted);
     double out[MAX_DIM];
 
@@ -629,7 +643,7 @@ static float *wanted_of_chosen(const struct problem *p)
 
 static void check_chosen(const struct problem *p, const float *wanted, const char *isa)
 {
-    size_t dim = (size_t)p->shape.head_dim, written = (size_t)(p->s.seqs * p->heads) * dim;
+    size_t dim = (size_t)kv_value_dim(&p->shape), written = (size_t)(p->s.seqs * p->heads) * dim;
 
     for (int i = 0; i < p->s.seqs * p->heads; i++)
         if (p->s.n_tokens[i / p->heads] > 0 &&
@@ -646,7 +660,8 @@ START_TEST(selected_is_right)
 {
     static const int keeps[] = { 64, 65, 300, 1, 1500, 1024, 1025, 2200 };
     struct setup s = { .kv_heads = shapes[_i].kv_heads, .group = shapes[_i].group,
-                       .head_dim = shapes[_i].head_dim, .seqs = 7,
+                       .head_dim = shapes[_i].head_dim,
+                       .latent_dim = shapes[_i].latent_dim, .seqs = 7,
                        .n_tokens = { 3000, 1, 64, 0, 65, 1100, 2049 },
                        .n_rows = { 1, 1, 1, 1, 1, 1, 1 } };
     struct test_random r = test_random(50 + _i);
@@ -671,8 +686,10 @@ END_TEST
 START_TEST(selected_is_independent)
 {
     static const int threads[] = { 1, 2, 3, 4, 8 };
-    const char *isa = test_all_isas[_i];
-    const struct setup s = { .kv_heads = 2, .group = 3, .head_dim = 64, .seqs = 4,
+    const char *isa = test_all_isas[_i / 2];
+    bool latent = _i % 2;        /* with as many heads as are divided among workers */
+    const struct setup s = { .kv_heads = latent ? 1 : 2, .group = latent ? 19 : 3,
+                             .head_dim = 64, .seqs = 4, .latent_dim = latent ? 32 : 0,
                              .n_tokens = { 2500, 90, 0, 1400 }, .n_rows = { 1, 1, 1, 1 } };
     struct test_random r = test_random(60);
     struct backend *be = test_backend(isa);
@@ -680,9 +697,9 @@ START_TEST(selected_is_independent)
     if (!be)
         return;
     struct problem *p = make_problem(&s, 60);
-    size_t row = (size_t)(p->heads * s.head_dim);
+    size_t row = (size_t)(p->heads * kv_value_dim(&p->shape));
     float *want = mem_alloc(p->out_floats * sizeof *want);
-    choose(p, 2100, &r);
+    choose(p, latent ? 700 : 2100, &r);
     run_selected(be, p);
     memcpy(want, p->out, p->out_floats * sizeof *want);
     for (size_t i = 0; i < sizeof threads / sizeof threads[0]; i++) {
@@ -742,12 +759,12 @@ TCase *attend_case(void)
     tcase_add_loop_test(c, dense_is_right, 0, N_SHAPES);
     tcase_add_loop_test(c, pieces_do_not_change_a_bit, 0, TEST_ALL_ISAS * N_MIXES);
     tcase_add_loop_test(c, threads_do_not_change_a_bit, 0, TEST_ALL_ISAS * N_MIXES);
-    tcase_add_loop_test(c, one_long_row, 0, 2);
+    tcase_add_loop_test(c, one_long_row, 0, 3);
     tcase_add_test(c, a_million_tokens);
     tcase_add_test(c, padding_alone);
     tcase_add_loop_test(c, hard_scores, 0, TEST_ALL_ISAS);
     tcase_add_loop_test(c, selected_is_right, 0, N_SHAPES);
-    tcase_add_loop_test(c, selected_is_independent, 0, TEST_ALL_ISAS);
+    tcase_add_loop_test(c, selected_is_independent, 0, 2 * TEST_ALL_ISAS);
     tcase_add_loop_test(c, all_chosen_is_dense, 0, TEST_ALL_ISAS);
     return c;
 }

@@ -102,6 +102,33 @@ START_TEST(refuses_shapes_at_load)
 }
 END_TEST
 
+START_TEST(refuses_latent_shapes_at_load)
+{
+    static const struct { struct kv_shape kv; const char *sentence; } shapes[] = {
+        { { .kv_heads = 1, .head_dim = 576, .latent_dim = 512 }, NULL },
+        { { .kv_heads = 1, .head_dim = 32, .latent_dim = 16, .filter = FILTER_BOUNDS }, NULL },
+        { { .kv_heads = 1, .head_dim = 1024, .latent_dim = 512 }, NULL },
+        { { .kv_heads = 2, .head_dim = 576, .latent_dim = 512 }, "2 KV heads" },
+        { { .kv_heads = 1, .head_dim = 576, .latent_dim = 512, .index = INDEX_CHANNELS },
+          "token index" },
+        { { .kv_heads = 1, .head_dim = 512, .latent_dim = 512 }, "512 and 0 channels" },
+        { { .kv_heads = 1, .head_dim = 560, .latent_dim = 512 }, "512 and 48 channels" },
+        { { .kv_heads = 1, .head_dim = 1088, .latent_dim = 1024 }, "1024 and 64 channels" },
+        { { .kv_heads = 1, .head_dim = 72, .latent_dim = 8 }, "8 and 64 channels" },
+    };
+    struct shape_query q = { .dim = 2048, .mlp_dim = 10240, .heads = 20, .vocab = 154880 };
+
+    for (size_t i = 0; i < sizeof shapes / sizeof shapes[0]; i++) {
+        struct error why = { 0 };
+        q.kv = shapes[i].kv;
+        ck_assert(backend_ops(test_backend("scalar"))->supports(&q, &why) ==
+                  !shapes[i].sentence);
+        ck_assert_msg(!shapes[i].sentence || strstr(why.text, shapes[i].sentence), "'%s'",
+                      why.text);
+    }
+}
+END_TEST
+
 START_TEST(buffers_are_zeroed_and_aligned)
 {
     static const size_t sizes[] = { 1, 4096, 3 << 20 };
@@ -308,6 +335,7 @@ TCase *backend_case(void)
     tcase_add_test(c, describes_the_cpu);
     tcase_add_test(c, has_every_operation);
     tcase_add_test(c, refuses_shapes_at_load);
+    tcase_add_test(c, refuses_latent_shapes_at_load);
     tcase_add_test(c, buffers_are_zeroed_and_aligned);
     tcase_add_test(c, copies_and_events_keep_order);
     tcase_add_test(c, pieces_go_where_they_belong);

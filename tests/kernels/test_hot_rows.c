@@ -49,7 +49,7 @@ struct history {
     void *scratch;
     uint32_t step;
     uint64_t counts[HOT_COUNTS], model_counts[HOT_COUNTS], stall, misses_before;
-    bf16 *rows;                  /* [seqs, kv_heads, N, 2 head_dim] */
+    bf16 *rows;                  /* [seqs, kv_heads, N, kv_row_dim] */
     struct books books, model;
 };
 
@@ -104,6 +104,7 @@ static void start_history(struct history *h, const struct setup *s, const char *
     h->r = test_random(seed);
     h->shape = (struct kv_shape){
         .kv_heads = s->kv_heads, .head_dim = s->head_dim,
+        .latent_dim = s->kind & 4 ? latent_dim_of(s->head_dim) : 0,
         .filter = s->kind & 1 ? FILTER_BOUNDS : FILTER_COARSE,
         .index = s->kind & 2 ? INDEX_CHANNELS : INDEX_ROTATED };
     h->be = open_with_threads(isa, threads);
@@ -140,7 +141,7 @@ static void start_history(struct history *h, const struct setup *s, const char *
     h->n_chosen = nothing(lists * sizeof(int32_t));
     h->scratch = nothing(backend_ops(h->be)->attend_two_level_scratch(
         &h->shape, s->seqs, h->heads, h->max_blocks, s->keep_blocks, s->keep_tokens));
-    h->rows = nothing(lists * (size_t)(s->rows_per_head * 2 * s->head_dim) * sizeof(bf16));
+    h->rows = nothing(lists * (size_t)s->rows_per_head * kv_row_dim(&h->shape) * sizeof(bf16));
     h->books = make_books(h);
     h->model = make_books(h);
     fill_books(h);
@@ -388,7 +389,7 @@ static void model_list(struct history *h, int seq, int g)
 static void check_rows(const struct history *h, int seq, int g)
 {
     int n = h->s.rows_per_head, head = h->set[seq] * h->s.kv_heads + g;
-    size_t row_floats = 2 * (size_t)h->s.head_dim;
+    size_t row_floats = kv_row_dim(&h->shape);
 
     for (int row = 0; row < n; row++) {
         int32_t p = h->books.position[head * n + row];
@@ -409,7 +410,7 @@ static void check_rows(const struct history *h, int seq, int g)
 static void check_step(struct history *h)
 {
     size_t rows = (size_t)(h->lists * h->s.rows_per_head);
-    size_t floats = (size_t)(h->heads * h->s.head_dim);
+    size_t floats = (size_t)(h->heads * kv_value_dim(&h->shape));
 
     for (int seq = 0; seq < h->s.seqs; seq++) {
         if (h->n_tokens[seq] == 0)
@@ -457,7 +458,9 @@ static void run_history(const struct setup *s, const char *isa, int threads, uin
 
 /* ---- tests */
 
-/* Room for just the chosen, for a few more, for several times as many. */
+/* Room for just the chosen, for a few more, for several times as many; latent rows at last. */
+enum { N_PLAIN = 20, N_SETUPS = N_PLAIN + N_LATENT_SHAPES };
+
 static struct setup setup_of(int i)
 {
     static const int head_dims[] = { 32, 64, 16, 128, 256 };
@@ -472,9 +475,14 @@ static struct setup setup_of(int i)
     };
 
     s.rows_per_head = s.keep_tokens + more[i % 4];
+    if (i >= N_PLAIN) {
+        s.kv_heads = 1;
+        s.group = latent_shapes[i % N_LATENT_SHAPES].heads;
+        s.head_dim = latent_shapes[i % N_LATENT_SHAPES].head_dim;
+        s.kind = 4 + i % 2;
+    }
     return s;
 }
-enum { N_SETUPS = 20 };
 
 START_TEST(a_history_with_sets_is_one_without)
 {

@@ -91,6 +91,7 @@ static void start_history(struct history *h, const struct setup *s, uint64_t see
     h->r = test_random(seed);
     h->shape = (struct kv_shape){
         .kv_heads = s->kv_heads, .head_dim = s->head_dim,
+        .latent_dim = s->kind & 4 ? latent_dim_of(s->head_dim) : 0,
         .filter = s->kind & 1 ? FILTER_BOUNDS : FILTER_COARSE,
         .index = s->kind & 2 ? INDEX_CHANNELS : INDEX_ROTATED };
     h->be = open_with_threads("auto", 2);
@@ -312,7 +313,7 @@ static void run_operation(struct history *h, float *out, const struct lists *lis
 
 static void assert_outputs(const struct history *h, const char *what)
 {
-    size_t row = (size_t)(h->heads * h->s.head_dim);
+    size_t row = (size_t)(h->heads * kv_value_dim(&h->shape));
 
     for (int seq = 0; seq < h->s.seqs; seq++)
         if (h->n_tokens[seq] > 0)
@@ -345,7 +346,7 @@ static void run_with_sets(struct history *h)
     uint32_t step = 1;
     struct hot_rows hot = {
         .host = h->kv, .host_stride = block, .host_table = h->table, .set = set,
-        .rows = nothing(rows * 4 * (size_t)h->s.head_dim),
+        .rows = nothing(rows * kv_row_dim(&h->shape) * sizeof(bf16)),
         .row_of = nothing(positions * sizeof(uint16_t)),
         .position = nothing(rows * sizeof(int32_t)), .used = nothing(rows * sizeof(uint32_t)),
         .hand = mem_calloc((size_t)h->lists, sizeof(int32_t)), .step = &step, .counts = counts,
@@ -377,6 +378,8 @@ static const struct setup setups[] = {
     { 1, 1, 32, 1, 2, 100, 1, 300, 2, { 250, 640 }, false, false },    /* more than are kept */
     { 2, 4, 128, 0, 8, 100, 4, 64, 2, { 640, 576 }, false, true },
     { 1, 1, 32, 0, 7, 70, 64, 65, 2, { 700, 64 }, false, true },
+    { 1, 20, 64, 4, 4, 60, 4, 20, 5, { 700, 1, 0, 511, 640 }, true, true },
+    { 1, 5, 160, 5, 2, 100, 0, 1, 4, { 63, 64, 65, 128 }, true, false },
 };
 enum { N_SETUPS = sizeof setups / sizeof setups[0] };
 

@@ -116,6 +116,41 @@ START_TEST(gathers_rows)
 }
 END_TEST
 
+/* Rows that lie apart, as the first part of wider ones do, with and without delta: what is
+ * between them stays, and out is as it is of rows that are neighbours. */
+START_TEST(rows_may_lie_apart)
+{
+    static const char *const isas[] = { "scalar", "avx2", "avx512" };
+    struct backend *be = test_backend(isas[_i % 3]);
+    const int dim = 100, stride = MAX_DIM;
+    const bool add = _i / 3;
+
+    if (!be)
+        return;
+    struct rows *apart = make_rows(6), *close = make_rows(6), *was = make_rows(6);
+    struct stream *s = stream_create(be);
+    for (int r = 0; r < ROWS; r++) {
+        memcpy(close->x + r * dim, was->x + r * stride, (size_t)dim * sizeof(float));
+        memcpy(close->delta + r * dim, was->delta + r * stride, (size_t)dim * sizeof(float));
+    }
+    run(be, close, dim, add, false);
+    backend_ops(be)->add_norm(s, &(struct add_norm_args){
+        .out = apart->out, .x = apart->x, .x_stride = stride,
+        .delta = add ? apart->delta : NULL, .weight = apart->weight,
+        .weight_type = DTYPE_F32, .rows = ROWS, .dim = dim, .eps = 1e-5f });
+    ck_assert(floats_identical("apart", apart->out, close->out, (size_t)(ROWS * dim)));
+    for (int r = 0; r < ROWS; r++) {
+        ck_assert(floats_identical("x", apart->x + r * stride, close->x + r * dim, (size_t)dim));
+        ck_assert(floats_identical("between", apart->x + r * stride + dim,
+                                   was->x + r * stride + dim, (size_t)(stride - dim)));
+    }
+    stream_destroy(s);
+    mem_free(apart);
+    mem_free(close);
+    mem_free(was);
+}
+END_TEST
+
 /* A row of zeros gives zeros, not NaN: eps keeps the root away from 0. */
 START_TEST(zero_rows_stay_zero)
 {
@@ -140,6 +175,7 @@ TCase *norm_case(void)
     tcase_add_loop_test(c, scalar_is_right, 0, N_DIMS);
     tcase_add_loop_test(c, vectors_equal_scalar, 0, N_DIMS * TEST_N_ISAS);
     tcase_add_loop_test(c, gathers_rows, 0, 3);
+    tcase_add_loop_test(c, rows_may_lie_apart, 0, 6);
     tcase_add_loop_test(c, zero_rows_stay_zero, 0, 3);
     return c;
 }

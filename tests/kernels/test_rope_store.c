@@ -3,6 +3,7 @@
 #include "engine/base/mem.h"
 #include "tests/support/backend_fixture.h"
 #include "tests/support/closeness.h"
+#include "tests/support/index_reference.h"
 #include "tests/support/kernel_reference.h"
 #include "tests/support/random_data.h"
 
@@ -383,74 +384,6 @@ static uint8_t *record_at(const struct story *s, uint8_t *index, int row, int kv
            ((size_t)s->index_block[row] * (size_t)s->shape.kv_heads + (size_t)kv_head) * bytes;
 }
 
-static void put_bf16(uint8_t *at, float value)
-{
-    bf16 v = nearest_bf16(value);
-
-    memcpy(at, &v, sizeof v);
-}
-
-static float get_bf16(const uint8_t *at)
-{
-    bf16 v;
-
-    memcpy(&v, at, sizeof v);
-    return bf16_value(v);
-}
-
-static void set_bits(uint8_t *codes, int at, unsigned value)
-{
-    codes[at / 8] = (uint8_t)(codes[at / 8] | value << at % 8);
-}
-
-/* The arithmetic of layout.h: pairs at growing distances, each sum rounded. */
-static void rotate_exactly(float *x, int n)
-{
-    for (int i = 0; i < n; i++)
-        x[i] *= (float)rotation_sign(i);
-    for (int distance = 1; distance < n; distance *= 2)
-        for (int i = 0; i < n; i++)
-            if (!(i & distance)) {
-                float a = x[i], b = x[i | distance];
-                x[i] = a + b;
-                x[i | distance] = a - b;
-            }
-    for (int i = 0; i < n; i++)
-        x[i] *= 1 / sqrtf((float)n);
-}
-
-static float rms_exactly(const float *x, int n)
-{
-    float sum[MAX_DIM];
-
-    for (int i = 0; i < n; i++)
-        sum[i] = x[i] * x[i];
-    for (int left = n / 2; left > 0; left /= 2)
-        for (int i = 0; i < left; i++)
-            sum[i] = sum[i] + sum[i + left];
-    return sqrtf(sum[0] * (1 / (float)n));
-}
-
-static void index_rotated(const struct story *s, uint8_t *record, const float *key, int token)
-{
-    const struct index_layout l = index_layout(&s->shape);
-    int dim = s->shape.head_dim;
-    uint8_t *sign = record + l.sign + token * dim / 8;
-    uint8_t *large = record + l.large + token * dim / 8;
-    float x[MAX_DIM];
-
-    put_bf16(record + l.scale + 2 * token, 0.996f * rms_exactly(key, dim));
-    float scale = get_bf16(record + l.scale + 2 * token);
-    memcpy(x, key, (size_t)dim * sizeof *x);
-    rotate_exactly(x, dim);
-    memset(sign, 0, (size_t)dim / 8);
-    memset(large, 0, (size_t)dim / 8);
-    for (int d = 0; d < dim && scale != 0; d++) {
-        set_bits(sign, d, x[d] >= 0);
-        set_bits(large, d, fabsf(x[d]) >= scale);
-    }
-}
-
 static void index_channels(const struct story *s, uint8_t *record, const int16_t *channels,
                            const float *key, int token)
 {
@@ -482,17 +415,15 @@ static void index_token(const struct story *s, uint8_t *record, int kv_head, con
                         int token)
 {
     const struct index_layout l = index_layout(&s->shape);
+    int dim = s->shape.head_dim;
     float x[MAX_DIM];
 
-    for (int i = 0; i < s->shape.head_dim; i++) {
+    for (int i = 0; i < dim; i++)
         x[i] = bf16_value(key[i]);
-        if (l.lo >= 0 && (token == 0 || x[i] < get_bf16(record + l.lo + 2 * i)))
-            memcpy(record + l.lo + 2 * i, &key[i], sizeof key[i]);
-        if (l.hi >= 0 && (token == 0 || x[i] > get_bf16(record + l.hi + 2 * i)))
-            memcpy(record + l.hi + 2 * i, &key[i], sizeof key[i]);
-    }
+    widen_record(record, &s->shape, key, token);
     if (s->shape.index == INDEX_ROTATED)
-        index_rotated(s, record, x, token);
+        index_part(record + l.scale + 2 * token, record + l.sign + token * dim / 8,
+                   record + l.large + token * dim / 8, x, dim);
     else
         index_channels(s, record, s->channels + kv_head * INDEX_CHANNELS_KEPT, x, token);
 }

@@ -3,6 +3,7 @@
 #include "engine/base/mem.h"
 #include "tests/support/backend_fixture.h"
 #include "tests/support/closeness.h"
+#include "tests/support/index_reference.h"
 #include "tests/support/kernel_reference.h"
 #include "tests/support/random_data.h"
 
@@ -13,7 +14,10 @@
 /* Both levels of the selection over an index of random codes and scales.  What is past
  * the end of a context, and blocks of nobody, are bytes of 0xff, whose scales and bounds
  * are NaN, or of 0x7f, for which they are larger than any other. */
-enum { MAX_SEQS = 12, MAX_DIM = 256, Q_GAP = 3, UNWRITTEN = -77 };
+enum { MAX_SEQS = 12, MAX_DIM = 576, MAX_GROUP = 20, Q_GAP = 3, UNWRITTEN = -77 };
+
+/* A kind of index is a sum of these; latent rows have no channels. */
+enum { BOUNDS = 1, CHANNELS = 2, LATENT = 4, N_KINDS = 6 };
 
 struct setup {
     int kv_heads, group, head_dim, kind;
@@ -48,10 +52,18 @@ static struct kv_shape shape_of(const struct setup *s)
     return (struct kv_shape){
         .kv_heads = s->kv_heads,
         .head_dim = s->head_dim,
-        .filter = s->kind & 1 ? FILTER_BOUNDS : FILTER_COARSE,
-        .index = s->kind & 2 && s->head_dim >= INDEX_CHANNELS_KEPT ? INDEX_CHANNELS
-                                                                   : INDEX_ROTATED,
+        .latent_dim = s->kind & LATENT ? latent_dim_of(s->head_dim) : 0,
+        .filter = s->kind & BOUNDS ? FILTER_BOUNDS : FILTER_COARSE,
+        .index = s->kind & CHANNELS && s->head_dim >= INDEX_CHANNELS_KEPT ? INDEX_CHANNELS
+                                                                          : INDEX_ROTATED,
     };
+}
+
+static void set_kind(struct setup *s, int kind)
+{
+    s->kind = kind;
+    if (kind & LATENT)
+        s->kv_heads = 1;
 }
 
 static uint8_t *record_at(const struct problem *p, int seq, int kv_head, int block)
@@ -62,27 +74,32 @@ static uint8_t *record_at(const struct problem *p, int seq, int kv_head, int blo
                           (size_t)p->layout.record_bytes;
 }
 
-static float get_bf16(const uint8_t *at)
-{
-    bf16 v;
-
-    memcpy(&v, at, sizeof v);
-    return bf16_value(v);
-}
-
-static void put_bf16(uint8_t *at, float value)
-{
-    bf16 v = nearest_bf16(value);
-
-    memcpy(at, &v, sizeof v);
-}
-
 /* ---- making an index */
 
 static void random_bytes(struct test_random *r, uint8_t *out, int n)
 {
     for (int i = 0; i < n; i++)
         out[i] = (uint8_t)random_below(r, 256);
+}
+
+/* One part in eight of a latent token is zeros. */
+static void fill_latent_token(const struct problem *p, uint8_t *record, int token,
+                              struct test_random *r)
+{
+    const struct index_layout *l = &p->layout;
+    int bytes[2] = { p->shape.latent_dim / 8, (p->shape.head_dim - p->shape.latent_dim) / 8 };
+    int at = token * p->shape.head_dim / 8;
+
+    for (int part = 0; part < 2; at += bytes[part++]) {
+        float scale = random_below(r, 8) ? 0.2f + fabsf(random_normal(r)) : 0;
+        put_bf16(record + l->scale + 2 * (2 * token + part), scale);
+        random_bytes(r, record + l->sign + at, bytes[part]);
+        random_bytes(r, record + l->large + at, bytes[part]);
+        if (scale == 0) {
+            memset(record + l->sign + at, 0, (size_t)bytes[part]);
+            memset(record + l->large + at, 0, (size_t)bytes[part]);
+        }
+    }
 }
 
 /* One token in eight is a zero key: no scale, no codes. */
@@ -133,7 +150,8 @@ static void fill_index(struct problem *p, struct test_random *r)
                     break;
                 uint8_t *record = record_at(p, seq, g, token / BLOCK_TOKENS);
                 struct test_random own = draw(p, r);
-                fill_token(p, record, token % BLOCK_TOKENS, &own);
+                (p->shape.latent_dim ? fill_latent_token : fill_token)(
+                    p, record, token % BLOCK_TOKENS, &own);
                 if (p->layout.lo >= 0 && token % BLOCK_TOKENS == 0)
                     fill_bounds(p, record, &own);
             }
@@ -347,6 +365,25 @@ static double rotated_score(const struct problem *p, const uint8_t *record, int 
     return sum * (double)get_bf16(record + l->scale + 2 * token);
 }
 
+/* latent.h, from a query's whole numbers and their units. */
+static double latent_score(const struct problem *p, const uint8_t *record, int token,
+                           const int *n, const double *unit, bool fine)
+{
+    const struct index_layout *l = &p->layout;
+    int bytes = p->shape.head_dim / 8, sum[2] = { 0 };
+    double score = 0;
+
+    for (int d = 0; d < p->shape.head_dim; d++) {
+        int sign = bit(record + l->sign + token * bytes, d);
+        int large = bit(record + l->large + token * bytes, d);
+        sum[d >= p->shape.latent_dim] += n[d] * (sign ? 1 : -1) * (fine && large ? 3 : 1);
+    }
+    for (int part = 0; part < 2; part++)
+        score += (double)get_bf16(record + l->scale + 2 * (2 * token + part)) * unit[part] *
+                 (fine ? 0.5 : 1) * sum[part];
+    return score;
+}
+
 static double channels_score(const struct problem *p, const uint8_t *record, int token,
                              const int16_t *channels, const double *q, bool fine)
 {
@@ -371,20 +408,47 @@ static double bounds_score(const struct problem *p, const uint8_t *record, const
     return sum;
 }
 
-/* Queries of a KV head as doubles, rotated for a rotated index. */
-struct queries { double of[16][MAX_DIM], rotated[16][MAX_DIM]; };
+/* Queries of a KV head as doubles, rotated for a rotated index; those of latent rows rounded. */
+struct queries {
+    double of[MAX_GROUP][MAX_DIM], rotated[MAX_GROUP][MAX_DIM], unit[MAX_GROUP][2];
+    int whole[MAX_GROUP][MAX_DIM];
+};
+
+static void round_part(const float *from, int n, int *whole, double *unit)
+{
+    float x[MAX_DIM], most = 0;
+
+    memcpy(x, from, (size_t)n * sizeof *x);
+    rotate_exactly(x, n);
+    for (int d = 0; d < n; d++)
+        most = fmaxf(most, fabsf(x[d]));
+    float factor = 127 / most;
+    for (int d = 0; d < n; d++) {
+        float multiple = (float)(1 << d % 4), limit = floorf(127 / multiple);
+        float m = most > 0 ? nearbyintf(x[d] * factor / multiple) : 0;
+        whole[d] = (int)(fmaxf(-limit, fminf(limit, m)) * multiple);
+    }
+    *unit = (double)(most / 127);
+}
 
 static struct queries *make_queries(const struct problem *p, int seq, int g)
 {
     struct queries *q = mem_alloc(sizeof *q);
     int dim = p->shape.head_dim;
 
-    ck_assert_int_le(p->s.group, 16);
+    int latent = p->shape.latent_dim;
+
+    ck_assert_int_le(p->s.group, MAX_GROUP);
     for (int i = 0; i < p->s.group; i++) {
         const float *from = p->q + seq * q_stride(p) + (g * p->s.group + i) * dim;
         for (int d = 0; d < dim; d++)
             q->of[i][d] = (double)from[d];
-        rotate_slowly(q->rotated[i], q->of[i], dim);
+        if (latent) {
+            round_part(from, latent, q->whole[i], &q->unit[i][0]);
+            round_part(from + latent, dim - latent, q->whole[i] + latent, &q->unit[i][1]);
+        } else {
+            rotate_slowly(q->rotated[i], q->of[i], dim);
+        }
     }
     return q;
 }
@@ -396,7 +460,10 @@ static double token_score(const struct problem *p, const struct queries *q, int 
     double best = -INFINITY;
 
     for (int i = 0; i < p->s.group; i++)
-        best = fmax(best, p->shape.index == INDEX_ROTATED
+        best = fmax(best, p->shape.latent_dim
+                              ? latent_score(p, record, position % BLOCK_TOKENS, q->whole[i],
+                                             q->unit[i], fine)
+                          : p->shape.index == INDEX_ROTATED
                               ? rotated_score(p, record, position % BLOCK_TOKENS,
                                               q->rotated[i], fine)
                               : channels_score(p, record, position % BLOCK_TOKENS,
@@ -521,7 +588,10 @@ static void check_select(struct problem *p)
 
 /* ---- tests */
 
-/* kind, group, head_dim and budgets; every kind meets every head dimension. */
+/* kind, group, head_dim and budgets; every kind meets every head dimension, and every shape
+ * of latent rows both filters. */
+enum { N_PLAIN = 40, N_SETUPS = N_PLAIN + 2 * N_LATENT_SHAPES };
+
 static struct setup setup_of(int i)
 {
     static const int head_dims[] = { 16, 32, 64, 128, 256 };
@@ -535,9 +605,13 @@ static struct setup setup_of(int i)
         .seqs = 8, .n_tokens = { 3000, 1, 63, 0, 64, 65, 128, 1111 },
     };
 
+    if (i >= N_PLAIN) {
+        s.head_dim = latent_shapes[i % N_LATENT_SHAPES].head_dim;
+        s.group = latent_shapes[i % N_LATENT_SHAPES].heads;
+        set_kind(&s, i < N_PLAIN + N_LATENT_SHAPES ? LATENT : LATENT | BOUNDS);
+    }
     return s;
 }
-enum { N_SETUPS = 40 };
 
 static void compare_ints(const int32_t *got, const int32_t *want, int n, const char *what)
 {
@@ -598,7 +672,7 @@ START_TEST(ties_go_to_the_earlier)
 
     for (int i = 0; i < 4; i++) {
         s.alike = alike[i];
-        s.kind = _i;
+        set_kind(&s, _i);
         s.head_dim = 64;
         s.keep_blocks = 17;
         s.keep_tokens = 333;
@@ -660,7 +734,7 @@ START_TEST(company_and_threads_change_nothing)
     struct setup s = setup_of(3 * 3);
     int n;
 
-    s.kind = _i;
+    set_kind(&s, _i);
     s.n_tokens[0] = 9000;        /* several pieces */
     struct problem *p = make_problem(&s, 400);
     filter(test_backend("auto"), p, 0, s.seqs);
@@ -699,9 +773,10 @@ START_TEST(sinks_and_recents)
 {
     static const int edges[] = { 0, 1, 63, 64, 65, 71, 72, 73, 128, 199, 200, 201, 1000 };
     enum { N = sizeof edges / sizeof edges[0] };
-    struct setup s = { .kv_heads = 2, .group = 2, .head_dim = 32, .kind = _i % 4, .seqs = 3,
+    struct setup s = { .kv_heads = 2, .group = 2, .head_dim = 32, .seqs = 3,
                        .n_tokens = { 200, 192, 1 } };
 
+    set_kind(&s, _i);
     for (int i = 0; i < N * N; i++) {
         s.sinks = edges[i / N];
         s.recent = edges[i % N];
@@ -742,10 +817,10 @@ START_TEST(two_levels_are_the_three_operations)
     struct stream *stream = stream_create(be);
     struct test_random r = test_random(600);
 
-    s.kind = _i;
+    set_kind(&s, _i);
     struct problem *p = make_problem(&s, 600);
     size_t pool = (size_t)p->n_blocks * kv_block_bytes(&p->shape);
-    size_t row = (size_t)(p->heads * s.head_dim), floats = (size_t)s.seqs * row;
+    size_t row = (size_t)(p->heads * kv_value_dim(&p->shape)), floats = (size_t)s.seqs * row;
     bf16 *kv = mem_alloc(pool);
     float *want = mem_calloc(floats, sizeof *want), *got = mem_calloc(floats, sizeof *got);
     void *scratch = mem_alloc(ops->attend_two_level_scratch(
@@ -785,11 +860,11 @@ TCase *select_ops_case(void)
 
     tcase_set_timeout(c, 120);
     tcase_add_loop_test(c, choices_are_right, 0, N_SETUPS);
-    tcase_add_loop_test(c, ties_go_to_the_earlier, 0, 4);
+    tcase_add_loop_test(c, ties_go_to_the_earlier, 0, N_KINDS);
     tcase_add_test(c, zeros_are_equal);
-    tcase_add_loop_test(c, company_and_threads_change_nothing, 0, 4);
-    tcase_add_loop_test(c, a_million_tokens, 0, 4);
-    tcase_add_loop_test(c, sinks_and_recents, 0, 4);
-    tcase_add_loop_test(c, two_levels_are_the_three_operations, 0, 4);
+    tcase_add_loop_test(c, company_and_threads_change_nothing, 0, N_KINDS);
+    tcase_add_loop_test(c, a_million_tokens, 0, N_KINDS);
+    tcase_add_loop_test(c, sinks_and_recents, 0, N_KINDS);
+    tcase_add_loop_test(c, two_levels_are_the_three_operations, 0, N_KINDS);
     return c;
 }

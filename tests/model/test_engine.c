@@ -117,15 +117,32 @@ static void assert_same(const struct answer *a, const struct answer *b, const ch
         }
 }
 
+static const struct {
+    const struct fixture_model *model;
+    enum selection selection;
+} variants[] = {
+    { &bundled_model, SELECTION_EXACT }, { &bundled_model, SELECTION_LAGGED },
+    { &latent_model, SELECTION_EXACT }, { &latent_model, SELECTION_LAGGED },
+};
+enum { N_VARIANTS = sizeof variants / sizeof variants[0] };
+
+static struct engine_config variant_config(int variant)
+{
+    struct engine_config c = small_config();
+
+    c.model_dir = variants[variant].model->dir;
+    c.select.selection = variants[variant].selection;
+    return c;
+}
+
 /* With lagged selection who was preempted computes its sparse rows again, all of them. */
 START_TEST(batch_chunks_cache_and_preemption_change_nothing)
 {
     static struct answer alone[N_REQUESTS], other[N_REQUESTS];
-    struct engine_config c = small_config();
+    struct engine_config c = variant_config(_i);
     struct engine_stats s;
 
     /* One at a time, without a cache: the reference. */
-    c.select.selection = (enum selection)_i;
     c.max_running = 1;
     c.step_tokens = 2048;
     c.prefix_cache = false;
@@ -134,8 +151,7 @@ START_TEST(batch_chunks_cache_and_preemption_change_nothing)
     ck_assert_uint_gt(s.sparse_rows, 100);
     stop();
 
-    c = small_config();
-    c.select.selection = (enum selection)_i;
+    c = variant_config(_i);
     answers_under(&c, 1, other);
     engine_stats(engine, &s);
     ck_assert_uint_gt(s.prefix_hits, 64);
@@ -152,7 +168,7 @@ START_TEST(batch_chunks_cache_and_preemption_change_nothing)
     c.max_running = 8;
     c.step_tokens = 200;
     c.max_model_len = 420;
-    c.kv_bytes = 9 * BUNDLED_BLOCK_BYTES;
+    c.kv_bytes = 9 * model_block_bytes(variants[_i].model);
     for (uint64_t seed = 3; seed < 6; seed++) {
         answers_under(&c, seed, other);
         engine_stats(engine, &s);
@@ -170,17 +186,16 @@ END_TEST
 START_TEST(who_yields_goes_on_as_if_it_had_not)
 {
     enum { PROMPT = 70, OUTPUT = 500 };
-    struct engine_config c = small_config();
+    struct engine_config c = variant_config(_i);
     struct request *r[2], *alone[2];
     int32_t prompt[PROMPT];
     struct engine_stats s;
 
-    c.select.selection = (enum selection)_i;
     c.select.crossover_tokens = 100;
     for (int small = 0; small < 2; small++) {
         struct request **here = small ? r : alone;
         if (small)
-            c.kv_bytes = 16 * BUNDLED_BLOCK_BYTES;   /* of which one takes 9 */
+            c.kv_bytes = 16 * model_block_bytes(variants[_i].model);  /* of which one takes 9 */
         start(&c);
         for (int i = 0; i < 2; i++) {
             random_prompt(prompt, PROMPT, (uint64_t)i);
@@ -231,7 +246,7 @@ END_TEST
 
 START_TEST(a_budget_above_the_context_is_full_attention)
 {
-    struct engine_config c = small_config();
+    struct engine_config c = variant_config(_i);
     int32_t prompt[300];
 
     random_prompt(prompt, 300, 11);
@@ -463,12 +478,10 @@ TCase *engine_case(void)
     TCase *tc = tcase_create("engine");
 
     tcase_add_test(tc, greedy_tokens_are_the_reference_s);
-    tcase_add_loop_test(tc, batch_chunks_cache_and_preemption_change_nothing, SELECTION_EXACT,
-                        SELECTION_LAGGED + 1);
-    tcase_add_loop_test(tc, who_yields_goes_on_as_if_it_had_not, SELECTION_EXACT,
-                        SELECTION_LAGGED + 1);
+    tcase_add_loop_test(tc, batch_chunks_cache_and_preemption_change_nothing, 0, N_VARIANTS);
+    tcase_add_loop_test(tc, who_yields_goes_on_as_if_it_had_not, 0, N_VARIANTS);
     tcase_add_test(tc, lagged_is_exact_while_all_blocks_are_kept);
-    tcase_add_test(tc, a_budget_above_the_context_is_full_attention);
+    tcase_add_loop_test(tc, a_budget_above_the_context_is_full_attention, 0, N_VARIANTS);
     tcase_add_test(tc, a_stop_string_cuts_the_text);
     tcase_add_test(tc, scores_of_a_prompt_are_those_of_decoding_it);
     tcase_add_test(tc, the_waiting_room_is_bounded_at_once);

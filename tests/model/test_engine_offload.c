@@ -15,31 +15,41 @@ enum { KEPT = 96 };              /* tokens: small_history() */
 
 /* ---- histories */
 
-static void no_answer_changes(uint64_t seed, uint32_t scale, enum selection selection)
+/* dir: NULL, the bundled model. */
+static void no_answer_changes(const char *dir, uint64_t seed, uint32_t scale,
+                              enum selection selection)
 {
-    const struct engine_history h = small_history(seed, scale, selection);
-    int happened = history_play_mixed(&h);
+    struct engine_history h = small_history(seed, scale, selection);
 
+    h.dir = dir;
+    int happened = history_play_mixed(&h);
     if (seed == 1 && scale == SMALL)                /* others may be tame */
         ck_assert_int_eq(happened | RETURNS, OFFLOADS | RETURNS | LOADS | PREEMPTIONS | MISSES);
 }
 
 START_TEST(no_answer_changes_in_small_histories)
 {
-    no_answer_changes((uint64_t)_i, SMALL, SELECTION_EXACT);
+    no_answer_changes(NULL, (uint64_t)_i, SMALL, SELECTION_EXACT);
 }
 END_TEST
 
 /* Which blocks a step chooses from is known a step before, wherever these are. */
 START_TEST(no_answer_changes_in_lagged_histories)
 {
-    no_answer_changes((uint64_t)_i, SMALL, SELECTION_LAGGED);
+    no_answer_changes(NULL, (uint64_t)_i, SMALL, SELECTION_LAGGED);
 }
 END_TEST
 
 START_TEST(no_answer_changes_in_large_histories)
 {
-    no_answer_changes((uint64_t)_i, LARGE, SELECTION_EXACT);
+    no_answer_changes(NULL, (uint64_t)_i, LARGE, SELECTION_EXACT);
+}
+END_TEST
+
+/* Latent attention, exact and lagged. */
+START_TEST(no_answer_changes_of_latent_attention)
+{
+    no_answer_changes(latent_model.dir, 1, SMALL, (enum selection)_i);
 }
 END_TEST
 
@@ -392,6 +402,8 @@ TCase *engine_offload_case(void)
     tcase_add_test(tc, hot_rows_grow_into_half_of_the_memory);
     tcase_add_loop_test(tc, no_answer_changes_in_small_histories, 1, 2 + 10 * more);
     tcase_add_loop_test(tc, no_answer_changes_in_lagged_histories, 1, 2 + 10 * more);
+    tcase_add_loop_test(tc, no_answer_changes_of_latent_attention, SELECTION_EXACT,
+                        SELECTION_LAGGED + 1);
     tcase_add_loop_test(tc, no_answer_changes_in_large_histories, 1, 1 + 2 * more);
     return tc;
 }

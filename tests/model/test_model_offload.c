@@ -38,6 +38,14 @@ static const struct {
     { "build/models/qwen3", "auto", FILTER_BOUNDS, INDEX_ROTATED, 4, 96, 300, SELECTION_LAGGED },
     { "build/models/qwen3-moe", "auto", FILTER_COARSE, INDEX_ROTATED, 4, 96, 150,
       SELECTION_EXACT },
+    { "build/models/glm4-moe-lite", "auto", FILTER_COARSE, INDEX_ROTATED, 4, 96, 97,
+      SELECTION_EXACT },
+    { "build/models/glm4-moe-lite", "avx2", FILTER_BOUNDS, INDEX_ROTATED, 4, 96, 300,
+      SELECTION_LAGGED },
+    { "build/models/glm4-moe-lite-small", "auto", FILTER_BOUNDS, INDEX_ROTATED, 5, 128, 500,
+      SELECTION_EXACT },
+    { "build/models/glm4-moe-lite-small", "scalar", FILTER_COARSE, INDEX_ROTATED, 3, 64, 64,
+      SELECTION_EXACT },
 };
 enum { N_KINDS = sizeof kinds / sizeof kinds[0], SEEDS = 2 };
 

@@ -12,6 +12,9 @@ static const struct streamed_history histories[] = {
     { .dir = "build/models/llama3", .isa = "scalar", .prompt = 400, .chunk = 300, .decodes = 3,
       .seed = 3 },
     { .dir = "build/models/qwen3-yarn-g5", .prompt = 640, .chunk = 1, .seed = 4 },
+    { .dir = "build/models/glm4-moe-lite", .prompt = 900, .chunk = 100, .decodes = 5, .seed = 5 },
+    { .dir = "build/models/glm4-moe-lite-small", .isa = "scalar", .prompt = 500, .chunk = 77,
+      .decodes = 70, .seed = 6 },
 };
 
 START_TEST(streaming_changes_nothing)

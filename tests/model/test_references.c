@@ -13,7 +13,7 @@
 
 static const char *const names[] = {
     "qwen3", "qwen3-yarn-g5", "qwen2-g7", "llama3", "llama-linear-mha", "mistral", "smollm2",
-    "qwen3-moe", "qwen3-moe-128",
+    "qwen3-moe", "qwen3-moe-128", "glm4-moe-lite", "glm4-moe-lite-small",
 };
 enum { N_NAMES = sizeof names / sizeof *names, MAX_PROMPT = 6000, N_TOP = 8 };
 

@@ -13,6 +13,23 @@ struct engine *engine;
 struct mailbox *engine_mail;
 static sem_t mail_arrived;
 
+const struct fixture_model bundled_model = {
+    BUNDLED_MODEL, 8, { .kv_heads = 2, .head_dim = 128, .filter = FILTER_COARSE,
+                        .index = INDEX_ROTATED } };
+const struct fixture_model latent_model = {
+    "build/models/glm4-moe-lite", 3, { .kv_heads = 1, .head_dim = 576, .latent_dim = 512,
+                                       .filter = FILTER_COARSE, .index = INDEX_ROTATED } };
+
+uint64_t model_index_bytes(const struct fixture_model *m)
+{
+    return (uint64_t)m->layers * index_block_bytes(&m->shape);
+}
+
+uint64_t model_block_bytes(const struct fixture_model *m)
+{
+    return (uint64_t)m->layers * kv_block_bytes(&m->shape) + model_index_bytes(m);
+}
+
 static void on_mail(void *arg)
 {
     sem_post(arg);

@@ -4,10 +4,11 @@
 #include "engine/base/mailbox.h"
 #include "engine/engine.h"
 #include "engine/run/request.h"
+#include "kernels/layout.h"
 
 #include <stdint.h>
 
-/* An engine of the bundled model on the CPU, one at a time. */
+/* An engine on the CPU, one at a time; of the bundled model, unless a test says another. */
 
 #define BUNDLED_MODEL "models/asynctlsd-books-9m"
 
@@ -17,7 +18,19 @@ extern struct mailbox *engine_mail;
 /* Two threads, invariants checked, and so small a crossover (200) and budget (4 blocks, 96
  * tokens) that short tests decode sparsely. */
 struct engine_config small_config(void);
-/* What a block of 64 tokens takes, on the device with its index and in host memory. */
+/* What a test has to know of a model. */
+struct fixture_model {
+    const char *dir;
+    int layers;
+    struct kv_shape shape;
+};
+extern const struct fixture_model bundled_model, latent_model;
+
+/* What a block of 64 tokens takes, on the device with its index and in host memory; and its index
+ * alone. */
+uint64_t model_block_bytes(const struct fixture_model *m);
+uint64_t model_index_bytes(const struct fixture_model *m);
+/* Of the bundled model. */
 enum { BUNDLED_BLOCK_BYTES = 64 * 8192 + 8 * 2 * 2176, BUNDLED_INDEX_BYTES = 8 * 2 * 2176 };
 
 void start(const struct engine_config *c);

@@ -132,7 +132,7 @@ void gpu_bench_fill_index(void *device, size_t bytes, const struct kv_shape *sha
             memcpy(out + 8 * i, &v, sizeof v);
         }
         for (size_t at = 0; at < n; at += (size_t)l.record_bytes)
-            for (int t = 0; t < BLOCK_TOKENS; t++) {
+            for (int t = 0; t < BLOCK_TOKENS * index_parts(shape); t++) {
                 bf16 scale = (bf16)(0x3f80 | (random_u64(&r) & 0x7f));
                 memcpy(out + at + (size_t)(l.scale + 2 * t), &scale, sizeof scale);
             }

@@ -51,6 +51,19 @@ void rotate_slowly(double *out, const double *x, int head_dim)
     }
 }
 
+const struct latent_shape latent_shapes[N_LATENT_SHAPES] = {
+    { 576, 20 }, { 160, 5 }, { 80, 1 }, { 64, 20 }, { 32, 7 },
+};
+
+int latent_dim_of(int head_dim)
+{
+    int latent = 1;
+
+    while (2 * latent < head_dim)
+        latent *= 2;
+    return latent;
+}
+
 void random_order(struct test_random *r, int32_t *out, int n)
 {
     for (int i = 0; i < n; i++) {

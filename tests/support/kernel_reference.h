@@ -16,6 +16,13 @@ bf16 nearest_bf16(float x);
 /* out = R x, the rotation of layout.h, as a product with its matrix. */
 void rotate_slowly(double *out, const double *x, int head_dim);
 
+/* Shapes of latent attention: GLM-4.7-Flash's, and small ones that are awkward. */
+enum { N_LATENT_SHAPES = 5 };
+extern const struct latent_shape { int head_dim, heads; } latent_shapes[N_LATENT_SHAPES];
+
+/* The largest power of two below: of a latent key of so many channels how many are latent. */
+int latent_dim_of(int head_dim);
+
 /* 0 .. n - 1 in random order. */
 void random_order(struct test_random *r, int32_t *out, int n);
 

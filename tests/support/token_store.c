@@ -2,35 +2,87 @@
 
 #include "engine/base/mem.h"
 
+struct kv_shape test_kv_shape(int kv_heads, int head_dim, int kind)
+{
+    return (struct kv_shape){ .kv_heads = kv_heads, .head_dim = head_dim,
+                              .latent_dim = head_dim == LATENT_ROW ? LATENT_ROW - 64 : 0,
+                              .filter = kind & 1 ? FILTER_BOUNDS : FILTER_COARSE,
+                              .index = kind & 2 ? INDEX_CHANNELS : INDEX_ROTATED };
+}
+
+/* What both operations need of n rows. */
+struct rows {
+    float *x;                    /* [n, width] random */
+    float *q;                    /* [n, heads * head_dim] zeros */
+    float *cos_sin;              /* [n, rotated]: angles of 0 */
+    int32_t *positions, *blocks; /* [n] */
+};
+
+static struct rows make_rows(const struct token_store *t, int width, int rotated,
+                             struct test_random *r)
+{
+    size_t n = (size_t)t->n;
+    struct rows m = {
+        .x = mem_alloc(n * (size_t)width * sizeof *m.x),
+        .q = mem_calloc(n * (size_t)(t->heads * t->shape.head_dim), sizeof *m.q),
+        .cos_sin = mem_alloc(n * (size_t)rotated * sizeof *m.cos_sin),
+        .positions = mem_alloc(n * sizeof *m.positions),
+        .blocks = mem_alloc(n * sizeof *m.blocks),
+    };
+
+    random_floats(r, m.x, n * (size_t)width, 1);
+    for (int i = 0; i < t->n; i++) {
+        m.positions[i] = t->from + i;
+        m.blocks[i] = t->table[m.positions[i] / BLOCK_TOKENS];
+        for (int d = 0; d < rotated; d++)
+            m.cos_sin[i * rotated + d] = d < rotated / 2;
+    }
+    return m;
+}
+
+static void free_rows(struct rows *m)
+{
+    mem_free(m->x);
+    mem_free(m->q);
+    mem_free(m->cos_sin);
+    mem_free(m->positions);
+    mem_free(m->blocks);
+}
+
+static void store_latent(struct backend *be, struct stream *s, const struct token_store *t,
+                         struct test_random *r)
+{
+    int dim = t->shape.head_dim, latent = t->shape.latent_dim;
+    struct rows m = make_rows(t, dim, dim - latent, r);
+    float *ones = mem_alloc((size_t)latent * sizeof *ones);
+
+    for (int i = 0; i < latent; i++)
+        ones[i] = 1;
+    backend_ops(be)->latent_store(s, &(struct latent_store_args){
+        .q = m.q, .q_rope = m.x, .q_rope_stride = dim, .q_rope_head_stride = 0, .kv = m.x,
+        .kv_stride = dim, .norm = ones, .norm_type = DTYPE_F32, .cos_sin = m.cos_sin,
+        .positions = m.positions, .kv_block = m.blocks, .index_block = m.blocks, .pool = t->kv,
+        .index = t->index, .shape = t->shape, .rows = t->n, .heads = t->heads,
+        .interleaved = true, .eps = 1e-6f });
+    mem_free(ones);
+    free_rows(&m);
+}
+
 void store_random_tokens(struct backend *be, struct stream *s, const struct token_store *t,
                          struct test_random *r)
 {
-    int n = t->n, dim = t->shape.head_dim, kv_dim = t->shape.kv_heads * dim, q_dim = t->heads * dim;
-    float *k = mem_alloc((size_t)(n * kv_dim) * sizeof *k);
-    float *v = mem_alloc((size_t)(n * kv_dim) * sizeof *v);
-    float *q = mem_calloc((size_t)(n * q_dim), sizeof *q);
-    float *cos_sin = mem_alloc((size_t)(n * dim) * sizeof *cos_sin);
-    int32_t *positions = mem_alloc((size_t)n * sizeof *positions);
-    int32_t *blocks = mem_alloc((size_t)n * sizeof *blocks);
+    int kv_dim = t->shape.kv_heads * t->shape.head_dim;
 
-    random_floats(r, k, (size_t)(n * kv_dim), 1);
-    random_floats(r, v, (size_t)(n * kv_dim), 1);
-    for (int i = 0; i < n; i++) {
-        positions[i] = t->from + i;
-        blocks[i] = t->table[positions[i] / BLOCK_TOKENS];
-        for (int d = 0; d < dim; d++)
-            cos_sin[i * dim + d] = d < dim / 2;
+    if (t->shape.latent_dim) {
+        store_latent(be, s, t, r);
+        return;
     }
+    struct rows m = make_rows(t, 2 * kv_dim, t->shape.head_dim, r);
     backend_ops(be)->rope_store(s, &(struct rope_store_args){
-        .q = q, .k = k, .v = v, .qkv_stride_q = q_dim, .qkv_stride_k = kv_dim,
-        .qkv_stride_v = kv_dim, .cos_sin = cos_sin, .positions = positions,
-        .kv_block = blocks, .index_block = blocks, .kv = t->kv, .index = t->index,
-        .channels = t->channels, .shape = t->shape, .rows = n, .heads = t->heads,
-        .eps = 1e-6f });
-    mem_free(k);
-    mem_free(v);
-    mem_free(q);
-    mem_free(cos_sin);
-    mem_free(positions);
-    mem_free(blocks);
+        .q = m.q, .k = m.x, .v = m.x + kv_dim, .qkv_stride_q = t->heads * t->shape.head_dim,
+        .qkv_stride_k = 2 * kv_dim, .qkv_stride_v = 2 * kv_dim, .cos_sin = m.cos_sin,
+        .positions = m.positions, .kv_block = m.blocks, .index_block = m.blocks, .kv = t->kv,
+        .index = t->index, .channels = t->channels, .shape = t->shape, .rows = t->n,
+        .heads = t->heads, .eps = 1e-6f });
+    free_rows(&m);
 }

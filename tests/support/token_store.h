@@ -4,8 +4,8 @@
 #include "kernels/ops.h"
 #include "tests/support/random_data.h"
 
-/* Random keys and values of one sequence's positions [from, from + n), through rope_store without
- * rotation or norm, on a back end whose memory the host sees. */
+/* Random keys and values of one sequence's positions [from, from + n), through rope_store or
+ * latent_store without rotation or weights of a norm, on a back end whose memory the host sees. */
 struct token_store {
     bf16 *kv;
     uint8_t *index;
@@ -14,6 +14,11 @@ struct token_store {
     struct kv_shape shape;
     int heads, from, n;
 };
+
+/* kind: bit 0 is FILTER_BOUNDS, bit 1 INDEX_CHANNELS.  A head_dim of LATENT_ROW is one of latent
+ * attention, of 512 + 64 values. */
+enum { LATENT_ROW = 576 };
+struct kv_shape test_kv_shape(int kv_heads, int head_dim, int kind);
 
 void store_random_tokens(struct backend *be, struct stream *s, const struct token_store *t,
                          struct test_random *r);

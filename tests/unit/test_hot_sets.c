@@ -12,7 +12,13 @@
 
 enum { SETS = 3, LAYERS = 4, ROWS = 37, MAX_BLOCKS = 5, POSITIONS = MAX_BLOCKS * BLOCK_TOKENS };
 
-static const struct kv_shape shape = { .kv_heads = 2, .head_dim = 16, .filter = FILTER_COARSE };
+static const struct kv_shape shapes[] = {
+    { .kv_heads = 2, .head_dim = 16, .filter = FILTER_COARSE },
+    { .kv_heads = 1, .head_dim = 48, .latent_dim = 32, .filter = FILTER_COARSE },
+};
+enum { N_SHAPES = sizeof shapes / sizeof *shapes };
+
+static struct kv_shape shape;
 static struct backend *be;
 static struct stream *stream;
 static struct hot_sets *sets;
@@ -36,6 +42,7 @@ static void open_on(struct backend *device)
 
 static void setup(void)
 {
+    shape = shapes[0];
     open_on(test_backend("scalar"));
 }
 
@@ -48,6 +55,13 @@ static void teardown(void)
 static void finish(void)
 {
     ck_assert_int_eq(stream_sync(stream, NULL), ST_OK);
+}
+
+static void reopen_with(const struct kv_shape *other)
+{
+    teardown();
+    shape = *other;
+    open_on(test_backend("scalar"));
 }
 
 /* ---- a layer's memory */
@@ -63,7 +77,7 @@ static void parts_of(int layer, struct part *out)
     struct hot_rows r = hot_sets_layer(sets, layer);
     size_t heads = SETS * (size_t)shape.kv_heads;
 
-    out[0] = (struct part){ (char *)r.rows, heads * ROWS * 4 * (size_t)shape.head_dim };
+    out[0] = (struct part){ (char *)r.rows, heads * ROWS * kv_row_dim(&shape) * sizeof(bf16) };
     out[1] = (struct part){ (char *)r.row_of, heads * POSITIONS * sizeof *r.row_of };
     out[2] = (struct part){ (char *)r.position, heads * ROWS * sizeof *r.position };
     out[3] = (struct part){ (char *)r.used, heads * ROWS * sizeof *r.used };
@@ -107,10 +121,11 @@ static bool positions_are(int set, uint8_t value)
 
 START_TEST(parts_share_no_memory)
 {
-    struct hot_sets_config cfg = config();
     size_t total = 0;
     struct part p[PARTS];
 
+    reopen_with(&shapes[_i]);
+    struct hot_sets_config cfg = config();
     for (int layer = 0; layer < LAYERS; layer++) {
         parts_of(layer, p);
         for (int i = 0; i < PARTS; i++) {
@@ -295,7 +310,7 @@ TCase *hot_sets_case(void)
     TCase *c = tcase_create("hot_sets");
 
     tcase_add_checked_fixture(c, setup, teardown);
-    tcase_add_test(c, parts_share_no_memory);
+    tcase_add_loop_test(c, parts_share_no_memory, 0, N_SHAPES);
     tcase_add_test(c, a_layer_has_its_part_of_a_host_slot);
     tcase_add_test(c, sets_come_and_go);
     tcase_add_test(c, an_acquired_set_is_empty_in_every_layer);

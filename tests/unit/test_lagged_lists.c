@@ -21,7 +21,7 @@ static struct lagged_lists *lists;
 
 static void setup(void)
 {
-    const struct kv_shape shape = { HEADS, 128, FILTER_COARSE, INDEX_ROTATED };
+    const struct kv_shape shape = { HEADS, 128, 0, FILTER_COARSE, INDEX_ROTATED };
     struct select_config c = select_default();
 
     c.selection = SELECTION_LAGGED;

@@ -58,6 +58,20 @@ static const char qwen3_30b_a3b[] =
     "\"rope_scaling\":null,\"rope_theta\":1000000.0,\"router_aux_loss_coef\":0.001,"
     "\"sliding_window\":null,\"tie_word_embeddings\":false,\"torch_dtype\":\"bfloat16\","
     "\"use_sliding_window\":false,\"vocab_size\":151936}";
+static const char glm47_flash[] =
+    "{\"architectures\":[\"Glm4MoeLiteForCausalLM\"],\"attention_bias\":false,"
+    "\"attention_dropout\":0.0,\"pad_token_id\":154820,\"eos_token_id\":[154820,154827,154829],"
+    "\"hidden_act\":\"silu\",\"hidden_size\":2048,\"intermediate_size\":10240,"
+    "\"max_position_embeddings\":202752,\"model_type\":\"glm4_moe_lite\","
+    "\"moe_intermediate_size\":1536,\"topk_method\":\"noaux_tc\",\"norm_topk_prob\":true,"
+    "\"num_attention_heads\":20,\"n_group\":1,\"topk_group\":1,\"n_routed_experts\":64,"
+    "\"n_shared_experts\":1,\"routed_scaling_factor\":1.8,\"num_experts_per_tok\":4,"
+    "\"first_k_dense_replace\":1,\"num_hidden_layers\":47,\"num_key_value_heads\":20,"
+    "\"num_nextn_predict_layers\":1,\"partial_rotary_factor\":1.0,\"rms_norm_eps\":1e-05,"
+    "\"rope_scaling\":null,\"rope_theta\":1000000,\"tie_word_embeddings\":false,"
+    "\"dtype\":\"bfloat16\",\"q_lora_rank\":768,\"kv_lora_rank\":512,"
+    "\"qk_nope_head_dim\":192,\"qk_rope_head_dim\":64,\"v_head_dim\":256,"
+    "\"vocab_size\":154880}";
 
 static enum status parse(struct model_config *c, const char *json, const char *generation,
                          struct error *err)
@@ -292,6 +306,88 @@ START_TEST(rope_yarn)
 }
 END_TEST
 
+START_TEST(latent_attention)
+{
+    struct model_config c, b;
+
+    accept(&c, glm47_flash, "{}");
+    ck_assert(c.family == FAMILY_GLM4_MOE_LITE && !c.qkv_bias && !c.qk_norm && !c.tied);
+    ck_assert(c.layers == 47 && c.heads == 20 && c.mlp == 10240 && c.norm_eps == 1e-5f);
+    ck_assert(c.latent.dim == 512 && c.latent.q_rank == 768 && c.latent.nope == 192);
+    ck_assert(c.latent.rope == 64 && c.latent.value == 256 && c.latent.interleaved);
+    ck_assert(c.kv_heads == 1 && c.head_dim == 576 && c.score_scale == 0.0625f);
+    ck_assert(model_rope_dim(&c) == 64 && model_attention_dim(&c) == 5120);
+    ck_assert(c.n_eos == 3 && c.eos[0] == 154820 && c.eos[2] == 154829 && c.pad == 154820);
+    ck_assert(c.bos == -1 && c.sliding_window == 0 && c.max_position == 202752);
+    bits_are(c.inv_freq[1], 0x3f263de0);
+    bits_are(c.inv_freq[31], 0x35ceaf79);
+    /* As transformers 5 saves it. */
+    accept(&b, glm47_flash, "{\"rope_scaling\":\"-\",\"rope_theta\":\"-\",\"rope_interleave\":true,"
+           "\"partial_rotary_factor\":\"-\",\"topk_method\":\"-\",\"rope_parameters\":{"
+           "\"partial_rotary_factor\":1.0,\"rope_theta\":1000000,\"rope_type\":\"default\"}}");
+    ck_assert_int_eq(memcmp(&b, &c, sizeof c), 0);
+    accept(&c, glm47_flash, "{\"rope_interleave\":false,\"num_key_value_heads\":\"-\"}");
+    ck_assert(!c.latent.interleaved && c.kv_heads == 1);
+    accept(&c, qwen3_06b, "{}");
+    ck_assert(c.latent.dim == 0 && model_rope_dim(&c) == 128 && model_attention_dim(&c) == 2048);
+    close_to(c.score_scale, pow(128, -0.5));
+}
+END_TEST
+
+/* Of a longer context YaRN makes cos and sin larger in other families; in this one what
+ * mscale_all_dim says of it goes into the scores as a whole. */
+START_TEST(latent_scores_with_yarn)
+{
+    struct model_config c;
+    double m = 0.1 * log(4) + 1;
+
+    accept(&c, glm47_flash, "{\"rope_scaling\":{" YARN ",\"factor\":4.0}}");
+    close_to(c.score_scale, 0.0625);
+    close_to(c.rope_factor, m);
+    accept(&c, glm47_flash, "{\"rope_scaling\":{" YARN ",\"factor\":4.0,\"mscale\":1.0,"
+           "\"mscale_all_dim\":1.0}}");
+    close_to(c.score_scale, 0.0625 * m * m);
+    close_to(c.rope_factor, 1);
+    accept(&c, qwen3_06b, "{\"rope_scaling\":{" YARN ",\"factor\":4.0,\"mscale\":1.0,"
+           "\"mscale_all_dim\":1.0}}");
+    close_to(c.score_scale, pow(128, -0.5));
+}
+END_TEST
+
+START_TEST(experts_beside_a_shared_one)
+{
+    struct model_config c;
+    char types[2000] = "{\"mlp_layer_types\":[\"dense\",\"sparse\",\"dense\"";
+
+    accept(&c, glm47_flash, "{}");
+    ck_assert(c.moe.layers == 46 && !c.moe.in_layer[0] && c.moe.in_layer[1] && c.moe.in_layer[46]);
+    ck_assert(c.moe.experts == 64 && c.moe.chosen == 4 && c.moe.expert_mlp == 1536);
+    ck_assert(c.moe.score == ROUTER_SIGMOID && c.moe.renormalise && c.moe.scale == 1.8f);
+    ck_assert(c.moe.shared_mlp == 1536);
+    accept(&c, glm47_flash, "{\"n_shared_experts\":2,\"norm_topk_prob\":false,"
+           "\"routed_scaling_factor\":2.5,\"first_k_dense_replace\":3,\"n_routed_experts\":\"-\","
+           "\"num_local_experts\":32}");
+    ck_assert(c.moe.layers == 44 && c.moe.shared_mlp == 3072 && !c.moe.renormalise);
+    ck_assert(c.moe.scale == 2.5f && c.moe.experts == 32);
+    accept(&c, glm47_flash, "{\"n_shared_experts\":\"-\",\"norm_topk_prob\":\"-\","
+           "\"routed_scaling_factor\":\"-\",\"first_k_dense_replace\":\"-\",\"n_group\":\"-\","
+           "\"topk_group\":\"-\",\"rms_norm_eps\":\"-\"}");
+    ck_assert(c.moe.layers == 46 && c.moe.shared_mlp == 1536 && c.moe.renormalise);
+    ck_assert(c.moe.scale == 1.8f && c.norm_eps == 1e-5f);
+    accept(&c, glm47_flash, "{\"n_shared_experts\":0}");
+    ck_assert(c.moe.shared_mlp == 0 && c.moe.layers == 46);
+    accept(&c, glm47_flash, "{\"first_k_dense_replace\":47}");
+    ck_assert(c.moe.layers == 0 && c.moe.shared_mlp == 0 && c.moe.experts == 0);
+    for (int l = 3; l < 47; l++)
+        strcat(types, ",\"sparse\"");
+    strcat(types, "]}");
+    accept(&c, glm47_flash, types);
+    ck_assert(c.moe.layers == 45 && c.moe.in_layer[1] && !c.moe.in_layer[2]);
+    accept(&c, qwen3_30b_a3b, "{}");
+    ck_assert(c.moe.score == ROUTER_SOFTMAX && c.moe.scale == 1 && c.moe.shared_mlp == 0);
+}
+END_TEST
+
 START_TEST(both_layouts_are_the_same)
 {
     struct model_config a, b;
@@ -353,7 +449,40 @@ static const struct refusal {
       "shared_expert_intermediate_size", ST_UNSUPPORTED },
     { qwen3_30b_a3b, "{\"attention_bias\":true}", "attention_bias", ST_UNSUPPORTED },
     { qwen3_06b, "{\"moe_intermediate_size\":768}", "moe_intermediate_size", ST_UNSUPPORTED },
-    { qwen3_06b, "{\"model_type\":\"glm4_moe_lite\"}", "model_type", ST_UNSUPPORTED },
+    { qwen3_06b, "{\"model_type\":\"glm4_moe\"}", "model_type", ST_UNSUPPORTED },
+    { qwen3_06b, "{\"model_type\":\"glm4_moe_lite\"}", "architectures", ST_UNSUPPORTED },
+    { glm47_flash, "{\"q_lora_rank\":null}", "q_lora_rank", ST_UNSUPPORTED },
+    { glm47_flash, "{\"q_lora_rank\":\"-\"}", "q_lora_rank", ST_INVALID },
+    { glm47_flash, "{\"q_lora_rank\":0}", "q_lora_rank", ST_INVALID },
+    { glm47_flash, "{\"kv_lora_rank\":\"-\"}", "kv_lora_rank", ST_INVALID },
+    { glm47_flash, "{\"kv_lora_rank\":4096}", "kv_lora_rank", ST_INVALID },
+    { glm47_flash, "{\"qk_nope_head_dim\":0}", "qk_nope_head_dim", ST_INVALID },
+    { glm47_flash, "{\"qk_rope_head_dim\":63}", "qk_rope_head_dim", ST_INVALID },
+    { glm47_flash, "{\"qk_rope_head_dim\":512}", "qk_rope_head_dim", ST_INVALID },
+    { glm47_flash, "{\"v_head_dim\":\"256\"}", "v_head_dim", ST_INVALID },
+    { glm47_flash, "{\"num_attention_heads\":512}", "num_attention_heads", ST_UNSUPPORTED },
+    { glm47_flash, "{\"rope_interleave\":1}", "rope_interleave", ST_INVALID },
+    { glm47_flash, "{\"partial_rotary_factor\":0.5}", "partial_rotary_factor", ST_UNSUPPORTED },
+    { glm47_flash, "{\"attention_bias\":true}", "attention_bias", ST_UNSUPPORTED },
+    { glm47_flash, "{\"sliding_window\":4096}", "sliding_window", ST_UNSUPPORTED },
+    { glm47_flash, "{\"n_group\":8}", "n_group", ST_UNSUPPORTED },
+    { glm47_flash, "{\"topk_group\":4}", "topk_group", ST_UNSUPPORTED },
+    { glm47_flash, "{\"moe_layer_freq\":2}", "moe_layer_freq", ST_UNSUPPORTED },
+    { glm47_flash, "{\"topk_method\":\"greedy\"}", "topk_method", ST_UNSUPPORTED },
+    { glm47_flash, "{\"scoring_func\":\"softmax\"}", "scoring_func", ST_UNSUPPORTED },
+    { glm47_flash, "{\"n_routed_experts\":\"-\"}", "n_routed_experts", ST_INVALID },
+    { glm47_flash, "{\"n_routed_experts\":3}", "num_experts_per_tok", ST_INVALID },
+    { glm47_flash, "{\"num_local_experts\":32}", "num_local_experts", ST_INVALID },
+    { glm47_flash, "{\"num_experts_per_tok\":\"-\"}", "num_experts_per_tok", ST_INVALID },
+    { glm47_flash, "{\"moe_intermediate_size\":\"-\"}", "moe_intermediate_size", ST_INVALID },
+    { glm47_flash, "{\"n_shared_experts\":1000}", "n_shared_experts", ST_INVALID },
+    { glm47_flash, "{\"routed_scaling_factor\":0}", "routed_scaling_factor", ST_INVALID },
+    { glm47_flash, "{\"first_k_dense_replace\":-1}", "first_k_dense_replace", ST_INVALID },
+    { glm47_flash, "{\"mlp_layer_types\":[\"dense\"]}", "mlp_layer_types", ST_INVALID },
+    { glm47_flash, "{\"mlp_layer_types\":\"sparse\"}", "mlp_layer_types", ST_INVALID },
+    { glm47_flash, "{\"num_hidden_layers\":1,\"mlp_layer_types\":[\"mixed\"]}",
+      "mlp_layer_types", ST_INVALID },
+    { glm47_flash, "{\"num_experts\":64}", "num_experts", ST_UNSUPPORTED },
     { qwen3_06b, "{\"model_type\":\"-\"}", "model_type", ST_INVALID },
     { qwen3_06b, "{\"model_type\":7}", "model_type", ST_INVALID },
     { qwen3_06b, "{\"architectures\":[\"Qwen3ForSequenceClassification\"]}", "architectures",
@@ -519,6 +648,9 @@ TCase *model_config_case(void)
     tcase_add_test(tc, published_configs);
     tcase_add_test(tc, experts);
     tcase_add_test(tc, layers_without_experts);
+    tcase_add_test(tc, experts_beside_a_shared_one);
+    tcase_add_test(tc, latent_attention);
+    tcase_add_test(tc, latent_scores_with_yarn);
     tcase_add_test(tc, absent_keys_have_the_class_defaults);
     tcase_add_test(tc, rope_default);
     tcase_add_test(tc, rope_linear);

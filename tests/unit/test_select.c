@@ -16,7 +16,7 @@
 enum { LAYERS = 8, KV_HEADS = 2, HEAD_DIM = 128 };
 enum { N_CHANNELS = LAYERS * KV_HEADS * INDEX_CHANNELS_KEPT };
 
-static const struct kv_shape shape = { KV_HEADS, HEAD_DIM, FILTER_COARSE, INDEX_ROTATED };
+static const struct kv_shape shape = { KV_HEADS, HEAD_DIM, 0, FILTER_COARSE, INDEX_ROTATED };
 static int16_t channels[N_CHANNELS];
 
 static void fill_channels(uint64_t seed)
@@ -239,19 +239,65 @@ START_TEST(shapes_of_the_model)
     refuse(&c, &shape, SELECT_MAX_LAYERS + 1, NULL, ST_UNSUPPORTED, "129 layers");
     ck_assert_int_eq(select_plan_init(&plan, &c, &shape, SELECT_MAX_LAYERS, NULL, NULL), ST_OK);
     for (size_t i = 0; i < sizeof not_rotated / sizeof *not_rotated; i++) {
-        struct kv_shape s = { KV_HEADS, not_rotated[i], FILTER_COARSE, INDEX_ROTATED };
+        struct kv_shape s = { KV_HEADS, not_rotated[i], 0, FILTER_COARSE, INDEX_ROTATED };
         refuse(&c, &s, LAYERS, NULL, ST_UNSUPPORTED, "power of two");
     }
     for (size_t i = 0; i < sizeof rotated / sizeof *rotated; i++) {
-        struct kv_shape s = { KV_HEADS, rotated[i], FILTER_COARSE, INDEX_ROTATED };
+        struct kv_shape s = { KV_HEADS, rotated[i], 0, FILTER_COARSE, INDEX_ROTATED };
         ck_assert_int_eq(select_plan_init(&plan, &c, &s, LAYERS, NULL, NULL), ST_OK);
     }
     c.index = INDEX_CHANNELS;
     refuse(&c, &shape, LAYERS, NULL, ST_INVALID, "--calibrate");
-    refuse(&c, &(struct kv_shape){ KV_HEADS, 16, FILTER_COARSE, INDEX_CHANNELS }, LAYERS,
+    refuse(&c, &(struct kv_shape){ KV_HEADS, 16, 0, FILTER_COARSE, INDEX_CHANNELS }, LAYERS,
            channels, ST_UNSUPPORTED, "head_dim 16");
-    struct kv_shape odd = { KV_HEADS, 80, FILTER_COARSE, INDEX_CHANNELS };
+    struct kv_shape odd = { KV_HEADS, 80, 0, FILTER_COARSE, INDEX_CHANNELS };
     ck_assert_int_eq(select_plan_init(&plan, &c, &odd, LAYERS, channels, NULL), ST_OK);
+}
+END_TEST
+
+START_TEST(latent_shapes)
+{
+    static const struct { int latent, rope; bool good; } parts[] = {
+        { 512, 64, true }, { 16, 16, true }, { 512, 512, true }, { 32, 128, true },
+        { 1024, 64, false }, { 512, 1024, false }, { 500, 64, false }, { 512, 48, false },
+        { 8, 64, false }, { 512, 8, false }, { 64, 0, false }, { 64, -16, false },
+    };
+    struct select_config c = select_default();
+    struct select_plan plan;
+
+    for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) {
+        struct kv_shape s = { 1, parts[i].latent + parts[i].rope, parts[i].latent, FILTER_COARSE,
+                              INDEX_ROTATED };
+        if (parts[i].good)
+            ck_assert_int_eq(select_plan_init(&plan, &c, &s, LAYERS, NULL, NULL), ST_OK);
+        else
+            refuse(&c, &s, LAYERS, NULL, ST_UNSUPPORTED, "powers of two");
+    }
+    struct kv_shape s = { 1, 576, 512, FILTER_COARSE, INDEX_CHANNELS };
+    c.index = INDEX_CHANNELS;
+    refuse(&c, &s, LAYERS, channels, ST_UNSUPPORTED, "token-index channels");
+}
+END_TEST
+
+/* Where a key is divided is part of what was selected by it. */
+START_TEST(fingerprint_of_latent_shapes)
+{
+    static const struct { int head_dim, latent_dim; } keys[] = {
+        { 128, 0 }, { 128, 64 }, { 96, 32 }, { 96, 64 },
+    };
+    enum { N = sizeof keys / sizeof *keys };
+    struct select_config c = select_default();
+    uint64_t seen[N];
+
+    for (int i = 0; i < N; i++) {
+        struct kv_shape s = { 1, keys[i].head_dim, keys[i].latent_dim, FILTER_COARSE,
+                              INDEX_ROTATED };
+        struct select_plan plan;
+        ck_assert_int_eq(select_plan_init(&plan, &c, &s, LAYERS, NULL, NULL), ST_OK);
+        seen[i] = plan.fingerprint;
+        for (int k = 0; k < i; k++)
+            ck_assert_uint_ne(seen[i], seen[k]);
+    }
 }
 END_TEST
 
@@ -430,8 +476,8 @@ START_TEST(channels_of_another_model)
 {
     const struct { int layers; struct kv_shape s; } others[] = {
         { LAYERS + 1, shape }, { LAYERS - 1, shape },
-        { LAYERS, { KV_HEADS + 1, HEAD_DIM, FILTER_COARSE, INDEX_CHANNELS } },
-        { LAYERS, { KV_HEADS, 64, FILTER_COARSE, INDEX_CHANNELS } },
+        { LAYERS, { KV_HEADS + 1, HEAD_DIM, 0, FILTER_COARSE, INDEX_CHANNELS } },
+        { LAYERS, { KV_HEADS, 64, 0, FILTER_COARSE, INDEX_CHANNELS } },
     };
     int16_t out[2 * N_CHANNELS];
     struct error err = { 0 };
@@ -536,6 +582,8 @@ TCase *select_case(void)
     tcase_add_test(tc, budgets_that_cannot_be);
     tcase_add_test(tc, forced_tokens_must_fit_the_budgets);
     tcase_add_test(tc, shapes_of_the_model);
+    tcase_add_test(tc, latent_shapes);
+    tcase_add_test(tc, fingerprint_of_latent_shapes);
     tcase_add_test(tc, fingerprints);
     tcase_add_test(tc, crossover);
     tcase_add_test(tc, provenance_tells_dense_from_sparse);

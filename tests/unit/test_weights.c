@@ -17,6 +17,8 @@
 enum { HIDDEN = 6, MLP = 10, HEADS = 4, KV_HEADS = 2, HEAD_DIM = 4, VOCAB = 5, LAYERS = 2 };
 enum { Q = HEADS * HEAD_DIM, KV = KV_HEADS * HEAD_DIM, MAX_ENTRIES = 64 };
 enum { EXPERTS = 3, EXPERT_MLP = 7 };
+enum { Q_RANK = 9, LATENT = 8, NOPE = 3, ROPE = 2, VALUE = 5, SHARED_MLP = 2 * EXPERT_MLP };
+enum { KV_B = HEADS * (NOPE + VALUE) };
 
 struct entry {
     char name[100];
@@ -54,6 +56,22 @@ static struct model_config config_with_experts(void)
     return c;
 }
 
+/* Latent attention in both layers; a router with a bias and a shared expert in the last. */
+static struct model_config config_with_latent(void)
+{
+    struct model_config c = config_with_experts();
+
+    c.family = FAMILY_GLM4_MOE_LITE;
+    c.qk_norm = false;
+    c.latent = (struct latent_config){ .dim = LATENT, .q_rank = Q_RANK, .nope = NOPE, .rope = ROPE,
+                                       .value = VALUE };
+    c.kv_heads = 1;
+    c.head_dim = LATENT + ROPE;
+    c.moe.score = ROUTER_SIGMOID;
+    c.moe.shared_mlp = SHARED_MLP;
+    return c;
+}
+
 static struct entry *add(const char *name, int rows, int cols)
 {
     ck_assert_int_lt(folder.n, MAX_ENTRIES);
@@ -84,9 +102,31 @@ static void list_experts(int layer)
         }
 }
 
-static void list_layer(const struct model_config *c, int layer)
+/* kv_a behind q_a, so that they can be joined where they are mapped. */
+static void list_latent(int layer)
 {
-    add_to_layer(layer, "input_layernorm.weight", HIDDEN, 0);
+    add_to_layer(layer, "self_attn.q_a_proj.weight", Q_RANK, HIDDEN);
+    add_to_layer(layer, "self_attn.kv_a_proj_with_mqa.weight", LATENT + ROPE, HIDDEN);
+    add_to_layer(layer, "self_attn.kv_a_layernorm.weight", LATENT, 0);
+    add_to_layer(layer, "self_attn.kv_b_proj.weight", KV_B, LATENT);
+    add_to_layer(layer, "self_attn.o_proj.weight", HIDDEN, HEADS * VALUE);
+    add_to_layer(layer, "self_attn.q_a_layernorm.weight", Q_RANK, 0);
+    add_to_layer(layer, "self_attn.q_b_proj.weight", HEADS * (NOPE + ROPE), Q_RANK);
+}
+
+static void list_shared(int layer)
+{
+    char name[100];
+
+    add_to_layer(layer, "mlp.shared_experts.down_proj.weight", HIDDEN, SHARED_MLP);
+    add_to_layer(layer, "mlp.shared_experts.gate_proj.weight", SHARED_MLP, HIDDEN);
+    add_to_layer(layer, "mlp.shared_experts.up_proj.weight", SHARED_MLP, HIDDEN);
+    snprintf(name, sizeof name, "model.layers.%d.mlp.gate.e_score_correction_bias", layer);
+    add(name, EXPERTS, 0)->dtype = "F32";
+}
+
+static void list_plain(const struct model_config *c, int layer)
+{
     add_to_layer(layer, "self_attn.q_proj.weight", Q, HIDDEN);
     add_to_layer(layer, "self_attn.k_proj.weight", KV, HIDDEN);
     add_to_layer(layer, "self_attn.v_proj.weight", KV, HIDDEN);
@@ -100,9 +140,20 @@ static void list_layer(const struct model_config *c, int layer)
         add_to_layer(layer, "self_attn.q_norm.weight", HEAD_DIM, 0);
         add_to_layer(layer, "self_attn.k_norm.weight", HEAD_DIM, 0);
     }
+}
+
+static void list_layer(const struct model_config *c, int layer)
+{
+    add_to_layer(layer, "input_layernorm.weight", HIDDEN, 0);
+    if (c->latent.dim)
+        list_latent(layer);
+    else
+        list_plain(c, layer);
     add_to_layer(layer, "post_attention_layernorm.weight", HIDDEN, 0);
     if (c->moe.in_layer[layer]) {
         list_experts(layer);
+        if (c->moe.shared_mlp)
+            list_shared(layer);
         return;
     }
     add_to_layer(layer, "mlp.gate_proj.weight", MLP, HIDDEN);
@@ -245,9 +296,15 @@ START_TEST(published_element_counts)
             .head_dim = 128, .vocab = 151936, .qk_norm = true,
             .moe = { .layers = 48, .in_layer = { true }, .experts = 128, .chosen = 8,
                      .expert_mlp = 768 } }, UINT64_C(30532122624) },
+        { { .layers = 47, .hidden = 2048, .mlp = 10240, .heads = 20, .kv_heads = 1,
+            .head_dim = 576, .vocab = 154880,
+            .latent = { .dim = 512, .q_rank = 768, .nope = 192, .rope = 64, .value = 256 },
+            .moe = { .layers = 46, .experts = 64, .chosen = 4, .expert_mlp = 1536,
+                     .shared_mlp = 1536, .score = ROUTER_SIGMOID } }, UINT64_C(29943393920) },
     };
 
     memset(models[6].config.moe.in_layer, true, 48);
+    memset(models[7].config.moe.in_layer + 1, true, 46);
 
     for (size_t i = 0; i < sizeof models / sizeof *models; i++)
         ck_assert_uint_eq(weights_expected_elements(&models[i].config), models[i].elements);
@@ -292,7 +349,7 @@ START_TEST(tensors_go_to_their_places)
     check_bytes(l->up, "model.layers.1.mlp.up_proj.weight");
     check_bytes(l->down, "model.layers.1.mlp.down_proj.weight");
     /* In this order of the file they lie behind each other, mapped or copied. */
-    ck_assert(l->qkv_joined);
+    ck_assert(l->joined);
     ck_assert_uint_eq((uintptr_t)l->q.data % 2, 0);      /* misaligned ones were copied */
     weights_close(w);
 }
@@ -327,6 +384,71 @@ START_TEST(experts_go_to_their_tables)
 }
 END_TEST
 
+START_TEST(latent_tensors_go_to_their_places)
+{
+    struct model_config c = config_with_latent();
+
+    list_model(&c);
+    write_file("model.safetensors", 0, folder.n, _i);
+    struct weights *w = open_folder(&c);
+    const struct layer_weights *l = weights_layer(w, 1), *dense = weights_layer(w, 0);
+    ck_assert_uint_eq(weights_elements(w), weights_expected_elements(&c));
+    check_bytes(l->q_a, "model.layers.1.self_attn.q_a_proj.weight");
+    check_bytes(l->q_a_norm, "model.layers.1.self_attn.q_a_layernorm.weight");
+    check_bytes(l->q_b, "model.layers.1.self_attn.q_b_proj.weight");
+    check_bytes(l->kv_a, "model.layers.1.self_attn.kv_a_proj_with_mqa.weight");
+    check_bytes(l->kv_a_norm, "model.layers.1.self_attn.kv_a_layernorm.weight");
+    check_bytes(l->kv_b, "model.layers.1.self_attn.kv_b_proj.weight");
+    check_bytes(l->o, "model.layers.1.self_attn.o_proj.weight");
+    check_bytes(l->router, "model.layers.1.mlp.gate.weight");
+    check_bytes(l->router_bias, "model.layers.1.mlp.gate.e_score_correction_bias");
+    check_bytes(l->gate, "model.layers.1.mlp.shared_experts.gate_proj.weight");
+    check_bytes(l->up, "model.layers.1.mlp.shared_experts.up_proj.weight");
+    check_bytes(l->down, "model.layers.1.mlp.shared_experts.down_proj.weight");
+    check_bytes(dense->gate, "model.layers.0.mlp.gate_proj.weight");
+    check_bytes(dense->kv_b, "model.layers.0.self_attn.kv_b_proj.weight");
+    ck_assert(l->joined && dense->joined);
+    ck_assert(!l->q.data && !l->k.data && !l->v.data && !l->q_norm.data && !l->q_bias.data);
+    ck_assert(!dense->router.data && !dense->router_bias.data);
+    ck_assert_uint_eq((uintptr_t)l->router_bias.data % 4, 0);
+    weights_close(w);
+}
+END_TEST
+
+START_TEST(latent_tensors_that_do_not_fit)
+{
+    static const char *const names[] = {
+        "self_attn.q_a_proj.weight", "self_attn.q_b_proj.weight",
+        "self_attn.kv_a_proj_with_mqa.weight", "self_attn.kv_b_proj.weight",
+        "self_attn.q_a_layernorm.weight", "self_attn.kv_a_layernorm.weight",
+        "self_attn.o_proj.weight", "mlp.gate.e_score_correction_bias",
+        "mlp.shared_experts.gate_proj.weight", "mlp.shared_experts.up_proj.weight",
+        "mlp.shared_experts.down_proj.weight",
+    };
+    struct model_config c = config_with_latent();
+    char name[100];
+
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
+        snprintf(name, sizeof name, "model.layers.1.%s", names[i]);
+        list_model(&c);
+        entry(name)->shape[0]++;
+        refuse(&c, ST_INVALID, "has the shape [", name);
+        list_model(&c);
+        snprintf(entry(name)->name, sizeof name, "model.layers.2.x");
+        refuse(&c, ST_INVALID, "missing tensors: 1", name);
+    }
+    list_model(&c);
+    entry("model.layers.1.mlp.gate.e_score_correction_bias")->dtype = "BF16";
+    refuse(&c, ST_UNSUPPORTED, "e_score_correction_bias of layer 1 is not F32", NULL);
+    list_model(&c);
+    add("model.layers.0.self_attn.q_proj.weight", Q, HIDDEN);
+    refuse(&c, ST_UNSUPPORTED, "without a place", "q_proj.weight");
+    list_model(&c);
+    add("model.layers.0.mlp.shared_experts.up_proj.weight", SHARED_MLP, HIDDEN);
+    refuse(&c, ST_UNSUPPORTED, "without a place", "layers.0.mlp.shared_experts");
+}
+END_TEST
+
 /* k of another type than q and v: nothing is joined. */
 START_TEST(types_can_differ)
 {
@@ -339,7 +461,7 @@ START_TEST(types_can_differ)
         write_file("model.safetensors", 0, folder.n, pad);
         struct weights *w = open_folder(&c);
         const struct layer_weights *l = weights_layer(w, 0);
-        ck_assert(!l->qkv_joined && weights_layer(w, 1)->qkv_joined);
+        ck_assert(!l->joined && weights_layer(w, 1)->joined);
         ck_assert(l->q.type == DTYPE_BF16 && l->k.type == DTYPE_F32);
         ck_assert(weights_norm(w).type == DTYPE_F32);
         check_bytes(l->k, "model.layers.0.self_attn.k_proj.weight");
@@ -366,7 +488,7 @@ START_TEST(order_of_the_file_does_not_matter)
     const struct layer_weights *l = weights_layer(w, 0);
     check_bytes(l->q, "model.layers.0.self_attn.q_proj.weight");
     check_bytes(l->k, "model.layers.0.self_attn.k_proj.weight");
-    ck_assert(!l->qkv_joined);
+    ck_assert(!l->joined);
     weights_close(w);
 }
 END_TEST
@@ -624,6 +746,8 @@ TCase *weights_case(void)
     tcase_add_test(tc, published_element_counts);
     tcase_add_loop_test(tc, tensors_go_to_their_places, 0, 2);
     tcase_add_loop_test(tc, experts_go_to_their_tables, 0, 2);
+    tcase_add_loop_test(tc, latent_tensors_go_to_their_places, 0, 2);
+    tcase_add_test(tc, latent_tensors_that_do_not_fit);
     tcase_add_test(tc, types_can_differ);
     tcase_add_test(tc, order_of_the_file_does_not_matter);
     tcase_add_test(tc, what_every_reader_skips);
