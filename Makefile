@@ -57,8 +57,6 @@ $B/%.cu.o: %.cu
 
 # Its 512 threads have 128 registers each; what spills are a few words between the levels.
 $B/kernels/cuda/two_level.cu.o: SPILLS :=
-# As many threads; with hot rows three words.
-$B/kernels/cuda/two_level_latent.cu.o: SPILLS :=
 
 # Only these files may assume the instructions; kernels/cpu asks cpuid first.
 $B/kernels/cpu/avx512_%.o: ISA := -O3 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni -mavx512bf16 -mfma -mf16c

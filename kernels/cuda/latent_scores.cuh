@@ -6,6 +6,8 @@
 #include "kernels/cuda/mma.cuh"
 #include "kernels/cuda/rotate.cuh"
 
+#include <type_traits>
+
 /* Scores of the rotated index of latent rows (kernels/latent.h) with int8 tensor cores, by four
  * neighbouring warps, a group, together: a block's 64 tokens at a time, 16 of them each warp's.
  *
@@ -189,6 +191,17 @@ static __device__ __forceinline__ void multiply(int (&d)[TILES][4], const unsign
                    "+r"(d[2][2]), "+r"(d[2][3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(right));
 }
+
+template <typename T>
+static __device__ __forceinline__ void pin(T &v)
+{
+    if constexpr (std::is_array<T>::value)
+#pragma unroll
+        for (auto &part : v)
+            pin(part);
+    else
+        asm volatile("" : "+r"(v) : : "memory");
+}
 #else
 static __device__ __forceinline__ void mma_int8(int (&d)[4], const unsigned (&a)[4], unsigned b0,
                                                 unsigned b1)
@@ -224,6 +237,8 @@ static __device__ __forceinline__ void sum_bits(int (&d)[2][TILES][4], const que
         for (int k = 0; k < 4 * AT_ONCE; k++)
             left[k / 4][k % 4] = part(k % 2, first + k / 4, (first + k / 4) % 2 * 2 + k % 4 / 2);
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+        pin(d);                  /* what products take is in its registers before the fence */
+        pin(left);
         asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
         for (int i = 0; i < AT_ONCE; i++)

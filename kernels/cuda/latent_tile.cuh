@@ -10,9 +10,8 @@
  * rows.  A tile's rows serve as keys and, their first L values, as values, so they are read from
  * memory once:
  *
- *   scores   tokens x columns.  Of the sixteen warps two share the tokens, two the columns and four
- *            the channels of a row, so that no warp has a long chain of products; the sums of four
- *            are a score
+ *   scores   tokens x columns.  Of the eight warps two share the tokens and four the channels of
+ *            a row, so that no warp has a long chain of products; the sums of four are a score
  *   weights  a warp has some columns, a lane a token
  *   values   channels x columns: a warp has SLICE of the L channels, and keeps their sums
  *
@@ -24,14 +23,13 @@
 namespace latent {
 
 enum {
-    WARPS = 16,
+    WARPS = 8,
     THREADS = WARPS * WARP,
     TILE = 32,                   /* tokens: a lane each */
     ROW_BYTES = 2 * D,
     PIECES = ROW_BYTES / 16,     /* of 16 bytes a row */
     TOKEN_WARPS = TILE / 16,
-    QUARTERS = 4,
-    COLUMN_WARPS = WARPS / TOKEN_WARPS / QUARTERS,
+    QUARTERS = WARPS / TOKEN_WARPS,
     QUARTER = D / QUARTERS,      /* channels of a score that one warp sums */
     SLICE = L / WARPS,           /* channels of values that one warp sums */
     TILE_BYTES = TILE * ROW_BYTES,
@@ -40,24 +38,16 @@ enum {
     WEIGHT_STRIDE = TILE + 8,
 };
 static_assert(QUARTER % 16 == 0 && SLICE % 16 == 0, "products take 16");
-static_assert(COLUMN_WARPS == 2, "the first of them has the first half of the columns");
 
 /* Whether a warp's part of the queries stays in registers. */
 template <int COLUMNS>
 constexpr bool few_columns = COLUMNS <= MOST_HEADS;
 
-/* Eights of columns whose scores a warp makes, at most. */
-template <int COLUMNS>
-constexpr int score_eights = (COLUMNS / 8 + 1) / 2;
-
-/* Columns whose weights a warp makes; the last warps may have none. */
-template <int COLUMNS>
-constexpr int weight_columns = (COLUMNS + WARPS - 1) / WARPS;
-
 /* Shared memory but for the tiles; COLUMNS is a multiple of 8. */
 template <int COLUMNS>
 struct __align__(128) work {
-    __nv_bfloat16 query[few_columns<COLUMNS> ? 1 : COLUMNS][few_columns<COLUMNS> ? 8 : QUERY_STRIDE];
+    __nv_bfloat16 query[few_columns<COLUMNS> ? 1 : COLUMNS]
+                       [few_columns<COLUMNS> ? 8 : QUERY_STRIDE];
     float score[QUARTERS][COLUMNS][SCORE_STRIDE];
     __nv_bfloat16 weight[COLUMNS][WEIGHT_STRIDE];
     float shrink[COLUMNS];       /* of a tile's sums so far; at the end the maximum, */
@@ -68,8 +58,8 @@ struct __align__(128) work {
  * channels SLICE * warp + 16 i + lane / 4 (+ 8 for words 2 and 3), columns 8 j + 2 (lane % 4). */
 template <int COLUMNS>
 struct state {
-    unsigned query[few_columns<COLUMNS> ? QUARTER / 16 : 1][score_eights<COLUMNS>][2];
-    float max[weight_columns<COLUMNS>], sum[weight_columns<COLUMNS>];
+    unsigned query[few_columns<COLUMNS> ? QUARTER / 16 : 1][COLUMNS / 8][2];
+    float max[COLUMNS / WARPS], sum[COLUMNS / WARPS];
     float acc[SLICE / 16][COLUMNS / 8][4];
 };
 
@@ -77,7 +67,7 @@ template <int COLUMNS>
 static __device__ __forceinline__ void clear(state<COLUMNS> *s)
 {
 #pragma unroll
-    for (int i = 0; i < weight_columns<COLUMNS>; i++) {
+    for (int i = 0; i < COLUMNS / WARPS; i++) {
         s->max[i] = -INFINITY;
         s->sum[i] = 0;
     }
@@ -97,12 +87,10 @@ static __device__ __forceinline__ void load_queries(state<COLUMNS> *s, work<COLU
                                                     const F &query)
 {
     if constexpr (few_columns<COLUMNS>) { /* as right operands */
-        enum { EIGHTS = score_eights<COLUMNS> };
-        int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-        int from = warp / TOKEN_WARPS % QUARTERS * QUARTER;
+        int lane = threadIdx.x % WARP, from = threadIdx.x / WARP / TOKEN_WARPS * QUARTER;
 #pragma unroll
-        for (int j = 0; j < EIGHTS; j++) {
-            int column = 8 * (warp / (WARPS / 2) * EIGHTS + j) + lane / 4;
+        for (int j = 0; j < COLUMNS / 8; j++) {
+            int column = 8 * j + lane / 4;
             const __nv_bfloat16 *q = query(min(column, n - 1)) + from + lane % 4 * 2;
 #pragma unroll
             for (int step = 0; step < QUARTER / 16; step++)
@@ -166,12 +154,10 @@ template <int COLUMNS>
 static __device__ __forceinline__ void make_scores(const state<COLUMNS> &s, work<COLUMNS> *w,
                                                    unsigned tile)
 {
-    enum { EIGHTS = score_eights<COLUMNS> };
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, matrix = lane / 8;
-    int token = warp % TOKEN_WARPS * 16, quarter = warp / TOKEN_WARPS % QUARTERS;
-    int eight = warp / (WARPS / 2) * EIGHTS, n = min((int)EIGHTS, COLUMNS / 8 - eight);
+    int token = warp % TOKEN_WARPS * 16, quarter = warp / TOKEN_WARPS;
     int row = token + lane % 8 + matrix % 2 * 8, piece = quarter * (QUARTER / 8) + matrix / 2;
-    float score[EIGHTS][4] = {};
+    float score[COLUMNS / 8][4] = {};
 
 #pragma unroll
     for (int step = 0; step < QUARTER / 16; step++) {
@@ -179,15 +165,14 @@ static __device__ __forceinline__ void make_scores(const state<COLUMNS> &s, work
         load_matrices(a, tile + piece_at(row, piece + 2 * step));
         if constexpr (few_columns<COLUMNS>) {
 #pragma unroll
-            for (int j = 0; j < EIGHTS; j++)
-                if (j < n)
-                    mma_bf16(score[j], a, s.query[step][j][0], s.query[step][j][1]);
+            for (int j = 0; j < COLUMNS / 8; j++)
+                mma_bf16(score[j], a, s.query[step][j][0], s.query[step][j][1]);
         } else {
 #pragma unroll
-            for (int j = 0; j < EIGHTS; j += 2) {
+            for (int j = 0; j < COLUMNS / 8; j += 2) {
                 unsigned b[4];
                 load_columns<COLUMNS>(b, &w->query[0][quarter * QUARTER + step * 16],
-                                      QUERY_STRIDE, 8 * (eight + j));
+                                      QUERY_STRIDE, 8 * j);
                 mma_bf16(score[j], a, b[0], b[1]);
                 mma_bf16(score[j + 1], a, b[2], b[3]);
             }
@@ -195,12 +180,10 @@ static __device__ __forceinline__ void make_scores(const state<COLUMNS> &s, work
     }
     token += lane / 4;
 #pragma unroll
-    for (int j = 0; j < EIGHTS; j++)
+    for (int j = 0; j < COLUMNS / 8; j++)
 #pragma unroll
         for (int k = 0; k < 4; k++)
-            if (j < n)
-                w->score[quarter][8 * (eight + j) + lane % 4 * 2 + k % 2][token + k / 2 * 8] =
-                    score[j][k];
+            w->score[quarter][8 * j + lane % 4 * 2 + k % 2][token + k / 2 * 8] = score[j][k];
 }
 
 /* Of a warp; not for NaN. */
@@ -218,15 +201,12 @@ template <int COLUMNS, typename F>
 static __device__ __forceinline__ void make_weights(state<COLUMNS> *s, work<COLUMNS> *w,
                                                     float scale, const F &visible)
 {
-    enum { EACH = weight_columns<COLUMNS> };
-    int lane = threadIdx.x % WARP, first = threadIdx.x / WARP * EACH;
+    int lane = threadIdx.x % WARP, first = threadIdx.x / WARP * (COLUMNS / WARPS);
 
 #pragma unroll
-    for (int i = 0; i < EACH; i++) {
+    for (int i = 0; i < COLUMNS / WARPS; i++) {
         int column = first + i;
         float score = 0;
-        if (column >= COLUMNS)
-            break;
 #pragma unroll
         for (int quarter = 0; quarter < QUARTERS; quarter++)
             score += w->score[quarter][column][lane];
@@ -334,13 +314,12 @@ template <int COLUMNS>
 static __device__ __forceinline__ void publish_sums(const state<COLUMNS> *s, work<COLUMNS> *w,
                                                     float scale)
 {
-    enum { EACH = weight_columns<COLUMNS> };
-    int first = threadIdx.x / WARP * EACH;
+    int first = threadIdx.x / WARP * (COLUMNS / WARPS);
 
 #pragma unroll
-    for (int i = 0; i < EACH; i++) {
+    for (int i = 0; i < COLUMNS / WARPS; i++) {
         float sum = warp_sum(s->sum[i]);
-        if (threadIdx.x % WARP == 0 && first + i < COLUMNS) {
+        if (threadIdx.x % WARP == 0) {
             w->shrink[first + i] = s->max[i] * scale;
             w->sum[first + i] = sum;
         }

@@ -1,5 +1,6 @@
 /* Two-level attention of one layer on the GPU over context length and batch, in a graph,
- * beside our own full attention and the time that reading all of K and V takes at the memory's rate.
+ * beside our own full attention and the time that reading all of K and V takes at the memory's
+ * rate.
  *
  *   bench-gpu-two-level [heads] [kv_heads] [head_dim] [lagged]
  *
