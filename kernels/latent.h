@@ -13,20 +13,21 @@ extern "C" {
  * rotated by position.  With the matrices U_h [N, L] and V_h [D, L] of head h, and its query
  * n_h (N values) and p_h (P values, rotated), the plain form has keys U_h c | r and values V_h c.
  * Since n_h.(U_h c) = (U_h^T n_h).c, and V_h comes out of the sum over tokens, it is the same to
- * attend with the queries U_h^T n_h | p_h to the rows themselves, whose first L values are the values,
- * and to apply V_h to the result: attention of H query heads on one KV head of head_dim L + P and
- * latent_dim L (layout.h).  linear_heads makes both products, latent_store the rest, and attend_dense
- * and attend_two_level take the shape as any other, with out act [T, H*L].
+ * attend with the queries U_h^T n_h | p_h to the rows themselves, whose first L values are the
+ * values, and to apply V_h to the result: attention of H query heads on one KV head of head_dim
+ * L + P and latent_dim L (layout.h).  linear_heads makes both products, latent_store the rest, and
+ * attend_dense and attend_two_level take the shape as any other, with out act [T, H*L].
  *
- * Scores of the rotated index (block_filter_args and token_select_args in ops.h) are made of
- * queries of 8 bits, because a latent key has many channels: of part i (latent, rope) x_i = R_i q_i,
+ * Scores of the rotated index (block_filter_args and token_select_args in two_levels.h) are made of
+ * queries of 8 bits, because a latent key has many channels.  Of part i (latent, rope) with
+ * x_i = R_i q_i, channels d counted in the part:
  *   u_i = max |x_i| / 127,  n_i[d] = g m, g = 2^(d % 4), m = x_i[d] * (127 / max |x_i|) / g rounded
  *                           to even and kept within 127 / g  (0 where the max is 0)
  *   filter     sum over i of  (scale_i * u_i) * sum_d n_i[d] * (sign[d] ? 1 : -1)
- *   selection  sum over i of  (scale_i * u_i) * 0.5 * sum_d n_i[d] * (sign ? 1 : -1) * (large ? 3 : 1)
+ *   selection  sum over i of  (scale_i * u_i) * sum_d n_i[d] * (sign ? 1 : -1) * (large ? 1.5 : 0.5)
  * x_i is rotated in layout.h's fixed arithmetic and every operation above is rounded once, so the
- * integers are the same on every back end.  Multiples of g, because then a GPU multiplies the bits of
- * a key where they lie in their word, m by the bit's value; the error that this adds, 4 % of a
+ * integers are the same on every back end.  Multiples of g, because then a GPU multiplies the bits
+ * of a key where they lie in their word, m by the bit's value; the error that this adds, 4 % of a
  * query's values as they usually are, is next to nothing beside that of keys of one or two bits. */
 
 /* A product of its own for each head: out[t, h] = W_h x[t, h], or W_h^T x[t, h] with turned.

@@ -4,7 +4,8 @@
     make_model.py --tests build/models
     make_references.py build/models tests/model/golden [name ...]
 
-Needs torch and transformers.  float32 arithmetic, eager attention.  For prompts
+Needs torch and transformers; glm4_moe_lite one that caches latent rows, as 5.24 does: only then
+are they what is rounded below.  float32 arithmetic, eager attention.  For prompts
 of 5, 130, 1,500 and 6,000 tokens: the eight largest logprobs at the last
 position, then 16 greedy tokens with the margin of each over the second best.
 The tests only read the files written here.

@@ -235,8 +235,9 @@ static enum status read_heads(struct model_config *c, const struct json_file *f,
     else
         TRY(read_plain_heads(c, f, err));
     if (c->heads * c->head_dim > MAX_WIDTH)
-        return error_set(err, ST_UNSUPPORTED, "%s: \"num_attention_heads\" %d of %d values "
-                         "each are together more than %d", f->name, c->heads, c->head_dim, MAX_WIDTH);
+        return error_set(err, ST_UNSUPPORTED, "%s: \"num_attention_heads\" %d, of %d values "
+                         "each, are together more than %d", f->name, c->heads, c->head_dim,
+                         MAX_WIDTH);
     return ST_OK;
 }
 

@@ -21,10 +21,10 @@
  * that lies misaligned in its file.
  *
  * Matrices with the same input are joined where they are copied and of one type: q, k
- * and v, or q_a and kv_a, and gate and up, then lie behind each other as the rows of one matrix,
- * and so do their biases.  One large product keeps a GPU busier than three.  The experts of a layer, where
- * they are copied, are one stretch of memory too: gate, up and down of each.  Kernels find them
- * through tables (kernels/experts.h), which are made here. */
+ * and v, or q_a and kv_a, and gate and up, then lie behind each other as the rows of one
+ * matrix, and so do their biases.  One large product keeps a GPU busier than three.  The experts
+ * of a layer, where they are copied, are one stretch of memory too: gate, up and down of each.
+ * Kernels find them through tables (kernels/experts.h), which are made here. */
 
 struct weight {
     const void *data;            /* device; [out, in] row-major.  NULL: the family has none */

@@ -159,9 +159,9 @@ static enum status validate_layer(const struct select_config *c, const struct se
     return ST_OK;
 }
 
-static bool can_rotate(int dim, int most)
+static bool can_rotate(int dim)
 {
-    return dim >= 16 && dim <= most && (dim & (dim - 1)) == 0;
+    return dim >= 16 && (dim & (dim - 1)) == 0;
 }
 
 /* Both parts of a latent key are rotated, each by itself. */
@@ -173,7 +173,8 @@ static enum status validate_latent(const struct select_config *c, const struct k
     if (c->index == INDEX_CHANNELS)
         return error_set(err, ST_UNSUPPORTED,
                          "token-index channels: latent attention has token-index rotated alone");
-    if (!can_rotate(latent, MOST_LATENT_PART) || !can_rotate(rope, MOST_LATENT_PART))
+    if (!can_rotate(latent) || !can_rotate(rope) || latent > MOST_LATENT_PART ||
+        rope > MOST_LATENT_PART)
         return error_set(err, ST_UNSUPPORTED,
                          "latent keys of %d and %d channels: the rotated index needs two powers "
                          "of two from 16 to %d", latent, rope, (int)MOST_LATENT_PART);
@@ -198,7 +199,7 @@ static enum status validate_config(const struct select_config *c, const struct k
                              ranges[i].value, ranges[i].min, ranges[i].max);
     if (shape->latent_dim)
         return validate_latent(c, shape, err);
-    if (c->index == INDEX_ROTATED && !can_rotate(d, d))
+    if (c->index == INDEX_ROTATED && !can_rotate(d))
         return error_set(err, ST_UNSUPPORTED,
                          "head_dim %d: the rotated index needs a power of two from 16 up; "
                          "use token-index channels", d);

@@ -11,7 +11,8 @@
  * tasks of their own, whose states are joined afterwards.  One row with one split has only
  * its heads to divide, of which a latent key has all.  No cut changes a result. */
 enum {
-    UNIT_QUERIES = 96,           /* q and acc, 100 KB, stay in the second-level cache */
+    UNIT_QUERIES = 96,           /* q and acc, 100 KB of 128 channels and 400 KB of latent
+                                    keys, stay in the second-level cache */
     LEAST_QUERIES = 12,
     UNITS_A_WORKER = 4,          /* wanted, for balance */
     SPLIT_BLOCKS = SPLIT_TOKENS / BLOCK_TOKENS,

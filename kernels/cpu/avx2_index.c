@@ -61,22 +61,27 @@ static void dot_codes(int32_t *sum, const uint32_t *codes,
 
     for (int t = 0; t < BLOCK_TOKENS; t += 2 * LANES) {
         __m256i acc[SCORE_QUERIES][2];
+#pragma GCC unroll 4
         for (int q = 0; q < SCORE_QUERIES; q++)
             acc[q][0] = acc[q][1] = _mm256_setzero_si256();
         for (int i = 0; i < quads; i++) {
             const __m256i_u *at = (const __m256i_u *)(const void *)(codes + i * BLOCK_TOKENS + t);
             __m256i code[2] = { _mm256_loadu_si256(at), _mm256_loadu_si256(at + 1) };
+#pragma GCC unroll 4
             for (int q = 0; q < SCORE_QUERIES; q++) {
                 int32_t four;
                 memcpy(&four, n[i][q], sizeof four);
                 __m256i query = _mm256_set1_epi32(four);
+#pragma GCC unroll 4
                 for (int g = 0; g < 2; g++) {
                     __m256i pairs = _mm256_maddubs_epi16(code[g], query);
                     acc[q][g] = _mm256_add_epi32(acc[q][g], _mm256_madd_epi16(pairs, ones));
                 }
             }
         }
+#pragma GCC unroll 4
         for (int q = 0; q < SCORE_QUERIES; q++)
+#pragma GCC unroll 4
             for (int g = 0; g < 2; g++)
                 _mm256_storeu_si256((__m256i_u *)(void *)(sum + q * BLOCK_TOKENS + t + g * LANES),
                                     acc[q][g]);

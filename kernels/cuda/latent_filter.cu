@@ -74,12 +74,10 @@ __device__ __forceinline__ unsigned score_record(unsigned record, int left, cons
     float2 scale[2] = { load_scales(record + token * SCALE_BYTES),
                         load_scales(record + (token + 8) * SCALE_BYTES) };
     int d[2][TILES][4];
-    left_side bits;
 
-    fill_left(&bits, [&](int half, int step, int i) {
+    sum_bits(d, all, [&](int half, int step, int i) {
         return word_of(sign[half], step) & 0x01010101u << i;
     });
-    sum_left(d, bits, all);
     float best = token < left ? best_of(d, 0, scale[0], q) : -INFINITY;
     best = fmaxf(best, token + 8 < left ? best_of(d, 1, scale[1], q) : -INFINITY);
     return __reduce_max_sync(0xffffffffu, key_of(best));

@@ -6,6 +6,8 @@
 #include "kernels/cuda/mma.cuh"
 #include "kernels/cuda/rotate.cuh"
 
+#include <type_traits>
+
 /* Scores of the rotated index of latent rows (kernels/latent.h) with int8 tensor cores, by four
  * neighbouring warps, a group, together: a block's 64 tokens at a time, 16 of them each warp's.
  *
@@ -156,20 +158,6 @@ static __device__ __forceinline__ float2 load_scales(unsigned at)
     return unpack_bf16(v);
 }
 
-/* The left operand of a step: tokens lane / 4 and lane / 4 + 8 of a warp's. */
-struct left_side { unsigned word[STEPS][4]; };
-
-/* With part(token, step, i) the bits i and i + 1 of a half-byte, of the step's word. */
-template <typename F>
-static __device__ __forceinline__ void fill_left(left_side *left, const F &part)
-{
-#pragma unroll
-    for (int step = 0; step < STEPS; step++)
-#pragma unroll
-        for (int k = 0; k < 4; k++)
-            left->word[step][k] = part(k % 2, step, step % 2 * 2 + k / 2);
-}
-
 /* The word that a step's bits are in, shifted so that these are in the lower half of each byte. */
 static __device__ __forceinline__ unsigned word_of(const quarter &q, int step)
 {
@@ -203,6 +191,17 @@ static __device__ __forceinline__ void multiply(int (&d)[TILES][4], const unsign
                    "+r"(d[2][2]), "+r"(d[2][3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(right));
 }
+
+template <typename T>
+static __device__ __forceinline__ void pin(T &v)
+{
+    if constexpr (std::is_array<T>::value)
+#pragma unroll
+        for (auto &part : v)
+            pin(part);
+    else
+        asm volatile("" : "+r"(v) : : "memory");
+}
 #else
 static __device__ __forceinline__ void mma_int8(int (&d)[4], const unsigned (&a)[4], unsigned b0,
                                                 unsigned b1)
@@ -214,33 +213,48 @@ static __device__ __forceinline__ void mma_int8(int (&d)[4], const unsigned (&a)
 }
 #endif
 
-/* Sums over a group's tokens for all heads, of the latent part and of the rope part. */
-static __device__ __forceinline__ void sum_left(int (&d)[2][TILES][4], const left_side &left,
-                                                const queries *q)
+/* Sums over a group's tokens for all heads, of the latent part and of the rope part.
+ * part(half, step, i): bits i of the half-bytes of a step's word, of token lane / 4 or the eighth
+ * after it; the values of a step are those of two i.  Half of the steps at a time: their words take
+ * registers until the products are done. */
+template <typename F>
+static __device__ __forceinline__ void sum_bits(int (&d)[2][TILES][4], const queries *q,
+                                                const F &part)
 {
+    enum { AT_ONCE = STEPS / 2 };
+    unsigned left[AT_ONCE][4];
+
 #pragma unroll
-    for (int part = 0; part < 2; part++)
+    for (int p = 0; p < 2; p++)
 #pragma unroll
         for (int t = 0; t < TILES; t++)
 #pragma unroll
             for (int i = 0; i < 4; i++)
-                d[part][t][i] = MAGIC;
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+                d[p][t][i] = MAGIC;
 #pragma unroll
-    for (int step = 0; step < STEPS; step++)
-        multiply(d[step >= LATENT_STEPS], left.word[step], right_of(q, step));
-    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+    for (int first = 0; first < STEPS; first += AT_ONCE) {
+#pragma unroll
+        for (int k = 0; k < 4 * AT_ONCE; k++)
+            left[k / 4][k % 4] = part(k % 2, first + k / 4, (first + k / 4) % 2 * 2 + k % 4 / 2);
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+        pin(d);                  /* what products take is in its registers before the fence */
+        pin(left);
+        asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++)
+            multiply(d[first + i >= LATENT_STEPS], left[i], right_of(q, first + i));
+        asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+        asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
 #else
 #pragma unroll
-    for (int step = 0; step < STEPS; step++)
+        for (int i = 0; i < AT_ONCE; i++)
 #pragma unroll
-        for (int t = 0; t < TILES; t++)
-            mma_int8(d[step >= LATENT_STEPS][t], left.word[step],
-                     q->right[t][2 * step][threadIdx.x % WARP],
-                     q->right[t][2 * step + 1][threadIdx.x % WARP]);
+            for (int t = 0; t < TILES; t++)
+                mma_int8(d[first + i >= LATENT_STEPS][t], left[i],
+                         q->right[t][2 * (first + i)][threadIdx.x % WARP],
+                         q->right[t][2 * (first + i) + 1][threadIdx.x % WARP]);
 #endif
+    }
 }
 
 /* The best score over the heads that a thread has of its token `half`, 0 or 1. */

@@ -46,7 +46,8 @@ constexpr bool few_columns = COLUMNS <= MOST_HEADS;
 /* Shared memory but for the tiles; COLUMNS is a multiple of 8. */
 template <int COLUMNS>
 struct __align__(128) work {
-    __nv_bfloat16 query[few_columns<COLUMNS> ? 1 : COLUMNS][few_columns<COLUMNS> ? 8 : QUERY_STRIDE];
+    __nv_bfloat16 query[few_columns<COLUMNS> ? 1 : COLUMNS]
+                       [few_columns<COLUMNS> ? 8 : QUERY_STRIDE];
     float score[QUARTERS][COLUMNS][SCORE_STRIDE];
     __nv_bfloat16 weight[COLUMNS][WEIGHT_STRIDE];
     float shrink[COLUMNS];       /* of a tile's sums so far; at the end the maximum, */

@@ -191,14 +191,12 @@ __device__ __forceinline__ int choose_blocks(const two_level &a, shared *sh, con
 
 /* Keys of this warp's tokens of a record in shared memory. */
 __device__ __forceinline__ void score_record(const two_level &a, unsigned *keys, unsigned record,
-                                             int position, int n, const query_side &q,
-                                             const queries *all)
+                                             int position, int n, const queries *all)
 {
     int token = threadIdx.x % GROUP / WARP * 16 + threadIdx.x % WARP / 4;
     unsigned signs = record + BLOCK_TOKENS * SCALE_BYTES + token * TOKEN_BYTES;
     quarter sign[2], agree[2];
     int d[2][TILES][4];
-    left_side codes;
 
 #pragma unroll
     for (int i = 0; i < 2; i++) {
@@ -210,11 +208,12 @@ __device__ __forceinline__ void score_record(const two_level &a, unsigned *keys,
         agree[i].rope = ~(sign[i].rope ^ agree[i].rope);
     }
     /* A code is 2 sign + agree, which stands for -3, -1, 1, 3. */
-    fill_left(&codes, [&](int half, int step, int i) {
+    sum_bits(d, all, [&](int half, int step, int i) {
         return (word_of(sign[half], step) << 1 & 0x02020202u << i) |
                (word_of(agree[half], step) & 0x01010101u << i);
     });
-    sum_left(d, codes, all);
+    query_side q;                /* no sooner: products take the registers */
+    load_query_side(&q, all, 1, 1.5f);
 #pragma unroll
     for (int i = 0; i < 2; i++) {
         float best = best_of(d, i, load_scales(record + (token + 8 * i) * SCALE_BYTES), q);
@@ -232,12 +231,9 @@ __device__ __forceinline__ void score_tokens(const two_level &a, const shared *s
                                              const arrays &r, int n, int first, int end)
 {
     enum { COPIES = SELECT_BYTES / 16, GROUPS = THREADS / GROUP };
-    query_side q;
-
     /* All warps go the same way, which the compiler must see to pair its products. */
     first = __shfl_sync(0xffffffffu, first, 0);
     end = __shfl_sync(0xffffffffu, end, 0);
-    load_query_side(&q, &sh->made, 1, 1.5f);
     for (int from = first; from < end; from += AHEAD) {
         int m = min(end - from, (int)AHEAD);
         for (int i = threadIdx.x; i < m * COPIES; i += THREADS) {
@@ -251,7 +247,7 @@ __device__ __forceinline__ void score_tokens(const two_level &a, const shared *s
         for (int k = group_number(); k < m; k += GROUPS)
             score_record(a, r.token_keys + (from + k) * BLOCK_TOKENS,
                          shared_address(r.records_ahead) + k * SELECT_BYTES,
-                         r.kept[from + k] * BLOCK_TOKENS, n, q, &sh->made);
+                         r.kept[from + k] * BLOCK_TOKENS, n, &sh->made);
         __syncthreads();         /* all have been read: others take their place next */
     }
 }

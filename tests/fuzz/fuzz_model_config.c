@@ -25,17 +25,32 @@ static bool in(double v, double min, double max)
     return v >= min && v <= max;
 }
 
+/* What latent attention makes of the width of a head. */
+static void check_latent(const struct model_config *c)
+{
+    const struct latent_config *l = &c->latent;
+
+    ASSERT(in(l->dim, 1, MODEL_MAX_LATENT_DIM) && in(l->q_rank, 1, 1 << 18));
+    ASSERT(in(l->nope, 1, MODEL_MAX_HEAD_DIM) && in(l->value, 1, MODEL_MAX_HEAD_DIM));
+    ASSERT(in(l->rope, 2, MODEL_MAX_HEAD_DIM) && l->rope % 2 == 0);
+    ASSERT(c->kv_heads == 1 && c->head_dim == l->dim + l->rope);
+}
+
 static void check(const struct model_config *c)
 {
     ASSERT(in(c->layers, 1, SELECT_MAX_LAYERS) && in(c->hidden, 1, 1 << 18));
     ASSERT(in(c->mlp, 1, 1 << 20) && in(c->vocab, 1, 1 << 22));
     ASSERT(in(c->kv_heads, 1, 1024) && in(c->heads, c->kv_heads, 1024));
-    ASSERT(c->heads % c->kv_heads == 0 && c->head_dim % 2 == 0);
-    ASSERT(in(c->head_dim, 2, MODEL_MAX_HEAD_DIM) && c->heads * c->head_dim <= 1 << 18);
+    ASSERT(c->heads % c->kv_heads == 0 && c->heads * c->head_dim <= 1 << 18);
+    if (c->family == FAMILY_GLM4_MOE_LITE)
+        check_latent(c);
+    else
+        ASSERT(!c->latent.dim && in(c->head_dim, 2, MODEL_MAX_HEAD_DIM) && c->head_dim % 2 == 0);
     ASSERT(in(c->max_position, 1, 1 << 24) && in(c->sliding_window, 0, 1 << 24));
     ASSERT(c->norm_eps > 0 && c->norm_eps < 1 && *c->family_name);
     ASSERT(isfinite(c->rope_factor) && c->rope_factor > 0);
-    for (int i = 0; i < c->head_dim / 2; i++)
+    ASSERT(isfinite(c->score_scale) && c->score_scale > 0);
+    for (int i = 0; i < model_rope_dim(c) / 2; i++)
         ASSERT(isfinite(c->inv_freq[i]) && in((double)c->inv_freq[i], 0, 1));
     ASSERT(in(c->bos, -1, c->vocab - 1) && in(c->pad, -1, c->vocab - 1));
     ASSERT(in(c->n_eos, 0, MODEL_MAX_EOS));
@@ -48,7 +63,7 @@ static void check(const struct model_config *c)
     ASSERT(in(m->layers, 0, c->layers) && in(m->experts, m->layers > 0, MOST_EXPERTS));
     if (m->layers > 0)
         ASSERT(in(m->chosen, 1, m->experts) && m->chosen <= MOST_CHOSEN &&
-               in(m->expert_mlp, 1, 1 << 20));
+               in(m->expert_mlp, 1, 1 << 20) && in(m->shared_mlp, 0, 1 << 20) && m->scale > 0);
     ASSERT(weights_expected_elements(c) < UINT64_C(1) << 58);
 }
 
@@ -123,6 +138,11 @@ static const struct field config_fields[] = {
     { "rope_theta", NULL }, { "partial_rotary_factor", NULL }, { "bos_token_id", NULL },
     { "original_max_position_embeddings", NULL }, { "pad_token_id", NULL },
     { "eos_token_id", NULL }, { "num_experts", NULL }, { "logit_scale", NULL },
+    { "q_lora_rank", NULL }, { "kv_lora_rank", NULL }, { "qk_nope_head_dim", NULL },
+    { "qk_rope_head_dim", NULL }, { "v_head_dim", NULL }, { "n_routed_experts", NULL },
+    { "num_experts_per_tok", NULL }, { "moe_intermediate_size", NULL },
+    { "n_shared_experts", NULL }, { "first_k_dense_replace", NULL }, { "n_group", NULL },
+    { "mlp_layer_types", NULL }, { "topk_method", NULL }, { "routed_scaling_factor", NULL },
 };
 static const struct field rope_fields[] = {
     { "rope_type", NULL }, { "type", NULL }, { "rope_theta", NULL }, { "factor", NULL },
@@ -138,10 +158,11 @@ static const struct field default_fields[] = {
 static const char *const values[] = {
     NULL, "null", "true", "false", "0", "1", "2", "3", "4", "8", "28", "64", "256", "4096",
     "16777216", "1000000", "2147483647", "4294967296", "-1", "0.5", "1.5", "0.95", "1e-6", "1e12",
-    "1e300", "1e-300", "\"\"", "\"qwen3\"", "\"llama\"", "\"mistral\"", "\"silu\"", "\"gelu\"",
-    "\"default\"", "\"linear\"", "\"llama3\"", "\"yarn\"", "[]", "[1,2,3]", "[299,300]", "{}",
-    "[\"LlamaForCausalLM\"]", "[\"full_attention\",\"full_attention\"]",
-    "[\"sliding_attention\",\"sliding_attention\"]",
+    "1e300", "1e-300", "\"\"", "\"qwen3\"", "\"llama\"", "\"mistral\"", "\"glm4_moe_lite\"",
+    "\"silu\"", "\"gelu\"", "\"default\"", "\"linear\"", "\"llama3\"", "\"yarn\"", "[]",
+    "[1,2,3]", "[299,300]", "{}", "[\"LlamaForCausalLM\"]",
+    "[\"full_attention\",\"full_attention\"]", "[\"sliding_attention\",\"sliding_attention\"]",
+    "[\"dense\",\"sparse\"]",
 };
 enum {
     N_CONFIG = sizeof config_fields / sizeof *config_fields,

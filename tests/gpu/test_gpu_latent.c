@@ -133,8 +133,8 @@ static void make_store(struct store *t, const struct store_setup *s, uint64_t se
     for (int i = 0; i < s->rows; i++) {
         t->positions[i] = s->from + i;
         /* Some rows at the end are padding; blocks go backwards. */
-        t->blocks[i] = i >= s->rows - s->rows / 5 ? -1
-                                                  : t->n_blocks - 1 - t->positions[i] / BLOCK_TOKENS;
+        bool padding = i >= s->rows - s->rows / 5;
+        t->blocks[i] = padding ? -1 : t->n_blocks - 1 - t->positions[i] / BLOCK_TOKENS;
         for (int d = 0; d < ROPE / 2; d++) {
             float angle = (float)t->positions[i] * powf(1e4f, -(float)d / (ROPE / 2));
             t->cos_sin[i * ROPE + d] = cosf(angle);

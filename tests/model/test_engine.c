@@ -459,6 +459,11 @@ START_TEST(impossible_configurations_are_refused_with_numbers)
     c.select.index = INDEX_CHANNELS;
     ck_assert_int_eq(engine_create(&engine, &c, NULL, &err), ST_INVALID);
     ck_assert_ptr_nonnull(strstr(err.text, "--calibrate"));
+    c.model_dir = latent_model.dir;
+    ck_assert_int_eq(engine_create(&engine, &c, NULL, &err), ST_UNSUPPORTED);
+    ck_assert_ptr_nonnull(strstr(err.text, "latent attention"));
+    ck_assert_int_eq(engine_calibrate(&c, "README.md", &err), ST_UNSUPPORTED);
+    ck_assert_ptr_nonnull(strstr(err.text, "latent attention"));
     c = small_config();
     c.select.selection = SELECTION_LAGGED;
     c.select.layers = "0-7:dense";
