@@ -156,7 +156,8 @@ struct request *history_request(const struct engine_history *h, int i)
     return r;
 }
 
-/* Each prompt once, one after the other, until all of it is stored. */
+/* Each prompt once, and the next when all of it is stored: else a slice of the next one is as short
+ * as there is room beside what is still being copied. */
 static void compute_prompts(const struct engine_history *h)
 {
     for (int i = 0; i < HISTORY_REQUESTS; i++) {
@@ -167,8 +168,8 @@ static void compute_prompts(const struct engine_history *h)
         ck_assert_msg(r->finish == FINISH_LENGTH, "prompt %d ended with %d: %s", i, r->finish,
                       r->error.text);
         free_request(r);
+        assert_gauges_are_zero();
     }
-    assert_gauges_are_zero();
 }
 
 /* Submit all, no more than MOST_INSIDE at a time, and wait.  With cancels some are, whenever. */
