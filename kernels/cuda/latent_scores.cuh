@@ -18,8 +18,8 @@
  * word are a step's values, 0 and 2^i; the right operand has the values divided by that.  Sums are
  * exact.
  *
- * Hopper's own products take the queries from shared memory; mma.sync has a quarter of their rate
- * there (14.5 cycles for one of m16n8k32). */
+ * Hopper's own products take the queries from shared memory.  With mma.sync, the queries in registers
+ * and 8 or 12 warps, 8 sequences of 131,072 tokens took 94 us instead of 89, both kernels. */
 
 namespace latent {
 
@@ -66,9 +66,9 @@ static __device__ __forceinline__ signed char *digit_at(queries *to, int h, int 
     return (signed char *)&to->right[h / 8][word][h % 8 * 4 + thread] + byte;
 }
 
-/* Part `part` of a query, rotated, as 8-bit values. */
+/* Part `part` of a query, rotated, as 8-bit values; by a warp. */
 template <int DIM>
-static __device__ __forceinline__ void load_part(queries *to, const __nv_bfloat16 *q, int h,
+static __device__ __forceinline__ void make_part(queries *to, const __nv_bfloat16 *q, int h,
                                                  int part)
 {
     int lane = threadIdx.x % WARP, sum = 0;
