@@ -18,8 +18,9 @@
  * word are a step's values, 0 and 2^i; the right operand has the values divided by that.  Sums are
  * exact.
  *
- * Hopper's own products take the queries from shared memory.  With mma.sync, the queries in registers
- * and 8 or 12 warps, 8 sequences of 131,072 tokens took 94 us instead of 89, both kernels. */
+ * Hopper's own products take the queries from shared memory.  With mma.sync, the queries in
+ * registers and 8 or 12 warps, 8 sequences of 131,072 tokens took 94 us instead of 89, both
+ * kernels. */
 
 namespace latent {
 

@@ -10,8 +10,8 @@
  *   3  each attends to an equal share of the list, all heads at once (latent_tile.cuh), and sends
  *      each block the sums of some channels, which that block finishes
  *
- * At batch 1 all of this is latency.  With mma.sync for scores and 256 threads, as now, an H100 took,
- * behind the filter of 98,304 tokens, us: choosing blocks 4.7, scoring 6.2, choosing tokens 6.9,
+ * At batch 1 all of this is latency.  With mma.sync for scores and 256 threads, as now, an H100
+ * took, behind the filter of 98,304 tokens, us: choosing blocks 4.7, scoring 6.2, choosing tokens 6.9,
  * attention 7.9, sums 4.3; scores, attention and sums have become shorter since, both kernels 43
  * instead of 55.  512 threads: 41, but full attention with the same code is 7 % slower.
  *
