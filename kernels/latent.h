@@ -24,7 +24,7 @@ extern "C" {
  *   u_i = max |x_i| / 127,  n_i[d] = g m, g = 2^(d % 4), m = x_i[d] * (127 / max |x_i|) / g rounded
  *                           to even and kept within 127 / g  (0 where the max is 0)
  *   filter     sum over i of  (scale_i * u_i) * sum_d n_i[d] * (sign[d] ? 1 : -1)
- *   selection  sum over i of  (scale_i * u_i) * sum_d n_i[d] * (sign ? 1 : -1) * (large ? 1.5 : 0.5)
+ *   selection  the same with                            (sign ? 1 : -1) * (large ? 1.5 : 0.5)
  * x_i is rotated in layout.h's fixed arithmetic and every operation above is rounded once, so the
  * integers are the same on every back end.  Multiples of g, because then a GPU multiplies the bits
  * of a key where they lie in their word, m by the bit's value; the error that this adds, 4 % of a

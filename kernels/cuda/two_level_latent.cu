@@ -11,9 +11,9 @@
  *      each block the sums of some channels, which that block finishes
  *
  * At batch 1 all of this is latency.  With mma.sync for scores and 256 threads, as now, an H100
- * took, behind the filter of 98,304 tokens, us: choosing blocks 4.7, scoring 6.2, choosing tokens 6.9,
- * attention 7.9, sums 4.3; scores, attention and sums have become shorter since, both kernels 43
- * instead of 55.  512 threads: 41, but full attention with the same code is 7 % slower.
+ * took, behind the filter of 98,304 tokens, us: choosing blocks 4.7, scoring 6.2, choosing tokens
+ * 6.9, attention 7.9, sums 4.3; scores, attention and sums have become shorter since, both kernels
+ * 43 instead of 55.  512 threads: 41, but full attention with the same code is 7 % slower.
  *
  * With hot rows (HOT) every block looks up all chosen tokens, so that all know the same, and
  * fetches and keeps the missing rows of its own share. */

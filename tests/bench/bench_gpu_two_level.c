@@ -160,8 +160,8 @@ int main(int argc, char **argv)
         return 1;
     b.gb_per_s = memory_rate();
     printf("two-level attention%s, one layer, %d heads on %d of %d, us; \"all\" is reading all "
-           "of K and V at %.0f GB/s\n  tokens  batch  two-level          all   faster       full   faster  "
-           "full reads, %%\n",
+           "of K and V at %.0f GB/s\n"
+           "  tokens  batch  two-level          all   faster       full   faster  full reads, %%\n",
            b.lags ? ", lagged" : "", b.heads, b.shape.kv_heads, b.shape.head_dim, b.gb_per_s);
     for (size_t i = 0; i < sizeof batches / sizeof batches[0]; i++)
         for (size_t j = 0; j < sizeof lengths / sizeof lengths[0]; j++) {
