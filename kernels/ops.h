@@ -175,6 +175,8 @@ struct linear_gated_args {
 struct shape_query {
     int dim, mlp_dim, heads, vocab;
     int n_experts, n_chosen, expert_dim;     /* all 0: no layer has experts */
+    int latent_widths[3];                    /* of what linear_heads and add_norm take besides: rank
+                                                of queries, their part without rope, values; or 0 */
     struct kv_shape kv;
 };
 

@@ -306,6 +306,8 @@ static enum status check_supported(const struct model *m, const struct select_pl
         .n_experts = m->config.moe.experts,
         .n_chosen = m->config.moe.chosen,
         .expert_dim = m->config.moe.expert_mlp,
+        .latent_widths = { m->config.latent.q_rank, m->config.latent.nope,
+                           m->config.latent.value },
         .kv = model_kv_shape(m, &plan->config),
     };
     struct error why = { .code = ST_UNSUPPORTED };

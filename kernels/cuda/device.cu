@@ -305,6 +305,18 @@ static bool supports_latent(const struct shape_query *q, struct error *why)
 {
     const struct kv_shape *kv = &q->kv;
 
+    for (int width : q->latent_widths)
+        if (width % 8 || width > MOST_ROW) {
+            error_set(why, ST_UNSUPPORTED, "latent attention with queries of rank %d, of %d values "
+                      "without rope, and values of %d: the CUDA back end takes multiples of 8",
+                      q->latent_widths[0], q->latent_widths[1], q->latent_widths[2]);
+            return false;
+        }
+    if (q->latent_widths[1] > latent::L) { /* linear_heads has all of a head in shared memory */
+        error_set(why, ST_UNSUPPORTED, "queries of %d values without rope: the CUDA back end takes "
+                  "up to %d", q->latent_widths[1], (int)latent::L);
+        return false;
+    }
     if (kv->latent_dim == latent::L && kv->head_dim == latent::D &&
         q->heads <= latent::MOST_HEADS)
         return true;
