@@ -244,6 +244,20 @@ static struct model_config model_of(const struct engine_history *h)
     return m;
 }
 
+/* With the formats of small_config(). */
+static struct kv_shape shape_of(const struct model_config *m)
+{
+    struct kv_shape shape = { .kv_heads = m->kv_heads, .head_dim = m->head_dim,
+                              .filter = FILTER_COARSE, .index = INDEX_ROTATED };
+
+    if (m->latent.dim) {
+        shape.kv_heads = 1;
+        shape.head_dim = m->latent.dim + m->latent.rope;
+        shape.latent_dim = m->latent.dim;
+    }
+    return shape;
+}
+
 /* The engine divides kv_bytes; this is that it divides into so many blocks. */
 struct engine_config history_config(const struct engine_history *h, const struct history_kind *k)
 {
@@ -255,9 +269,7 @@ struct engine_config history_config(const struct engine_history *h, const struct
     struct hot_sets_config hot = {
         .sets = (int)sets, .layers = m.layers,
         .rows_per_head = (int)(k->hot_rows ? k->hot_rows : 4 * h->keep_tokens),
-        .max_blocks = (int)longest,
-        .shape = { .kv_heads = m.kv_heads, .head_dim = m.head_dim, .filter = FILTER_COARSE,
-                   .index = INDEX_ROTATED },
+        .max_blocks = (int)longest, .shape = shape_of(&m),
     };
     const size_t block = kv_pool_bytes_per_block(&hot.shape, m.layers);
 
@@ -289,8 +301,7 @@ static struct engine_config reference_config(const struct engine_history *h)
 {
     struct engine_config c = config_of(h);
     const struct model_config m = model_of(h);
-    const struct kv_shape shape = { .kv_heads = m.kv_heads, .head_dim = m.head_dim,
-                                    .filter = FILTER_COARSE, .index = INDEX_ROTATED };
+    const struct kv_shape shape = shape_of(&m);
 
     if (!h->prompts_first)
         c.step_tokens = 1024;
