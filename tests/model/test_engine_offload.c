@@ -55,15 +55,22 @@ END_TEST
 
 /* ---- one thing at a time */
 
-enum { PREFIX = 600 };
+enum { PREFIX = 600, TIER_BLOCKS = 100 };
 
 /* A pool of 14 blocks and a tier of 100, contexts of up to 10. */
 static struct engine_config small_tier_config(void)
 {
-    static const struct history_kind k = { .name = "single", .blocks = 14, .host_blocks = 100 };
+    static const struct history_kind k = { .name = "single", .blocks = 14,
+                                           .host_blocks = TIER_BLOCKS };
     const struct engine_history h = small_history(0, SMALL, SELECTION_EXACT);
 
     return history_config(&h, &k);
+}
+
+static void start_tier(const struct engine_config *c)
+{
+    start(c);
+    wait_for_host_memory(TIER_BLOCKS);
 }
 
 static struct request *noise(uint32_t n, uint64_t seed, uint32_t max_tokens)
@@ -95,7 +102,7 @@ START_TEST(a_prefix_is_found_in_the_host_tier)
     struct engine_config c = small_tier_config();
     struct engine_stats before, after;
 
-    start(&c);
+    start_tier(&c);
     struct request *first = noise(PREFIX, 1, 30), *again = noise(PREFIX, 1, 30);
     run_one(first);
     evict();
@@ -123,7 +130,7 @@ START_TEST(who_left_comes_back)
     struct engine_config c = small_tier_config();
     struct engine_stats s;
 
-    start(&c);
+    start_tier(&c);
     struct request *alone = noise(400, 1, 200), *a = noise(400, 1, 200), *b = noise(500, 2, 3);
     a->cache_salt = 1;                              /* nothing of it is known */
     b->sparse = false;
@@ -200,7 +207,7 @@ START_TEST(an_idle_engine_takes_in_what_arrives)
 
     c.before_copy = copy_delay;
     c.before_copy_arg = &delay;
-    start(&c);
+    start_tier(&c);
     run_noise(PREFIX, 1, 1);
     assert_gauges_are_zero();
     engine_stats(engine, &s);
@@ -246,7 +253,7 @@ START_TEST(who_waits_for_blocks_can_be_cancelled)
     struct engine_config c = small_tier_config();
 
     c.before_copy = crawl;
-    start(&c);
+    start_tier(&c);
     run_noise(PREFIX, 1, 2);
     assert_gauges_are_zero();                       /* all of it is stored */
     evict();
@@ -274,7 +281,7 @@ START_TEST(destroying_does_not_wait_for_copies)
     int home = 0;
 
     c.before_copy = crawl;
-    start(&c);
+    start_tier(&c);
     run_noise(PREFIX, 1, 2);
     assert_gauges_are_zero();
     evict();
@@ -311,7 +318,7 @@ START_TEST(a_failed_copy_ends_all)
 
     c.before_copy = fail_at;
     c.before_copy_arg = &number;
-    start(&c);
+    start_tier(&c);
     for (int i = 0; i < HISTORY_REQUESTS; i++) {
         r[i] = history_request(&h, i);
         enum status st = engine_submit(engine, r[i]);
@@ -344,7 +351,7 @@ START_TEST(a_failed_copy_is_noticed_by_an_idle_engine)
 
     c.before_copy = fail_at;
     c.before_copy_arg = &number;
-    start(&c);
+    start_tier(&c);
     struct request *r = noise(PREFIX, 1, 1);
     run_one(r);
     wait_until(has_failed, "the engine does not fail");

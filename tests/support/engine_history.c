@@ -382,8 +382,7 @@ static void check_answer(const struct engine_history *h, const struct request *r
         check_bits(r, want, name, h->seed, i);
 }
 
-/* What is stored before the tier has its memory is lost to it. */
-static void wait_for_host_memory(uint32_t blocks)
+void wait_for_host_memory(uint32_t blocks)
 {
     const uint64_t began_ns = clock_now_ns();
     struct engine_stats s;

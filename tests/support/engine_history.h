@@ -75,6 +75,9 @@ struct copy_delay {
 };
 bool copy_delay(void *delay, uint64_t number);
 
+/* Until the tier of the engine that runs has so many: what is stored before is lost to it. */
+void wait_for_host_memory(uint32_t blocks);
+
 void pause_us(int us);
 
 #endif
