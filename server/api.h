@@ -10,6 +10,8 @@
 #include <stdint.h>
 
 struct arena;
+struct grammar;             /* engine/grammar/grammar.h */
+struct grammar_cache;       /* server/grammar_cache.h */
 struct model_config;
 struct strbuf;              /* engine/base/strbuf.h */
 
@@ -46,6 +48,7 @@ struct api_context {
     const struct model_config *model;   /* defaults of sampling, vocab */
     const char *const *model_names;     /* accepted in "model", the first is the canonical one */
     int n_model_names;
+    struct grammar_cache *grammars;     /* or NULL: none is kept */
     struct api_limits limits;
 };
 
@@ -58,7 +61,8 @@ struct api_prompt {
 };
 
 struct api_completion {
-    struct arena *arena;     /* owns everything below */
+    struct arena *arena;     /* owns everything below but the grammar */
+    struct grammar *grammar; /* that its choices follow, or NULL; its own reference */
     struct api_prompt *prompts;
     uint32_t n_prompts;
     uint32_t n, best_of;     /* best_of >= n */
@@ -77,6 +81,9 @@ struct api_completion *api_parse_completion(const char *body, size_t n,
                                             const struct api_context *cx,
                                             struct api_error *err);
 void api_completion_free(struct api_completion *c);    /* NULL is fine */
+
+/* Whether a body may ask for structured output, which takes as much as seconds to compile. */
+bool api_mentions_guided(const char *body, size_t n);
 
 /* One choice's part of an answer, for the writers below. */
 struct api_piece {

@@ -19,6 +19,7 @@ struct api_value {
 /* The fields as written, checked one by one but not against each other. */
 struct api_fields {
     struct api_value model, prompt, stop, stop_ids, bias, stream_options, cache_salt, attention;
+    struct api_value response_format, structured_outputs, guided_json, guided_regex, guided_choice;
     int64_t max_tokens, min_tokens, n, top_k, seed;
     int64_t best_of, logprobs; /* -1: absent */
     double temperature, top_p, min_p, presence, frequency, repetition;
@@ -49,6 +50,10 @@ enum status api_read_prompts(struct api_parse *p) MUST_USE;
 /* Id number i of a list, of JSON number v. */
 enum status api_read_id(struct api_parse *p, const char *param, const cJSON *v, size_t i,
                         int32_t *out) MUST_USE;
+
+/* api_parse_guided.c: p->out->grammar and its template's, out of response_format,
+ * structured_outputs and guided_*. */
+enum status api_read_guided(struct api_parse *p) MUST_USE;
 
 /* Zeroed memory of the completion; refuses the request when there is too much. */
 enum status api_alloc(struct api_parse *p, void **out, size_t count, size_t bytes) MUST_USE;
