@@ -12,7 +12,8 @@
 #include <string.h>
 
 enum {
-    MASK_BYTES = 8 << 20,        /* of all masks of a grammar */
+    MASK_BYTES = 8 << 20,        /* of all masks of a grammar, */
+    MAX_MASKS = 1024,            /* and as many as can be looked through */
     CHOICES_MAX_BYTES = 64 << 10,
 };
 
@@ -271,6 +272,8 @@ static void meet(struct grammar *g, const struct token_trie *trie)
     g->mask_words = ((size_t)trie->n_ids + 31) / 32;
     g->walk = mem_calloc((size_t)trie->longest + 1, sizeof *g->walk);
     g->mask_capacity = MASK_BYTES / (g->mask_words * sizeof(uint32_t)) + 1;
+    if (g->mask_capacity > MAX_MASKS)
+        g->mask_capacity = MAX_MASKS;
 }
 
 static struct mask *find_mask(struct grammar *g, automaton_state state)

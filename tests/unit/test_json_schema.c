@@ -40,11 +40,12 @@ static bool allows(struct grammar *g, const char *text)
 
 /* ---- tables */
 
-#define LIST "{\"$defs\":{\"n\":{\"type\":\"object\",\"properties\":{\"v\":{\"type\":\"integer\"}," \
-             "\"next\":{\"anyOf\":[{\"$ref\":\"#/$defs/n\"},{\"type\":\"null\"}]}}," \
+#define LIST "{\"$defs\":{\"n\":{\"type\":\"object\",\"properties\":{\"v\":{\"type\":" \
+             "\"integer\"},\"next\":{\"anyOf\":[{\"$ref\":\"#/$defs/n\"},{\"type\":\"null\"}]}}," \
              "\"required\":[\"v\",\"next\"]}},\"$ref\":\"#/$defs/n\"}"
-#define PAIR "{\"type\":\"object\",\"properties\":{\"a\":{\"type\":\"boolean\"},\"b\":{\"const\":1}}" \
-             ",\"required\":[\"b\"],\"additionalProperties\":false,\"title\":\"x\"}"
+#define PAIR "{\"type\":\"object\",\"properties\":{\"a\":{\"type\":\"boolean\"}," \
+             "\"b\":{\"const\":1}},\"required\":[\"b\"],\"additionalProperties\":false," \
+             "\"title\":\"x\"}"
 
 static const struct { const char *schema, *text; bool valid; } texts[] = {
     { "{}", "[1,{\"a\":null},\"x\",-1.5e3,true]", true }, { "true", "0", true },
@@ -52,15 +53,18 @@ static const struct { const char *schema, *text; bool valid; } texts[] = {
     { "{}", "[1,  2]", false }, { "{}", "[\n    1,\n    2\n]", true }, { "{}", "[1\n\n]", false },
     { "{}", "{\"a\": 1, \"b\": [ ]}", true }, { "{}", "{\"a\" : 1}", false },
     { "{\"type\":\"string\"}", "\"a\\n\\u00e9\\ud83d\\ude00 \xC3\xA9\"", true },
-    { "{\"type\":\"string\"}", "\"\\ud83d\"", false }, { "{\"type\":\"string\"}", "\"\\ude00\"", false },
+    { "{\"type\":\"string\"}", "\"\\ud83d\"", false },
+    { "{\"type\":\"string\"}", "\"\\ude00\"", false },
     { "{\"type\":\"string\"}", "\"\n\"", false }, { "{\"type\":\"string\"}", "\"\xC3\"", false },
     { "{\"type\":\"string\",\"minLength\":2,\"maxLength\":3}", "\"\xC3\xA9\\ud83d\\ude00\"", true },
     { "{\"type\":\"string\",\"minLength\":2,\"maxLength\":3}", "\"a\"", false },
     { "{\"type\":\"string\",\"minLength\":2,\"maxLength\":3}", "\"abcd\"", false },
     { "{\"pattern\":\"b+\"}", "\"abba\"", true }, { "{\"pattern\":\"b+\"}", "\"aa\"", false },
     { "{\"pattern\":\"^b+$\"}", "\"bb\"", true }, { "{\"pattern\":\"^b+$\"}", "\"abb\"", false },
-    { "{\"pattern\":\"^[^a]$\"}", "\"\\\"\"", true }, { "{\"pattern\":\"^[^a]$\"}", "\"\\n\"", true },
-    { "{\"pattern\":\"^.$\"}", "\"\\n\"", false }, { "{\"pattern\":\"^\\\\\\\\$\"}", "\"\\\\\"", true },
+    { "{\"pattern\":\"^[^a]$\"}", "\"\\\"\"", true },
+    { "{\"pattern\":\"^[^a]$\"}", "\"\\n\"", true },
+    { "{\"pattern\":\"^.$\"}", "\"\\n\"", false },
+    { "{\"pattern\":\"^\\\\\\\\$\"}", "\"\\\\\"", true },
     { "{\"format\":\"date\"}", "\"2024-02-28\"", true },
     { "{\"format\":\"date\"}", "\"2024-04-31\"", false },
     { "{\"format\":\"date-time\"}", "\"2024-12-31T23:59:59.5+01:00\"", true },
@@ -82,21 +86,29 @@ static const struct { const char *schema, *text; bool valid; } texts[] = {
     { "{\"type\":\"number\",\"minimum\":-1,\"maximum\":1}", "-0.9", true },
     { "{\"type\":[\"string\",\"null\"]}", "null", true },
     { "{\"type\":[\"string\",\"null\"]}", "1", false },
-    { "{\"enum\":[\"a\",1,0.1,null,true]}", "0.1", true }, { "{\"enum\":[\"a\",1]}", "\"b\"", false },
-    { "{\"type\":\"string\",\"enum\":[\"a\",1]}", "1", false }, { "{\"const\":\"\\\"\"}", "\"\\\"\"", true },
+    { "{\"enum\":[\"a\",1,0.1,null,true]}", "0.1", true },
+    { "{\"enum\":[\"a\",1]}", "\"b\"", false },
+    { "{\"type\":\"string\",\"enum\":[\"a\",1]}", "1", false },
+    { "{\"const\":\"\\\"\"}", "\"\\\"\"", true },
     { "{\"oneOf\":[{\"type\":\"null\"},{\"type\":\"boolean\"}]}", "false", true },
     { "{\"allOf\":[{\"type\":\"null\"}]}", "null", true },
-    { "{\"type\":\"array\",\"items\":{\"type\":\"null\"},\"minItems\":1,\"maxItems\":2}", "[]", false },
-    { "{\"type\":\"array\",\"items\":{\"type\":\"null\"},\"minItems\":1,\"maxItems\":2}", "[null,null]",
+    { "{\"type\":\"array\",\"items\":{\"type\":\"null\"},\"minItems\":1,\"maxItems\":2}",
+      "[]", false },
+    { "{\"type\":\"array\",\"items\":{\"type\":\"null\"},\"minItems\":1,\"maxItems\":2}",
+      "[null,null]",
       true },
-    { "{\"type\":\"array\",\"items\":{\"type\":\"null\"},\"maxItems\":2}", "[null,null,null]", false },
+    { "{\"type\":\"array\",\"items\":{\"type\":\"null\"},\"maxItems\":2}",
+      "[null,null,null]", false },
     { "{\"type\":\"array\",\"minItems\":2}", "[1]", false },
     { "{\"type\":\"array\",\"minItems\":2}", "[1,2,3]", true },
     { "{\"type\":\"array\",\"items\":false}", "[]", true },
-    { PAIR, "{\"a\":true,\"b\":1}", true }, { PAIR, "{\"b\":1}", true }, { PAIR, "{\"a\":true}", false },
+    { PAIR, "{\"a\":true,\"b\":1}", true }, { PAIR, "{\"b\":1}", true },
+    { PAIR, "{\"a\":true}", false },
     { PAIR, "{\"b\":1,\"a\":true}", false }, { PAIR, "{,\"b\":1}", false },
-    { "{\"type\":\"object\",\"additionalProperties\":{\"type\":\"integer\"}}", "{\"x\":1,\"y\":2}", true },
-    { "{\"type\":\"object\",\"additionalProperties\":{\"type\":\"integer\"}}", "{\"x\":\"1\"}", false },
+    { "{\"type\":\"object\",\"additionalProperties\":{\"type\":\"integer\"}}",
+      "{\"x\":1,\"y\":2}", true },
+    { "{\"type\":\"object\",\"additionalProperties\":{\"type\":\"integer\"}}",
+      "{\"x\":\"1\"}", false },
     { "{\"type\":\"object\",\"additionalProperties\":false}", "{}", true },
     { "{\"properties\":{\"a~/b\":{\"type\":\"null\"},\"c\":{\"$ref\":\"#/properties/a~0~1b\"}}}",
       "{\"a~/b\":null,\"c\":null}", true },
@@ -109,7 +121,8 @@ START_TEST(what_is_valid)
     struct grammar *g = NULL;
     struct error err = { .text = "" };
 
-    ck_assert_msg(compile(&g, texts[_i].schema, &err) == ST_OK, "%s %s", texts[_i].schema, err.text);
+    ck_assert_msg(compile(&g, texts[_i].schema, &err) == ST_OK, "%s %s", texts[_i].schema,
+                  err.text);
     ck_assert_msg(allows(g, texts[_i].text) == texts[_i].valid, "%s: %s", texts[_i].schema,
                   texts[_i].text);
     grammar_release(g);
@@ -118,20 +131,24 @@ END_TEST
 
 static const struct { const char *schema, *sentence; } refused[] = {
     { "{\"patternProperties\":{}}", "'patternProperties' that is not supported" },
-    { "{\"properties\":{\"x\":{\"not\":{}}}}", "'not' in 'x'" }, { "{\"uniqueItems\":true}", "uniqueItems" },
+    { "{\"properties\":{\"x\":{\"not\":{}}}}", "'not' in 'x'" },
+    { "{\"uniqueItems\":true}", "uniqueItems" },
     { "{\"multipleOf\":2}", "multipleOf" }, { "{\"prefixItems\":[]}", "prefixItems" },
-    { "{\"type\":\"strnig\"}", "is none of" }, { "{\"type\":\"integer\",\"minLength\":1}", "its type" },
+    { "{\"type\":\"strnig\"}", "is none of" },
+    { "{\"type\":\"integer\",\"minLength\":1}", "its type" },
     { "{\"type\":\"string\",\"type\":\"null\"}", "there twice" },
     { "{\"anyOf\":[{}],\"type\":\"string\"}", "'anyOf' together with 'type'" },
     { "{\"anyOf\":[]}", "list of schemas" }, { "{\"allOf\":[{},{}]}", "more than one schema" },
-    { "{\"$ref\":\"#/$defs/x\"}", "points to no schema" }, { "{\"$ref\":\"http://x\"}", "into the schema" },
+    { "{\"$ref\":\"#/$defs/x\"}", "points to no schema" },
+    { "{\"$ref\":\"http://x\"}", "into the schema" },
     { "{\"$ref\":\"#\"}", "no text" }, { "false", "no text" }, { "{\"enum\":[]}", "no text" },
     { "{\"type\":\"integer\",\"minimum\":2,\"maximum\":1}", "no text" },
     { "{\"type\":\"number\",\"minimum\":0.5}", "not an integer" },
     { "{\"type\":\"integer\",\"minimum\":1e300}", "2^53" }, { "{\"enum\":[1e300]}", "2^53" },
     { "{\"enum\":[[1]]}", "list or an object" }, { "{\"minLength\":-1}", "whole number" },
     { "{\"minLength\":1.5}", "whole number" }, { "{\"minItems\":5000}", "4096" },
-    { "{\"pattern\":\"(?=a)\"}", "'pattern' that has a look-ahead" }, { "{\"pattern\":1}", "string" },
+    { "{\"pattern\":\"(?=a)\"}", "'pattern' that has a look-ahead" },
+    { "{\"pattern\":1}", "string" },
     { "{\"pattern\":\"a\",\"maxLength\":3}", "'maxLength' together with 'pattern'" },
     { "{\"format\":\"hostname\"}", "is none of date" }, { "{\"required\":[\"x\"]}", "names what" },
     { "{\"properties\":{\"x\":1}}", "no schema" }, { "{\"properties\":[]}", "not an object" },
@@ -318,8 +335,10 @@ static bool is_valid(const cJSON *root, const cJSON *schema, const cJSON *v)
     for (const cJSON *s = any ? any->child : NULL; s; s = s->next)
         if (is_valid(root, s, v))
             return true;
-    if (any || !has_type(schema, v) || (member(schema, "enum") && !is_among(member(schema, "enum"), v)))
+    if (any || !has_type(schema, v))
         return false;
+    if (member(schema, "enum"))
+        return is_among(member(schema, "enum"), v);
     if (cJSON_IsNumber(v))
         return v->valuedouble >= number_of(schema, "minimum", -INFINITY) &&
                v->valuedouble <= number_of(schema, "maximum", INFINITY) &&
@@ -362,14 +381,16 @@ static bool random_text(struct test_random *r, struct grammar *g, const struct t
                         struct strbuf *out)
 {
     struct grammar_matcher m;
-    uint32_t mask[(BYTE_IDS + 31) / 32], n;
+    enum { WORDS = (BYTE_IDS + 31) / 32 };
+    uint32_t mask[WORDS], n;
 
     strbuf_clear(out);
     grammar_matcher_init(&m, g);
     while (!grammar_matcher_is_complete(&m) &&
            !(out->n > 40 && grammar_matcher_may_end(&m)) && out->n < 4000) {
-        ck_assert_int_eq(grammar_matcher_mask(&m, trie, mask, sizeof mask / sizeof *mask, &n), ST_OK);
-        ck_assert_msg(n > 0 || grammar_matcher_may_end(&m), "stuck after %.*s", (int)out->n, out->data);
+        ck_assert_int_eq(grammar_matcher_mask(&m, trie, mask, WORDS, &n), ST_OK);
+        ck_assert_msg(n > 0 || grammar_matcher_may_end(&m), "stuck after %.*s", (int)out->n,
+                      out->data);
         if (n == 0)
             break;
         char byte = (char)choose(r, mask, n, out->n > 20 && random_below(r, 20) > 0);
@@ -393,8 +414,9 @@ START_TEST(random_texts_are_valid)
     struct json_scan scan;
     int n_whole = 0;
 
-    strbuf_puts(&schema, "{\"$defs\":{\"tree\":{\"type\":\"object\",\"properties\":{\"x\":{\"type\":"
-                "\"array\",\"maxItems\":2,\"items\":{\"$ref\":\"#/$defs/tree\"}}}}},\"anyOf\":[");
+    strbuf_puts(&schema, "{\"$defs\":{\"tree\":{\"type\":\"object\",\"properties\":{\"x\":{"
+                "\"type\":\"array\",\"maxItems\":2,"
+                "\"items\":{\"$ref\":\"#/$defs/tree\"}}}}},\"anyOf\":[");
     random_schema(&r, &schema, 3);
     strbuf_puts(&schema, "]}");
     cJSON *tree = cJSON_ParseWithLength(schema.data, schema.n);
@@ -405,7 +427,8 @@ START_TEST(random_texts_are_valid)
         ck_assert_msg(json_scan(&scan, text.data, text.n - 1, 10000, &err) == ST_OK, "%s: %s",
                       err.text, text.data);
         cJSON *v = cJSON_Parse(text.data);
-        ck_assert_msg(v && is_valid(tree, tree, v), "%.*s\n%s", (int)schema.n, schema.data, text.data);
+        ck_assert_msg(v && is_valid(tree, tree, v), "%.*s\n%s", (int)schema.n, schema.data,
+                      text.data);
         cJSON_Delete(v);
         n_whole++;
     }

@@ -65,7 +65,8 @@ END_TEST
 
 static const struct { const char *pattern, *sentence; } refused[] = {
     { "(?=a)b", "look-ahead" }, { "(?!a)b", "look-ahead" }, { "(?<=a)b", "look-behind" },
-    { "(?<!a)b", "look-behind" }, { "(a)\\1", "back reference" }, { "(?P<x>a)(?P=x)", "named back" },
+    { "(?<!a)b", "look-behind" }, { "(a)\\1", "back reference" },
+    { "(?P<x>a)(?P=x)", "named back" },
     { "\\k<x>", "named back" }, { "a\\b", "word boundary" }, { "\\Aa", "anchor" },
     { "a^b", "anchor" }, { "a$b", "anchor" }, { "^a|b", "anchor" }, { "(?i)a", "inline flag" },
     { "(?>a)", "atomic" }, { "a*+", "possessive" }, { "a**", "repeat of a repeat" },
@@ -73,7 +74,8 @@ static const struct { const char *pattern, *sentence; } refused[] = {
     { "[a", "closing bracket" }, { "(a", "closing parenthesis" }, { "a)", "without a group" },
     { "*a", "nothing to repeat" }, { "a{x}", "brace" }, { "a{3,2}", "wrong order" },
     { "a{1001}", "more than 1000" }, { "a\\", "at its end" }, { "[z-a]", "no later" },
-    { "[\\d-z]", "begins with a class" }, { "\\q", "without a meaning" }, { "\\xZ1", "hexadecimal" },
+    { "[\\d-z]", "begins with a class" }, { "\\q", "without a meaning" },
+    { "\\xZ1", "hexadecimal" },
     { "\\uD800", "no character" }, { "\\u{110000}", "no character" }, { "", "empty text" },
     { "[^\\d\\D]", "no text" }, { "a[^\\s\\S]", "no text" }, { "\xFF", "UTF-8" },
     { "(a{1000}){1000}", "too large" }, { "((((){1000}){1000}){1000}){1000}", "empty text" },
