@@ -5,7 +5,7 @@ import re
 import threading
 import unittest
 
-from daemon import Case, Daemon, events
+from daemon import NAME, Case, events
 from jsonschema import Draft202012Validator
 from openai import OpenAI
 
@@ -204,9 +204,9 @@ class Guided(Case):
 
     def test_sdk(self):
         client = OpenAI(base_url=self.d.url + "/v1", api_key="none")
-        answer = client.completions.create(model="", prompt=PROMPT, max_tokens=300, seed=2, extra_body={
-            "model": None, "response_format": {"type": "json_schema",
-                                               "json_schema": {"name": "t", "schema": TREE}}})
+        ask = {"type": "json_schema", "json_schema": {"name": "t", "schema": TREE}}
+        answer = client.completions.create(model=NAME, prompt=PROMPT, max_tokens=300, seed=2,
+                                           extra_body={"response_format": ask})
         Draft202012Validator(TREE).validate(json.loads(answer.choices[0].text))
 
 
