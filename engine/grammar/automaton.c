@@ -2,12 +2,13 @@
 
 #include "engine/base/invariant.h"
 #include "engine/base/mem.h"
+#include "engine/grammar/byte_kind.h"
 
 #include <stdlib.h>
 #include <string.h>
 
 /* Stack 0 is empty: what is returned to from there is the end of the text. */
-enum { EMPTY_STACK = 0, UNKNOWN = -2, FIRST_SLOTS = 256 };
+enum { EMPTY_STACK = 0, FIRST_SLOTS = 256 };
 
 struct place { nfa_at at; uint32_t stack; };
 
@@ -16,7 +17,8 @@ struct stack { nfa_at back; uint32_t rest, depth; };
 struct state {
     size_t first;                /* of its places */
     uint32_t n;
-    bool may_end;
+    bool may_end, knows_loops;
+    uint8_t loops;               /* automaton_loops() */
 };
 
 /* Numbers by hash, open addressing; 0 is free: neither stack 0 nor state 0 is looked for. */
@@ -238,8 +240,8 @@ static uint32_t append_state(struct automaton *a, const struct place *places, ui
     if (a->state_capacity > before)
         a->next = mem_realloc(a->next, a->state_capacity * classes, sizeof *a->next);
     for (uint32_t c = 0; c < classes; c++)
-        a->next[a->n_states * classes + c] = UNKNOWN;
-    a->states[a->n_states] = (struct state){ a->n_places, n, may_end };
+        a->next[a->n_states * classes + c] = AUTOMATON_UNKNOWN;
+    a->states[a->n_states] = (struct state){ .first = a->n_places, .n = n, .may_end = may_end };
     a->n_places += n;
     return (uint32_t)a->n_states++;
 }
@@ -287,7 +289,7 @@ int32_t automaton_next(struct automaton *a, automaton_state from, unsigned char 
     size_t at = (size_t)from * a->graph->n_classes + a->graph->byte_class[byte];
 
     ASSERT(from < a->n_states);
-    if (a->next[at] == UNKNOWN) {
+    if (a->next[at] == AUTOMATON_UNKNOWN) {
         int32_t to = find_next(a, from, byte);
         if (to == AUTOMATON_FULL)
             return to;
@@ -296,17 +298,38 @@ int32_t automaton_next(struct automaton *a, automaton_state from, unsigned char 
     return a->next[at];
 }
 
-enum status automaton_explore(struct automaton *a, struct error *err)
+struct automaton_table automaton_table(const struct automaton *a)
+{
+    return (struct automaton_table){ a->next, a->graph->byte_class, a->graph->n_classes };
+}
+
+uint8_t automaton_loops(struct automaton *a, automaton_state s)
+{
+    uint8_t leaves = 0;
+
+    if (a->states[s].knows_loops)
+        return a->states[s].loops;
+    for (unsigned byte = 0; byte < 256; byte++)
+        if (!(leaves & byte_kind(byte)) &&
+            automaton_next(a, s, (unsigned char)byte) != (int32_t)s)
+            leaves |= byte_kind(byte);
+    a->states[s].loops = (uint8_t)~leaves;
+    a->states[s].knows_loops = true;
+    return a->states[s].loops;
+}
+
+enum status automaton_explore(struct automaton *a, size_t *places, struct error *err)
 {
     for (automaton_state s = AUTOMATON_START; s < a->n_states; s++)
         for (uint32_t c = 0; c < a->graph->n_classes; c++) {
             int32_t to = automaton_next(a, s, a->graph->class_byte[c]);
             if (to == AUTOMATON_FULL || a->n_states > AUTOMATON_MAX_EXPLORED ||
-                automaton_bytes(a) > AUTOMATON_SOFT_BYTES)
+                a->n_places > *places)
                 return error_set(err, ST_INVALID, "is too complex: matching it takes more than %d "
-                                 "states or %d MB", AUTOMATON_MAX_EXPLORED,
-                                 AUTOMATON_SOFT_BYTES >> 20);
+                                 "states or %d places in them", AUTOMATON_MAX_EXPLORED,
+                                 AUTOMATON_EXPLORED_PLACES);
         }
+    *places -= a->n_places;
     return ST_OK;
 }
 

@@ -27,7 +27,7 @@ enum {
 typedef uint32_t automaton_state;
 
 /* AUTOMATON_FULL: too many states; the walk cannot go on. */
-enum { AUTOMATON_DEAD = 0, AUTOMATON_START = 1, AUTOMATON_FULL = -1 };
+enum { AUTOMATON_DEAD = 0, AUTOMATON_START = 1, AUTOMATON_FULL = -1, AUTOMATON_UNKNOWN = -2 };
 
 struct automaton;
 
@@ -38,10 +38,30 @@ void automaton_destroy(struct automaton *a);
 /* Where the byte leads: a state, AUTOMATON_DEAD or AUTOMATON_FULL. */
 int32_t automaton_next(struct automaton *a, automaton_state from, unsigned char byte);
 
+/* The table itself, for walks over a hundred thousand tokens: valid until a call that may make
+ * states.  Where it says AUTOMATON_UNKNOWN, automaton_next() finds out. */
+struct automaton_table {
+    const int32_t *next;         /* [states, n_classes] */
+    const uint8_t *byte_class;
+    uint32_t n_classes;
+};
+struct automaton_table automaton_table(const struct automaton *a);
+
+static inline int32_t automaton_look(const struct automaton_table *t, automaton_state from,
+                                     unsigned char byte)
+{
+    return t->next[(size_t)from * t->n_classes + t->byte_class[byte]];
+}
+
+/* The kinds (byte_kind.h) of which every byte leads from s to s.  May make states. */
+uint8_t automaton_loops(struct automaton *a, automaton_state s);
+
 /* Make all states, so that whoever walks later finds them.  Refuses a graph with more than
- * AUTOMATON_MAX_EXPLORED, or more than a trim leaves. */
-enum { AUTOMATON_MAX_EXPLORED = 20000 };
-enum status automaton_explore(struct automaton *a, struct error *err) MUST_USE;
+ * AUTOMATON_MAX_EXPLORED, or with more places in them than *places, which a caller with several
+ * graphs passes on from one to the next: what is left of AUTOMATON_EXPLORED_PLACES, some tenths of a
+ * second. */
+enum { AUTOMATON_MAX_EXPLORED = 20000, AUTOMATON_EXPLORED_PLACES = 200000 };
+enum status automaton_explore(struct automaton *a, size_t *places, struct error *err) MUST_USE;
 
 /* The text may end here; some byte is allowed here. */
 bool automaton_may_end(const struct automaton *a, automaton_state s);

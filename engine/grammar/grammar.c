@@ -76,6 +76,8 @@ void grammar_release(struct grammar *g)
 static enum status finish(struct grammar **out, struct grammar *g, enum status st,
                           bool explore, struct error *err)
 {
+    size_t places = AUTOMATON_EXPLORED_PLACES;
+
     if (st == ST_OK)
         st = nfa_finish(&g->graph, err);
     if (st == ST_OK) {
@@ -86,7 +88,7 @@ static enum status finish(struct grammar **out, struct grammar *g, enum status s
                                                   : "is too ambiguous");
     }
     if (st == ST_OK && explore)
-        st = automaton_explore(g->automaton, err);
+        st = automaton_explore(g->automaton, &places, err);
     if (st == ST_OK)
         *out = g;
     else
@@ -234,9 +236,31 @@ bool grammar_matcher_is_complete(const struct grammar_matcher *m)
 
 /* ---- masks */
 
+static void allow(struct mask *out, int32_t id)
+{
+    out->words[id / 32] |= UINT32_C(1) << id % 32;
+    out->n_allowed++;
+}
+
+/* Below that many nodes it is not worth a look whether all of a subtree loops. */
+enum { FEW_NODES = 8 };
+
+/* Everything from a node's first child on to its last, where all bytes lead from its state back to
+ * it. */
+static bool allow_subtree(struct grammar *g, const struct token_trie *trie, uint32_t child,
+                          const struct trie_node *node, automaton_state state, struct mask *out)
+{
+    if (node->kinds_below & ~automaton_loops(g->automaton, state))
+        return false;
+    for (uint32_t i = trie->n_ids_before[child]; i < trie->n_ids_before[node->end]; i++)
+        allow(out, trie->ids[i]);
+    return true;
+}
+
 /* The tree from its first node to its last: what cannot go on is skipped with all below it. */
 static enum status walk(struct grammar *g, const struct token_trie *trie, struct mask *out)
 {
+    struct automaton_table table = automaton_table(g->automaton);
     automaton_state *at = g->walk;
 
     memset(out->words, 0, g->mask_words * sizeof *out->words);
@@ -244,19 +268,26 @@ static enum status walk(struct grammar *g, const struct token_trie *trie, struct
     at[0] = out->state;
     for (uint32_t i = 0; i < trie->n_nodes;) {
         const struct trie_node *node = &trie->nodes[i];
-        int32_t next = automaton_next(g->automaton, at[node->depth], node->byte);
+        int32_t next = automaton_look(&table, at[node->depth], node->byte);
+        if (next == AUTOMATON_UNKNOWN) {
+            next = automaton_next(g->automaton, at[node->depth], node->byte);
+            table = automaton_table(g->automaton);
+        }
         if (next == AUTOMATON_FULL)
             return ST_NOMEM;
         if (next == AUTOMATON_DEAD) {
             i = node->end;
             continue;
         }
+        if (node->id != TRIE_NO_TOKEN)
+            allow(out, node->id);
         at[node->depth + 1] = (automaton_state)next;
-        if (node->id != TRIE_NO_TOKEN) {
-            out->words[node->id / 32] |= UINT32_C(1) << node->id % 32;
-            out->n_allowed++;
-        }
         i++;
+        if (node->end - i < FEW_NODES)
+            continue;
+        if (allow_subtree(g, trie, i, node, (automaton_state)next, out))
+            i = node->end;
+        table = automaton_table(g->automaton);
     }
     return ST_OK;
 }

@@ -66,6 +66,7 @@ struct schema {
     size_t n_pending, done, capacity;
     struct pending *targets;     /* of references */
     size_t n_targets, target_capacity;
+    size_t places;               /* that its patterns may still take, all together */
     const cJSON *at;             /* the one that is being filled in */
     struct error *err;
 };
@@ -294,7 +295,7 @@ static enum status check_pattern(struct schema *s, const char *pattern)
         st = nfa_finish(&own, s->err);
     if (st == ST_OK) {
         struct automaton *a = automaton_create(&own);
-        st = automaton_explore(a, s->err);
+        st = automaton_explore(a, &s->places, s->err);
         automaton_destroy(a);
     }
     nfa_fini(&own);
@@ -690,7 +691,8 @@ static enum status emit_pending(struct schema *s)
 
 enum status json_schema_emit(struct nfa *g, const cJSON *schema, struct error *err)
 {
-    struct schema s = { .graph = g, .json = json_rules_add(g), .root = schema, .err = err };
+    struct schema s = { .graph = g, .json = json_rules_add(g), .root = schema, .err = err,
+                        .places = AUTOMATON_EXPLORED_PLACES };
 
     nfa_set_rule(g, 0, call_schema(&s, schema, NFA_RETURN));
     enum status st = emit_pending(&s);

@@ -1,6 +1,7 @@
 #include "engine/grammar/token_trie.h"
 
 #include "engine/base/mem.h"
+#include "engine/grammar/byte_kind.h"
 #include "engine/model/tokenizer.h"
 
 #include <stdlib.h>
@@ -68,6 +69,29 @@ static void add_token(struct token_trie *t, const struct token *token, uint32_t 
         t->longest = (uint32_t)token->n;
 }
 
+/* Backwards: a node's subtree is known before the node. */
+static void find_kinds(struct token_trie *t)
+{
+    for (uint32_t i = t->n_nodes; i-- > 0;)
+        for (uint32_t child = i + 1; child < t->nodes[i].end; child = t->nodes[child].end)
+            t->nodes[i].kinds_below |= t->nodes[child].kinds_below |
+                                       byte_kind(t->nodes[child].byte);
+}
+
+static void list_ids(struct token_trie *t, size_t n_tokens)
+{
+    uint32_t n = 0;
+
+    t->ids = mem_calloc(n_tokens + 1, sizeof *t->ids);
+    t->n_ids_before = mem_calloc((size_t)t->n_nodes + 1, sizeof *t->n_ids_before);
+    for (uint32_t i = 0; i < t->n_nodes; i++) {
+        t->n_ids_before[i] = n;
+        if (t->nodes[i].id != TRIE_NO_TOKEN)
+            t->ids[n++] = t->nodes[i].id;
+    }
+    t->n_ids_before[t->n_nodes] = n;
+}
+
 struct token_trie *token_trie_create(const struct tokenizer *tok)
 {
     struct token_trie *t = mem_calloc(1, sizeof *t);
@@ -89,7 +113,9 @@ struct token_trie *token_trie_create(const struct tokenizer *tok)
                                               t->fingerprint ^ (uint64_t)(uint32_t)tokens[i].id);
     }
     close_from(t, open, 0, &n_open);
-    t->nodes = mem_realloc(t->nodes, t->n_nodes + 1, sizeof *t->nodes);
+    t->nodes = mem_realloc(t->nodes, (size_t)t->n_nodes + 1, sizeof *t->nodes);
+    find_kinds(t);
+    list_ids(t, n);
     mem_free(tokens);
     return t;
 }
@@ -99,5 +125,7 @@ void token_trie_destroy(struct token_trie *t)
     if (!t)
         return;
     mem_free(t->nodes);
+    mem_free(t->ids);
+    mem_free(t->n_ids_before);
     mem_free(t);
 }

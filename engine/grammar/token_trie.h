@@ -19,11 +19,14 @@ struct trie_node {
     int32_t id;                  /* the token that ends here, or TRIE_NO_TOKEN */
     uint16_t depth;              /* bytes in front of its own */
     uint8_t byte;
+    uint8_t kinds_below;         /* of the bytes below it (byte_kind.h) */
 };
 
 struct token_trie {
     struct trie_node *nodes;
     uint32_t n_nodes;
+    int32_t *ids;                /* all tokens, in the order of the nodes */
+    uint32_t *n_ids_before;      /* [n_nodes + 1] of the tokens in front of a node */
     int32_t n_ids;               /* of the tokenizer */
     uint32_t longest;            /* bytes of a token; 0: the tree is empty */
     uint64_t fingerprint;        /* of ids and bytes: equal for the same vocabulary */
