@@ -58,8 +58,8 @@ uint8_t automaton_loops(struct automaton *a, automaton_state s);
 
 /* Make all states, so that whoever walks later finds them.  Refuses a graph with more than
  * AUTOMATON_MAX_EXPLORED, or with more places in them than *places, which a caller with several
- * graphs passes on from one to the next: what is left of AUTOMATON_EXPLORED_PLACES, some tenths of a
- * second. */
+ * graphs passes on from one to the next: what is left of AUTOMATON_EXPLORED_PLACES, some tenths
+ * of a second. */
 enum { AUTOMATON_MAX_EXPLORED = 20000, AUTOMATON_EXPLORED_PLACES = 200000 };
 enum status automaton_explore(struct automaton *a, size_t *places, struct error *err) MUST_USE;
 

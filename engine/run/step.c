@@ -207,7 +207,6 @@ enum status step_run(const struct step_context *cx, struct step_plan *plan, stru
     struct masks masks = { cx, plan };
 
     b->rows = b->seqs = b->sparse_seqs = b->logit_rows = b->n_staged = 0;
-    b->before_sample = NULL;
     for (uint32_t i = 0; i < plan->n_slices; i++) {
         const struct step_slice *s = &plan->slices[i];
         sequence_grow(s->seq, cx->pool, s->seq->n_computed + s->n_tokens);
@@ -222,7 +221,9 @@ enum status step_run(const struct step_context *cx, struct step_plan *plan, stru
         if (kind == SPARSE_SLICE)
             b->sparse_seqs = b->seqs;
     }
-    return model_step(cx->model, cx->stream, cx->pool, err);
+    enum status st = model_step(cx->model, cx->stream, cx->pool, err);
+    b->before_sample = NULL;     /* its argument ends here */
+    return st;
 }
 
 /* ---- results */

@@ -143,10 +143,10 @@ static void measure(const char *name, struct grammar *g, const struct token_trie
 static const char schema[] =
     "{\"type\":\"object\",\"properties\":{\"name\":{\"type\":\"string\"},\"age\":{\"type\":"
     "\"integer\",\"minimum\":0,\"maximum\":130},\"address\":{\"type\":\"object\",\"properties\":{"
-    "\"street\":{\"type\":\"string\",\"maxLength\":60},\"city\":{\"type\":\"string\"}},\"required\":["
-    "\"street\",\"city\"]},\"tags\":{\"type\":\"array\",\"items\":{\"type\":\"string\"}},\"kind\":{"
-    "\"enum\":[\"person\",\"company\",\"other\"]}},\"required\":[\"name\",\"age\",\"address\","
-    "\"tags\",\"kind\"]}";
+    "\"street\":{\"type\":\"string\",\"maxLength\":60},\"city\":{\"type\":\"string\"}},"
+    "\"required\":[\"street\",\"city\"]},\"tags\":{\"type\":\"array\",\"items\":{\"type\":"
+    "\"string\"}},\"kind\":{\"enum\":[\"person\",\"company\",\"other\"]}},\"required\":[\"name\","
+    "\"age\",\"address\",\"tags\",\"kind\"]}";
 static const char text[] =
     "{\"name\": \"Ada Lovelace\", \"age\": 36, \"address\": {\"street\": \"12 St James's Square\", "
     "\"city\": \"London\"}, \"tags\": [\"mathematics\", \"engines\"], \"kind\": \"person\"}";

@@ -1,5 +1,6 @@
-/* JSON schemas.  What the scan of bodies lets through is refused with a sentence, or gives a grammar
- * whose texts are JSON as far as they go: a walk that the input steers ends in a valid one. */
+/* JSON schemas.  What the scan of bodies lets through is refused with a sentence, or gives a
+ * grammar whose texts are JSON as far as they go: a walk that the input steers ends in a valid
+ * one. */
 
 #include "engine/base/invariant.h"
 #include "engine/base/status.h"
