@@ -26,6 +26,8 @@
  * held are those that must keep their K and V on the device (kv_pool.h).  The engine
  * thread alone touches a sequence. */
 
+struct token_trie;               /* engine/grammar/token_trie.h */
+
 enum sequence_state { SEQ_WAITING, SEQ_RUNNING };
 
 /* Where K and V of a sequence are; residency.h moves it from one to the next. */
@@ -126,7 +128,6 @@ void sequence_sample_params(const struct sequence *q, struct sample_params *out)
 /* Find out which tokens can come next; sequence_sample_params() points to them, and they may be
  * made later.  After it q->mask_status is ST_OK, ST_NOMEM where the grammar takes too much room,
  * or ST_INVALID where no token is left. */
-struct token_trie;
 void sequence_make_mask(struct sequence *q, const struct token_trie *trie, const int32_t *eos,
                         int n_eos);
 /* What it is to do for the prompt row at this position (scoring). */
