@@ -23,6 +23,7 @@ struct api_value {
 struct api_fields {
     struct api_value model, prompt, stop, stop_ids, bias, stream_options, cache_salt, attention;
     struct api_value messages, tools, tool_choice, template_kwargs, enable_thinking, tokens;
+    struct api_value response_format, structured_outputs, guided_json, guided_regex, guided_choice;
     int64_t max_tokens, min_tokens, n, top_k, seed;
     int64_t best_of, logprobs; /* -1: absent, like */
     int64_t top_logprobs, max_completion_tokens;
@@ -75,6 +76,10 @@ enum status api_read_body(struct api_parse *p, cJSON **root, const char *body,
                           size_t n) MUST_USE;
 void api_parse_init(struct api_parse *p, enum api_endpoint endpoint,
                     const struct api_context *cx, struct api_error *err);
+
+/* api_parse_guided.c: p->out->grammar and its template's, out of response_format,
+ * structured_outputs and guided_*. */
+enum status api_read_guided(struct api_parse *p) MUST_USE;
 
 /* Zeroed memory of the completion; refuses the request when there is too much. */
 enum status api_alloc(struct api_parse *p, void **out, size_t count, size_t bytes) MUST_USE;

@@ -357,8 +357,8 @@ static const struct {
     { "qwen3", M "\"prompt\":\"x\"}", "prompt",
       "'prompt' is not supported by this server: it belongs to text completions; send "
       "'messages'." },
-    { "qwen3", M "\"response_format\":{\"type\":\"json_object\"}}", "response_format",
-      "'response_format' is not supported by this server." },
+    { "qwen3", M "\"response_format\":{\"type\":\"xml\"}}", "response_format",
+      "'response_format.type' must be \"text\", \"json_object\" or \"json_schema\"." },
     { "qwen3", M "\"echo\":true}", "echo", "'echo' is not supported by this server." },
     { "qwen3", M "\"logprobs\":2}", "logprobs", "'logprobs' must be true or false." },
     { "qwen3", M "\"top_logprobs\":2}", "top_logprobs",
