@@ -1,6 +1,7 @@
 #ifndef SERVER_API_PARSE_H
 #define SERVER_API_PARSE_H
 
+#include "engine/grammar/grammar.h"
 #include "server/api.h"
 #include "server/json_scan.h"
 
@@ -39,6 +40,9 @@ struct api_parse {
     struct api_error *err;
     struct api_fields fields;
     struct api_completion *out;
+    /* Of a chat, once it is read: */
+    bool must_call;        /* the answer is calls, */
+    const char *only_tool; /* of this function, or NULL: of any */
 };
 
 /* Fill the error and return ST_INVALID.  The sentence should name the field. */
@@ -78,8 +82,21 @@ void api_parse_init(struct api_parse *p, enum api_endpoint endpoint,
                     const struct api_context *cx, struct api_error *err);
 
 /* api_parse_guided.c: p->out->grammar and its template's, out of response_format,
- * structured_outputs and guided_*. */
+ * structured_outputs, guided_* and tool_choice.  A chat must be read before. */
 enum status api_read_guided(struct api_parse *p) MUST_USE;
+
+/* api_parse_turn.c: what the chat's format and tools put around a structure. */
+struct api_turn {
+    struct grammar_turn grammar;
+    cJSON *tools; /* what the calls' schemas are parts of */
+};
+/* field: what asks for the structure.  *t is to be finished whatever the result is. */
+enum status api_read_turn(struct api_parse *p, struct api_turn *t, const char *field) MUST_USE;
+void api_turn_fini(struct api_turn *t);
+/* The sentence of a grammar that was not made, for the tool whose schema it is about or for the
+ * field. */
+enum status api_refuse_turn(struct api_parse *p, const struct api_turn *t, const char *field,
+                            const struct error *err);
 
 /* Zeroed memory of the completion; refuses the request when there is too much. */
 enum status api_alloc(struct api_parse *p, void **out, size_t count, size_t bytes) MUST_USE;

@@ -1,5 +1,6 @@
 #include "server/api_parse.h"
 
+#include "engine/base/strbuf.h"
 #include "engine/grammar/grammar.h"
 #include "server/grammar_cache.h"
 
@@ -9,9 +10,11 @@
  *
  *   response_format     {"type": "text" | "json_object" | "json_schema", "json_schema": {...}}
  *   guided_json, guided_regex, guided_choice
- *   structured_outputs  {"json": ...} or {"regex": ...}, {"choice": ...}, {"json_object": true} */
+ *   structured_outputs  {"json": ...} or {"regex": ...}, {"choice": ...}, {"json_object": true}
+ *   tool_choice         "required" or a function: calls, whatever else is asked for */
 
-enum wanted_kind { WANT_NOTHING, WANT_SCHEMA, WANT_REGEX, WANT_CHOICE, WANT_JSON_OBJECT };
+enum wanted_kind { WANT_NOTHING, WANT_SCHEMA, WANT_REGEX, WANT_CHOICE, WANT_JSON_OBJECT,
+                   WANT_CALLS };
 
 struct wanted {
     const char *field;           /* whose text it is */
@@ -126,7 +129,8 @@ static enum status read_structured_outputs(struct api_parse *p, struct wanted *w
 /* ---- compiling */
 
 static enum status compile_choice(struct api_parse *p, const struct wanted *w,
-                                  struct grammar **out, struct error *err)
+                                  const struct grammar_turn *turn, struct grammar **out,
+                                  struct error *err)
 {
     const cJSON *list = w->value;
     size_t n = 0;
@@ -141,69 +145,90 @@ static enum status compile_choice(struct api_parse *p, const struct wanted *w,
             return error_set(err, ST_INVALID, "must be a list of strings");
         choices[n++] = v->valuestring;
     }
-    return grammar_compile_choice(out, choices, n, err);
+    return grammar_compile_choice(out, choices, n, turn, err);
 }
 
 /* A schema, or the text of one. */
 static enum status compile_schema(struct api_parse *p, const struct wanted *w,
-                                  struct grammar **out, struct error *err)
+                                  const struct grammar_turn *turn, struct grammar **out,
+                                  struct error *err)
 {
     const char *text = w->value->valuestring;
     struct json_scan scan;
 
     if (!cJSON_IsString(w->value))
-        return grammar_compile_schema(out, w->value, err);
+        return grammar_compile_schema(out, w->value, turn, err);
     if (json_scan(&scan, text, strlen(text), p->cx->limits.max_json_values, NULL) != ST_OK)
         return error_set(err, ST_INVALID, "must be a JSON schema or a string with one");
     cJSON *schema = cJSON_Parse(text);
-    enum status st = schema ? grammar_compile_schema(out, schema, err)
+    enum status st = schema ? grammar_compile_schema(out, schema, turn, err)
                             : error_set(err, ST_INVALID, "must be a JSON schema or a string "
                                         "with one");
     cJSON_Delete(schema);
     return st;
 }
 
-static enum status compile(struct api_parse *p, const struct wanted *w, struct grammar **out,
+static enum status compile(struct api_parse *p, const struct wanted *w,
+                           const struct grammar_turn *turn, struct grammar **out,
                            struct error *err)
 {
     switch (w->kind) {
     case WANT_SCHEMA:
-        return compile_schema(p, w, out, err);
+        return compile_schema(p, w, turn, out, err);
     case WANT_REGEX:
         if (!cJSON_IsString(w->value))
             return error_set(err, ST_INVALID, "must be a string");
         return grammar_compile_regex(out, w->value->valuestring, strlen(w->value->valuestring),
-                                     err);
+                                     turn, err);
     case WANT_CHOICE:
-        return compile_choice(p, w, out, err);
+        return compile_choice(p, w, turn, out, err);
+    case WANT_CALLS:
+        return grammar_compile_calls(out, turn, err);
     default:
-        return grammar_compile_json_object(out, err);
+        return grammar_compile_json_object(out, turn, err);
     }
 }
 
-static enum status get_grammar(struct api_parse *p, const struct wanted *w)
+/* All that the grammar follows from but the field: JSON values, which end by themselves. */
+static void write_key(const struct api_parse *p, const struct wanted *w,
+                      const struct grammar_turn *turn, struct strbuf *key)
 {
-    struct grammar_cache *cache = p->cx->grammars;
-    const char *text = w->from->text;
-    size_t n = w->from->text_bytes;
-    struct error err = { 0 };
+    const struct api_value *tools = &p->fields.tools;
 
-    if (cache)
-        p->out->grammar = grammar_cache_find(cache, w->field, text, n);
-    if (!p->out->grammar) {
-        enum status st = compile(p, w, &p->out->grammar, &err);
-        if (st != ST_OK && !err.text[0])         /* refused already */
-            return st;
-        if (st != ST_OK)
-            return api_refuse(p, w->field, "'%s' %s.", w->field, err.text);
-        if (cache)
-            grammar_cache_add(cache, w->field, text, n, p->out->grammar);
-    }
-    p->out->template.grammar = p->out->grammar;
-    return ST_OK;
+    strbuf_printf(key, "%d %d %s\n", turn ? (int)turn->thoughts : -1, turn && turn->between,
+                  p->only_tool ? p->only_tool : "");
+    if (turn && turn->n_calls > 0)
+        strbuf_add(key, tools->text, tools->text_bytes);
+    strbuf_add(key, w->from->text, w->from->text_bytes);
 }
 
-enum status api_read_guided(struct api_parse *p)
+static enum status get_grammar(struct api_parse *p, const struct wanted *w,
+                               const struct api_turn *around)
+{
+    const struct grammar_turn *turn = around ? &around->grammar : NULL;
+    struct grammar_cache *cache = p->cx->grammars;
+    struct strbuf key = { 0 };
+    struct error err = { 0 };
+    enum status st = ST_OK;
+
+    write_key(p, w, turn, &key);
+    if (cache)
+        p->out->grammar = grammar_cache_find(cache, w->field, key.data, key.n);
+    if (!p->out->grammar) {
+        st = compile(p, w, turn, &p->out->grammar, &err);
+        if (st == ST_OK && cache)
+            grammar_cache_add(cache, w->field, key.data, key.n, p->out->grammar);
+        if (st != ST_OK && err.text[0])          /* else refused already */
+            st = api_refuse_turn(p, around, w->field, &err);
+    }
+    strbuf_fini(&key);
+    p->out->template.grammar = p->out->grammar;
+    return st;
+}
+
+/* ---- all of it */
+
+static enum status read_wanted(struct api_parse *p, struct wanted *out)
 {
     const struct api_fields *f = &p->fields;
     struct wanted all[] = {
@@ -213,8 +238,8 @@ enum status api_read_guided(struct api_parse *p)
         { "guided_regex", &f->guided_regex, WANT_REGEX, f->guided_regex.tree },
         { "guided_choice", &f->guided_choice, WANT_CHOICE, f->guided_choice.tree },
     };
-    const struct wanted *found = NULL;
 
+    *out = (struct wanted){ 0 };
     for (size_t i = 0; i < sizeof all / sizeof all[0]; i++) {
         struct wanted *w = &all[i];
         if (!w->from->tree)
@@ -225,17 +250,37 @@ enum status api_read_guided(struct api_parse *p)
             TRY(read_structured_outputs(p, w));
         if (w->kind == WANT_NOTHING)
             continue;
-        if (found)
-            return api_refuse(p, w->field, "'%s' and '%s' cannot be used together.", found->field,
+        if (out->kind != WANT_NOTHING)
+            return api_refuse(p, w->field, "'%s' and '%s' cannot be used together.", out->field,
                               w->field);
-        found = w;
+        *out = *w;
     }
-    return found ? get_grammar(p, found) : ST_OK;
+    if (p->must_call)
+        *out = (struct wanted){ "tool_choice", &f->tool_choice, WANT_CALLS, NULL };
+    return ST_OK;
+}
+
+enum status api_read_guided(struct api_parse *p)
+{
+    struct api_turn turn = { 0 };
+    struct wanted wanted;
+
+    TRY(read_wanted(p, &wanted));
+    if (wanted.kind == WANT_NOTHING)
+        return ST_OK;
+    if (p->endpoint != API_CHAT)
+        return get_grammar(p, &wanted, NULL);
+    enum status st = api_read_turn(p, &turn, wanted.field);
+    if (st == ST_OK)
+        st = get_grammar(p, &wanted, &turn);
+    api_turn_fini(&turn);
+    return st;
 }
 
 bool api_mentions_guided(const char *body, size_t n)
 {
-    static const char *const names[] = { "guided_", "response_format", "structured_outputs" };
+    static const char *const names[] = { "guided_", "response_format", "structured_outputs",
+                                         "tool_choice" };
 
     for (size_t i = 0; i < sizeof names / sizeof names[0]; i++)
         if (memmem(body, n, names[i], strlen(names[i])))

@@ -6,6 +6,7 @@
 #include "engine/grammar/json_schema.h"
 #include "engine/grammar/regex.h"
 #include "engine/grammar/token_trie.h"
+#include "engine/grammar/turn.h"
 
 #include <pthread.h>
 #include <stdatomic.h>
@@ -72,77 +73,115 @@ void grammar_release(struct grammar *g)
     mem_free(g);
 }
 
-/* The graph is built; st is what building it gave. */
-static enum status finish(struct grammar **out, struct grammar *g, enum status st,
-                          bool explore, struct error *err)
-{
-    size_t places = AUTOMATON_EXPLORED_PLACES;
+/* A graph under way: st is what building it gave, and text where it begins. */
+struct building {
+    struct grammar *g;
+    enum status st;
+    nfa_at text;
+    size_t places;               /* that its patterns may still take (automaton.h) */
+};
 
-    if (st == ST_OK)
-        st = nfa_finish(&g->graph, err);
-    if (st == ST_OK) {
-        g->automaton = automaton_create(&g->graph);
-        if (!automaton_goes_on(g->automaton, AUTOMATON_START))
-            st = error_set(err, ST_INVALID, "%s", automaton_may_end(g->automaton, AUTOMATON_START)
-                                                  ? "allows the empty text alone"
-                                                  : "is too ambiguous");
-    }
-    if (st == ST_OK && explore)
-        st = automaton_explore(g->automaton, &places, err);
-    if (st == ST_OK)
-        *out = g;
-    else
-        grammar_release(g);
-    return st;
+static struct building begin(void)
+{
+    return (struct building){ .g = make(), .places = AUTOMATON_EXPLORED_PLACES };
 }
 
-enum status grammar_compile_regex(struct grammar **out, const char *pattern, size_t n,
-                                  struct error *err)
+static enum status finish(struct grammar **out, struct building *b,
+                          const struct grammar_turn *turn, struct error *err)
 {
-    struct grammar *g = make();
-    nfa_at at;
-    enum status st = regex_emit(&g->graph, pattern, n, REGEX_WHOLE_TEXT, NFA_RETURN, &at, err);
+    struct nfa *graph = &b->g->graph;
 
-    nfa_set_rule(&g->graph, 0, at);
-    return finish(out, g, st, true, err);
+    if (b->st == ST_OK && turn)
+        b->st = turn_emit(graph, turn, b->text, &b->text, &b->places, err);
+    nfa_set_rule(graph, 0, b->text);
+    if (b->st == ST_OK)
+        b->st = nfa_finish(graph, err);
+    if (b->st == ST_OK) {
+        b->g->automaton = automaton_create(graph);
+        if (!automaton_goes_on(b->g->automaton, AUTOMATON_START))
+            b->st = error_set(err, ST_INVALID, "%s",
+                              automaton_may_end(b->g->automaton, AUTOMATON_START)
+                                  ? "allows the empty text alone"
+                                  : "is too ambiguous");
+    }
+    if (b->st == ST_OK)
+        *out = b->g;
+    else
+        grammar_release(b->g);
+    return b->st;
+}
+
+static enum status compile_pattern(struct grammar **out, const char *pattern, size_t n,
+                                   const struct grammar_turn *turn, struct error *err)
+{
+    struct building b = begin();
+
+    b.st = regex_emit(&b.g->graph, pattern, n, REGEX_WHOLE_TEXT, NFA_RETURN, &b.text, err);
+    return finish(out, &b, turn, err);
+}
+
+/* An expression is explored by itself: calls beside it may have no end of states. */
+enum status grammar_compile_regex(struct grammar **out, const char *pattern, size_t n,
+                                  const struct grammar_turn *turn, struct error *err)
+{
+    size_t places = AUTOMATON_EXPLORED_PLACES;
+    struct grammar *alone;
+
+    TRY(compile_pattern(&alone, pattern, n, NULL, err));
+    enum status st = automaton_explore(alone->automaton, &places, err);
+    if (st == ST_OK && !turn) {
+        *out = alone;
+        return ST_OK;
+    }
+    grammar_release(alone);
+    return st == ST_OK ? compile_pattern(out, pattern, n, turn, err) : st;
 }
 
 enum status grammar_compile_choice(struct grammar **out, const char *const *choices, size_t n,
-                                   struct error *err)
+                                   const struct grammar_turn *turn, struct error *err)
 {
-    struct grammar *g = make();
-    nfa_at all = NFA_NOTHING;
-    enum status st = ST_OK;
+    struct building b = begin();
+    struct nfa *graph = &b.g->graph;
     size_t bytes = 0;
 
-    for (size_t i = n; i-- > 0 && st == ST_OK;) {
+    for (size_t i = n; i-- > 0 && b.st == ST_OK;) {
         size_t length = strlen(choices[i]);
         bytes += length;
         if (length == 0)
-            st = error_set(err, ST_INVALID, "must not have an empty string");
+            b.st = error_set(err, ST_INVALID, "must not have an empty string");
         else if (bytes > CHOICES_MAX_BYTES)
-            st = error_set(err, ST_INVALID, "has more than %d bytes of choices",
-                           CHOICES_MAX_BYTES);
-        all = nfa_either(&g->graph, nfa_bytes(&g->graph, choices[i], length, NFA_RETURN), all);
+            b.st = error_set(err, ST_INVALID, "has more than %d bytes of choices",
+                             CHOICES_MAX_BYTES);
+        b.text = nfa_either(graph, nfa_bytes(graph, choices[i], length, NFA_RETURN), b.text);
     }
-    nfa_set_rule(&g->graph, 0, all);
-    return finish(out, g, st, false, err);
+    return finish(out, &b, turn, err);
 }
 
 enum status grammar_compile_schema(struct grammar **out, const struct cJSON *schema,
-                                   struct error *err)
+                                   const struct grammar_turn *turn, struct error *err)
 {
-    struct grammar *g = make();
+    struct building b = begin();
 
-    return finish(out, g, json_schema_emit(&g->graph, schema, err), false, err);
+    b.st = json_schema_emit(&b.g->graph, schema, NFA_RETURN, &b.text, &b.places, err);
+    return finish(out, &b, turn, err);
 }
 
-enum status grammar_compile_json_object(struct grammar **out, struct error *err)
+enum status grammar_compile_json_object(struct grammar **out, const struct grammar_turn *turn,
+                                        struct error *err)
 {
-    struct grammar *g = make();
+    struct building b = begin();
 
-    json_object_emit(&g->graph);
-    return finish(out, g, ST_OK, false, err);
+    b.text = json_object_emit(&b.g->graph, NFA_RETURN);
+    return finish(out, &b, turn, err);
+}
+
+enum status grammar_compile_calls(struct grammar **out, const struct grammar_turn *turn,
+                                  struct error *err)
+{
+    struct building b = begin();
+
+    ASSERT(turn->n_calls > 0);
+    return finish(out, &b, turn, err);
 }
 
 /* ---- matchers */

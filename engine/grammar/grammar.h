@@ -27,15 +27,47 @@ struct token_trie;               /* token_trie.h */
 
 struct grammar;
 
-/* The sentence in err goes on behind the name of the field: "has a look-ahead at byte 3, ...". */
+/* What a chat model may write around the text: thoughts in front of it, which follow nothing but
+ * end with their marker, and calls instead of it.  How that is spelled is the caller's. */
+
+enum grammar_thoughts {
+    GRAMMAR_NO_THOUGHTS,
+    GRAMMAR_MAY_THINK,           /* the output begins with thoughts or with what comes after them */
+    GRAMMAR_THINKING,            /* it begins inside of them */
+};
+
+struct grammar_call {
+    const char *head, *tail;     /* around the arguments */
+    const struct cJSON *schema;  /* of the arguments, or NULL: any object */
+    bool refused;                /* written: the sentence is about this schema */
+};
+
+/* Markers begin with '<', have no second one and more than two bytes. */
+struct grammar_turn {
+    enum grammar_thoughts thoughts;
+    const char *think, *think_end;
+    const char *never;           /* a marker that thoughts do not contain, or NULL; its second byte
+                                    is not think_end's */
+    struct grammar_call *calls;
+    size_t n_calls;
+    const char *between;         /* what separates two calls, or NULL: there is one at most */
+};
+
+/* turn may be NULL: there is the text alone.
+ *
+ * The sentence in err goes on behind the name of the field: "has a look-ahead at byte 3, ...". */
 enum status grammar_compile_regex(struct grammar **out, const char *pattern, size_t n,
-                                  struct error *err) MUST_USE;
+                                  const struct grammar_turn *turn, struct error *err) MUST_USE;
 enum status grammar_compile_choice(struct grammar **out, const char *const *choices, size_t n,
-                                   struct error *err) MUST_USE;
+                                   const struct grammar_turn *turn, struct error *err) MUST_USE;
 enum status grammar_compile_schema(struct grammar **out, const struct cJSON *schema,
-                                   struct error *err) MUST_USE;
+                                   const struct grammar_turn *turn, struct error *err) MUST_USE;
 /* Any JSON object. */
-enum status grammar_compile_json_object(struct grammar **out, struct error *err) MUST_USE;
+enum status grammar_compile_json_object(struct grammar **out, const struct grammar_turn *turn,
+                                        struct error *err) MUST_USE;
+/* No text: a call at least. */
+enum status grammar_compile_calls(struct grammar **out, const struct grammar_turn *turn,
+                                  struct error *err) MUST_USE;
 
 struct grammar *grammar_acquire(struct grammar *g);
 void grammar_release(struct grammar *g);         /* the last one frees it; NULL is fine */

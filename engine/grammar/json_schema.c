@@ -66,7 +66,7 @@ struct schema {
     size_t n_pending, done, capacity;
     struct pending *targets;     /* of references */
     size_t n_targets, target_capacity;
-    size_t places;               /* that its patterns may still take, all together */
+    size_t *places;              /* that patterns may still take, all together */
     const cJSON *at;             /* the one that is being filled in */
     struct error *err;
 };
@@ -295,7 +295,7 @@ static enum status check_pattern(struct schema *s, const char *pattern)
         st = nfa_finish(&own, s->err);
     if (st == ST_OK) {
         struct automaton *a = automaton_create(&own);
-        st = automaton_explore(a, &s->places, s->err);
+        st = automaton_explore(a, s->places, s->err);
         automaton_destroy(a);
     }
     nfa_fini(&own);
@@ -689,21 +689,22 @@ static enum status emit_pending(struct schema *s)
     return ST_OK;
 }
 
-enum status json_schema_emit(struct nfa *g, const cJSON *schema, struct error *err)
+enum status json_schema_emit(struct nfa *g, const cJSON *schema, nfa_at next, nfa_at *start,
+                             size_t *places, struct error *err)
 {
     struct schema s = { .graph = g, .json = json_rules_add(g), .root = schema, .err = err,
-                        .places = AUTOMATON_EXPLORED_PLACES };
+                        .places = places };
 
-    nfa_set_rule(g, 0, call_schema(&s, schema, NFA_RETURN));
+    *start = call_schema(&s, schema, next);
     enum status st = emit_pending(&s);
     mem_free(s.pending);
     mem_free(s.targets);
     return st;
 }
 
-void json_object_emit(struct nfa *g)
+nfa_at json_object_emit(struct nfa *g, nfa_at next)
 {
     struct json_rules r = json_rules_add(g);
 
-    nfa_set_rule(g, 0, g->rules[r.object]);
+    return nfa_call(g, r.object, next);
 }

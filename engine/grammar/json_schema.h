@@ -27,11 +27,12 @@ struct cJSON;
 
 enum { SCHEMA_MAX_COUNT = 4096, SCHEMA_MAX_PROPERTIES = 1000 };
 
-/* The tree may be deep: it is not walked by recursion. */
-enum status json_schema_emit(struct nfa *g, const struct cJSON *schema, struct error *err)
-    MUST_USE;
+/* A text that is valid, then next.  The tree may be deep: it is not walked by recursion.  *places
+ * is what its patterns may take, and what is left of it (automaton.h). */
+enum status json_schema_emit(struct nfa *g, const struct cJSON *schema, nfa_at next, nfa_at *start,
+                             size_t *places, struct error *err) MUST_USE;
 
-/* Any object. */
-void json_object_emit(struct nfa *g);
+/* Any object, then next. */
+nfa_at json_object_emit(struct nfa *g, nfa_at next);
 
 #endif

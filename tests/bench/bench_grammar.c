@@ -169,13 +169,13 @@ int main(int argc, char **argv)
 
     cJSON *tree = cJSON_Parse(schema);
     from_ns = clock_now_ns();
-    check(grammar_compile_schema(&g, tree, &err), &err);
+    check(grammar_compile_schema(&g, tree, NULL, &err), &err);
     printf("schema compiled in %.2f ms\n", (double)(clock_now_ns() - from_ns) / 1e6);
     measure("JSON schema", g, trie, text);
     cJSON_Delete(tree);
-    check(grammar_compile_json_object(&g, &err), &err);
+    check(grammar_compile_json_object(&g, NULL, &err), &err);
     measure("any JSON object", g, trie, text);
-    check(grammar_compile_regex(&g, pattern, strlen(pattern), &err), &err);
+    check(grammar_compile_regex(&g, pattern, strlen(pattern), NULL, &err), &err);
     measure("regular expression", g, trie, "Ada Lovelace, 12 St James's Square, London");
     token_trie_destroy(trie);
     tokenizer_close(t);

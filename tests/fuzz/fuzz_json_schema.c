@@ -66,7 +66,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         return 0;
     cJSON *schema = cJSON_ParseWithLength((const char *)data, size);
     ASSERT(schema);
-    if (grammar_compile_schema(&g, schema, &err) == ST_OK)
+    if (grammar_compile_schema(&g, schema, NULL, &err) == ST_OK)
         walk(g, data, size);
     else
         ASSERT(!g && err.code == ST_INVALID && strlen(err.text) > 0);

@@ -37,7 +37,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     struct grammar *g = NULL;
     struct error err = { .text = "" };
 
-    if (grammar_compile_regex(&g, (const char *)data, size, &err) == ST_OK)
+    if (grammar_compile_regex(&g, (const char *)data, size, NULL, &err) == ST_OK)
         walk(g, data, size);
     else
         ASSERT(!g && err.code == ST_INVALID && strlen(err.text) > 0);

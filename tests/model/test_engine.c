@@ -482,7 +482,8 @@ static struct grammar *grammar_of(const char *regex)
     struct grammar *g = NULL;
     struct error err = { .text = "" };
 
-    ck_assert_msg(grammar_compile_regex(&g, regex, strlen(regex), &err) == ST_OK, "%s", err.text);
+    ck_assert_msg(grammar_compile_regex(&g, regex, strlen(regex), NULL, &err) == ST_OK, "%s",
+                  err.text);
     return g;
 }
 

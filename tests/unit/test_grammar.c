@@ -40,14 +40,14 @@ static struct grammar *compile(int kind)
     enum status st = ST_OK;
 
     if (kind < 2)
-        st = grammar_compile_regex(&g, regexes[kind], strlen(regexes[kind]), &err);
+        st = grammar_compile_regex(&g, regexes[kind], strlen(regexes[kind]), NULL, &err);
     else if (kind == 2)
-        st = grammar_compile_choice(&g, choices, 4, &err);
+        st = grammar_compile_choice(&g, choices, 4, NULL, &err);
     else if (kind == 3)
-        st = grammar_compile_json_object(&g, &err);
+        st = grammar_compile_json_object(&g, NULL, &err);
     else {
         cJSON *tree = cJSON_Parse(schema);
-        st = grammar_compile_schema(&g, tree, &err);
+        st = grammar_compile_schema(&g, tree, NULL, &err);
         cJSON_Delete(tree);
     }
     ck_assert_msg(st == ST_OK, "%s", err.text);
@@ -191,7 +191,7 @@ START_TEST(forgotten_states_are_found_out_again)
             text[i][k] = (char)(0x20 + random_below(&r, 0x5F));
         choices[i] = text[i];
     }
-    ck_assert_int_eq(grammar_compile_choice(&g, choices, CHOICES, &err), ST_OK);
+    ck_assert_int_eq(grammar_compile_choice(&g, choices, CHOICES, NULL, &err), ST_OK);
     grammar_matcher_init(&waiting, g);
     ck_assert(grammar_matcher_advance(&waiting, text[7], 12));
     ck_assert_int_eq(grammar_matcher_mask(&waiting, trie, mask, words, &n), ST_OK);

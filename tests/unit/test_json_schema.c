@@ -23,7 +23,7 @@ static enum status compile(struct grammar **out, const char *schema, struct erro
     cJSON *tree = cJSON_Parse(schema);
 
     ck_assert_msg(tree != NULL, "not JSON: %s", schema);
-    enum status st = grammar_compile_schema(out, tree, err);
+    enum status st = grammar_compile_schema(out, tree, NULL, err);
     cJSON_Delete(tree);
     return st;
 }
@@ -420,7 +420,7 @@ START_TEST(random_texts_are_valid)
     random_schema(&r, &schema, 3);
     strbuf_puts(&schema, "]}");
     cJSON *tree = cJSON_ParseWithLength(schema.data, schema.n);
-    ck_assert_msg(grammar_compile_schema(&g, tree, &err) == ST_OK, "%s", err.text);
+    ck_assert_msg(grammar_compile_schema(&g, tree, NULL, &err) == ST_OK, "%s", err.text);
     for (int i = 0; i < 30; i++) {
         if (!random_text(&r, g, trie, &text))
             continue;

@@ -15,7 +15,7 @@ static struct grammar *compile(const char *pattern)
 {
     struct grammar *g = NULL;
     struct error err = { .text = "" };
-    enum status st = grammar_compile_regex(&g, pattern, strlen(pattern), &err);
+    enum status st = grammar_compile_regex(&g, pattern, strlen(pattern), NULL, &err);
 
     ck_assert_msg(st == ST_OK, "/%s/ %s", pattern, err.text);
     return g;
@@ -88,7 +88,7 @@ START_TEST(what_is_refused)
     struct grammar *g = NULL;
     struct error err = { .text = "" };
 
-    ck_assert_int_eq(grammar_compile_regex(&g, pattern, strlen(pattern), &err), ST_INVALID);
+    ck_assert_int_eq(grammar_compile_regex(&g, pattern, strlen(pattern), NULL, &err), ST_INVALID);
     ck_assert_msg(strstr(err.text, refused[_i].sentence), "/%s/ %s", pattern, err.text);
     ck_assert_ptr_null(g);
 }
@@ -107,7 +107,7 @@ START_TEST(groups_nest_so_deep)
         pattern[n++] = 'a';
         for (int i = 0; i < deep; i++)
             pattern[n++] = ')';
-        enum status st = grammar_compile_regex(&g, pattern, n, &err);
+        enum status st = grammar_compile_regex(&g, pattern, n, NULL, &err);
         ck_assert_int_eq(st, deep > REGEX_MAX_NESTING ? ST_INVALID : ST_OK);
     }
     grammar_release(g);
@@ -232,7 +232,7 @@ START_TEST(random_expressions)
         const struct tree *t = random_tree(&r, 3);
         print(&pattern, t);
         strbuf_add(&pattern, "", 1);
-        if (grammar_compile_regex(&g, pattern.data, pattern.n - 1, &err) == ST_OK) {
+        if (grammar_compile_regex(&g, pattern.data, pattern.n - 1, NULL, &err) == ST_OK) {
             check_texts(&r, g, t, pattern.data);
             n_checked++;
         } else {                             /* a{0} and the like */
