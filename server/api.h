@@ -100,7 +100,8 @@ enum status api_tokenize(struct strbuf *out, const char *body, size_t n,
 enum status api_detokenize(struct strbuf *out, const char *body, size_t n,
                            const struct api_context *cx, struct api_error *err) MUST_USE;
 
-/* Whether a body may ask for structured output, which takes as much as seconds to compile. */
+/* Whether a body may ask for structured output or forced calls, which take as much as seconds to
+ * compile. */
 bool api_mentions_guided(const char *body, size_t n);
 
 /* One choice's part of an answer, for the writers below. */

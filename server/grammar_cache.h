@@ -5,7 +5,8 @@
 
 struct grammar;
 
-/* Grammars that were asked for lately, by the field and the text that asked.
+/* Grammars that were asked for lately, by the field that asked and a text that says all of the rest
+ * that they follow from.
  *
  * Programs ask for the same structure again and again.  With the grammar they find its states and
  * masks, which cost more than compiling it.  The least recently used makes room; what is not here

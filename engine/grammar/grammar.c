@@ -160,8 +160,14 @@ enum status grammar_compile_choice(struct grammar **out, const char *const *choi
 enum status grammar_compile_schema(struct grammar **out, const struct cJSON *schema,
                                    const struct grammar_turn *turn, struct error *err)
 {
-    struct building b = begin();
+    struct grammar *alone;
 
+    /* Calls beside it would hide that it has no text. */
+    if (turn && turn->n_calls > 0) {
+        TRY(grammar_compile_schema(&alone, schema, NULL, err));
+        grammar_release(alone);
+    }
+    struct building b = begin();
     b.st = json_schema_emit(&b.g->graph, schema, NFA_RETURN, &b.text, &b.places, err);
     return finish(out, &b, turn, err);
 }

@@ -46,14 +46,15 @@ static enum status emit_calls(struct nfa *g, const struct grammar_turn *turn, nf
 
 struct search { nfa_at outside, opened; };
 
-/* Any byte but those two; 0 stands for itself, which is no byte of a marker. */
+/* Bytes with which no marker goes on: any but a and b; b may be 0, which is in none. */
 static nfa_at other(struct nfa *g, const struct search *s, char a, char b)
 {
     struct byte_set set = { { 0 } };
     nfa_at opened = a == '<' ? NFA_NOTHING : nfa_range(g, '<', '<', s->opened);
 
-    for (unsigned byte = 0; byte < 256; byte++)
-        if (byte != '<' && (byte == 0 || (byte != (unsigned char)a && byte != (unsigned char)b)))
+    byte_set_add(&set, 0, 0);
+    for (unsigned byte = 1; byte < 256; byte++)
+        if (byte != '<' && byte != (unsigned char)a && byte != (unsigned char)b)
             byte_set_add(&set, byte, byte);
     return nfa_either(g, opened, nfa_set(g, &set, s->outside));
 }

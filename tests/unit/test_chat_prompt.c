@@ -349,6 +349,8 @@ static const struct {
     { "qwen3", M "\"tools\":[" TOOL "," NOT("") "],\"tool_choice\":\"required\"}", "tools",
       "'tools[1].function.parameters' has a 'not' that is not supported; with 'strict' false "
       "calls need not follow it." },
+    { "qwen3", M "\"tools\":[" TOOL "],\"guided_json\":{\"$ref\":\"#\"}}", "guided_json",
+      "'guided_json' allows no text at all." },
     { "qwen3", M "\"tools\":[" NO_OBJECT "],\"guided_choice\":[\"a\"]}", "tools",
       "'tools[0].function.parameters' must have the 'type' \"object\" for calls to follow it." },
     { "smollm2", M "\"tools\":[" TOOL "]}", "tools",

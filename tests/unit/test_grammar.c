@@ -46,14 +46,16 @@ static struct grammar *compile(int kind)
     else if (kind == 3)
         st = grammar_compile_json_object(&g, NULL, &err);
     else {
+        const struct grammar_turn turn = { .thoughts = GRAMMAR_MAY_THINK, .think = "<think>",
+                                           .think_end = "</think>" };
         cJSON *tree = cJSON_Parse(schema);
-        st = grammar_compile_schema(&g, tree, NULL, &err);
+        st = grammar_compile_schema(&g, tree, kind == 5 ? &turn : NULL, &err);
         cJSON_Delete(tree);
     }
     ck_assert_msg(st == ST_OK, "%s", err.text);
     return g;
 }
-enum { N_GRAMMARS = 5 };
+enum { N_GRAMMARS = 6 };
 
 /* Whether the token can follow the text; with a matcher of its own. */
 static bool can_follow(struct grammar *g, const struct tokenizer *t, const int32_t *text, int n,
