@@ -18,7 +18,7 @@
  * Not thread-safe. */
 
 enum {
-    AUTOMATON_MAX_DEPTH = 67,    /* JSON of 64 levels, also as the arguments of a call */
+    AUTOMATON_MAX_DEPTH = 66,
     AUTOMATON_MAX_PLACES = 2048,
     AUTOMATON_SOFT_BYTES = 8 << 20,
     AUTOMATON_HARD_BYTES = 64 << 20,
