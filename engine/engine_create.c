@@ -4,6 +4,7 @@
 #include "engine/base/invariant.h"
 #include "engine/base/log.h"
 #include "engine/base/mem.h"
+#include "engine/grammar/token_trie.h"
 #include "kernels/backend.h"
 
 #include <stdio.h>
@@ -72,6 +73,7 @@ static enum status open_device(struct engine *e, const struct engine_config *cfg
         return error_set(err, ST_INVALID,
                          "%s: the tokenizer has %d ids but the model only %d rows for them",
                          cfg->model_dir, tokenizer_n_ids(e->tok), model_config(e->model)->vocab);
+    e->trie = token_trie_create(e->tok);
     return ST_OK;
 }
 
@@ -424,7 +426,8 @@ static enum status carve_memory(struct engine *e, const struct engine_config *cf
     size_t scratch_bytes = model_scratch_bytes(e->model, &limits, &e->select);
     TRY(model_prepare(e->model, &limits, &e->select, err));
     e->step = (struct step_context){
-        .model = e->model, .stream = e->stream, .pool = e->pool, .select = &e->select,
+        .model = e->model, .trie = e->trie, .stream = e->stream, .pool = e->pool,
+        .select = &e->select,
         .eos = m->eos, .n_eos = m->n_eos, .max_blocks = (uint32_t)limits.max_blocks,
         .only_held = cfg->offload == OFFLOAD_ALWAYS,
         .packed = mem_calloc(cfg->max_running, sizeof *e->step.packed),
@@ -488,6 +491,7 @@ void engine_destroy(struct engine *e)
     scheduler_destroy(e->scheduler);
     host_tier_destroy(e->residency.tier);
     kv_pool_destroy(e->pool);
+    token_trie_destroy(e->trie);
     tokenizer_close(e->tok);
     if (e->stream)
         stream_destroy(e->stream);

@@ -29,6 +29,7 @@ struct engine {
     struct backend *be;
     struct model *model;
     struct tokenizer *tok;
+    struct token_trie *trie;             /* of its tokens, for grammars */
     struct select_plan select;
     int16_t *channels;
     uint32_t max_model_len, step_tokens, max_logit_rows;

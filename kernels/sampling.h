@@ -18,8 +18,8 @@ struct token_logprob { int32_t id; float logprob; };
 
 /* What one row asks of the sampler; host memory.
  *
- * Order: (1) logprobs of the raw logits; (2) banned ids to -inf, then
- * logit_bias added; (3) repetition (ids in prompt or output: l > 0 ? l / r :
+ * Order: (1) logprobs of the raw logits; (2) ids that are not allowed, and banned ones, to -inf,
+ * then logit_bias added; (3) repetition (ids in prompt or output: l > 0 ? l / r :
  * l * r), frequency (l -= f * in_output), presence (l -= p if in_output > 0);
  * (4) temperature < 1e-5: the largest, lowest id on ties; else l /=
  * temperature, min_p (drop p < min_p * p_max), top_k (keep l >= the k-th
@@ -41,6 +41,9 @@ struct sample_params {
     const int32_t *banned;      /* ids that may not be drawn (min_tokens) */
     const struct token_count *counts; /* each id once; only read with penalties */
     uint32_t n_bias, n_banned, n_counts;
+    /* NULL: all; else [(vocab + 31) / 32] words, bit id % 32 of word id / 32 for each id that may
+     * be drawn.  If nothing is left of a row, its token is id 0, allowed or not. */
+    const uint32_t *allowed;
 };
 
 struct sample_result {

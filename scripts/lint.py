@@ -16,6 +16,7 @@ FLOORS = {
     "engine/kv/": 2,
     "engine/select/": 2,
     "engine/model/": 3,
+    "engine/grammar/": 3,
     "engine/run/": 4,
     "engine/": 5,
     "server/": 6,
@@ -24,6 +25,7 @@ FLOORS = {
 SERVER_SEES = {
     "engine/engine.h", "engine/run/request.h", "engine/select/select.h",
     "engine/model/tokenizer.h", "engine/model/model_config.h", "engine/model/json_fields.h",
+    "engine/grammar/grammar.h",
 }
 # Kernels see the back end's own headers and of base what is bilingual or of the machine.
 KERNELS_SEE_BASE = {"status.h", "invariant.h", "mem.h", "clock.h", "host_limits.h"}

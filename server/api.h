@@ -12,6 +12,8 @@
 #include <stdint.h>
 
 struct arena;
+struct grammar;             /* engine/grammar/grammar.h */
+struct grammar_cache;       /* server/grammar_cache.h */
 struct model_config;
 struct strbuf;              /* engine/base/strbuf.h */
 
@@ -52,6 +54,7 @@ struct api_context {
     int n_model_names;
     enum chat_format chat;   /* CHAT_NONE: chat is refused, because */
     const char *no_chat;     /* of this, half a sentence */
+    struct grammar_cache *grammars;     /* or NULL: none is kept */
     struct api_limits limits;
 };
 
@@ -64,7 +67,8 @@ struct api_prompt {
 };
 
 struct api_completion {
-    struct arena *arena;     /* owns everything below */
+    struct arena *arena;     /* owns everything below but the grammar */
+    struct grammar *grammar; /* that its choices follow, or NULL; its own reference */
     struct api_prompt *prompts;
     uint32_t n_prompts;
     uint32_t n, best_of;     /* best_of >= n */
@@ -95,6 +99,10 @@ enum status api_tokenize(struct strbuf *out, const char *body, size_t n,
                          const struct api_context *cx, struct api_error *err) MUST_USE;
 enum status api_detokenize(struct strbuf *out, const char *body, size_t n,
                            const struct api_context *cx, struct api_error *err) MUST_USE;
+
+/* Whether a body may ask for structured output or forced calls, which take as much as seconds to
+ * compile. */
+bool api_mentions_guided(const char *body, size_t n);
 
 /* One choice's part of an answer, for the writers below. */
 struct api_piece {

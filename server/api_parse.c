@@ -3,6 +3,7 @@
 #include "engine/base/invariant.h"
 #include "engine/base/mem.h"
 #include "engine/base/utf8.h"
+#include "engine/grammar/grammar.h"
 #include "engine/model/model_config.h"
 
 #define XXH_INLINE_ALL
@@ -383,6 +384,7 @@ static enum status build(struct api_parse *p)
         TRY(check_counts(p));
     }
     fill(p);
+    TRY(api_read_guided(p));
     if (p->endpoint == API_TEXT)
         TRY(api_read_prompts(p));
     return check_logprob_entries(p);
@@ -460,6 +462,7 @@ void api_completion_free(struct api_completion *c)
 {
     if (!c)
         return;
+    grammar_release(c->grammar);
     arena_destroy(c->arena);
     mem_free(c);
 }

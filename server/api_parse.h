@@ -1,6 +1,7 @@
 #ifndef SERVER_API_PARSE_H
 #define SERVER_API_PARSE_H
 
+#include "engine/grammar/grammar.h"
 #include "server/api.h"
 #include "server/json_scan.h"
 
@@ -23,6 +24,7 @@ struct api_value {
 struct api_fields {
     struct api_value model, prompt, stop, stop_ids, bias, stream_options, cache_salt, attention;
     struct api_value messages, tools, tool_choice, template_kwargs, enable_thinking, tokens;
+    struct api_value response_format, structured_outputs, guided_json, guided_regex, guided_choice;
     int64_t max_tokens, min_tokens, n, top_k, seed;
     int64_t best_of, logprobs; /* -1: absent, like */
     int64_t top_logprobs, max_completion_tokens;
@@ -38,6 +40,9 @@ struct api_parse {
     struct api_error *err;
     struct api_fields fields;
     struct api_completion *out;
+    /* Of a chat, once it is read: */
+    bool must_call;        /* the answer is calls, */
+    const char *only_tool; /* of this function, or NULL: of any */
 };
 
 /* Fill the error and return ST_INVALID.  The sentence should name the field. */
@@ -75,6 +80,23 @@ enum status api_read_body(struct api_parse *p, cJSON **root, const char *body,
                           size_t n) MUST_USE;
 void api_parse_init(struct api_parse *p, enum api_endpoint endpoint,
                     const struct api_context *cx, struct api_error *err);
+
+/* api_parse_guided.c: p->out->grammar and its template's, out of response_format,
+ * structured_outputs, guided_* and tool_choice.  A chat must be read before. */
+enum status api_read_guided(struct api_parse *p) MUST_USE;
+
+/* api_parse_turn.c: what the chat's format and tools put around a structure. */
+struct api_turn {
+    struct grammar_turn grammar;
+    cJSON *tools; /* what the calls' schemas are parts of */
+};
+/* field: what asks for the structure.  *t is to be finished whatever the result is. */
+enum status api_read_turn(struct api_parse *p, struct api_turn *t, const char *field) MUST_USE;
+void api_turn_fini(struct api_turn *t);
+/* The sentence of a grammar that was not made, for the tool whose schema it is about or for the
+ * field. */
+enum status api_refuse_turn(struct api_parse *p, const struct api_turn *t, const char *field,
+                            const struct error *err);
 
 /* Zeroed memory of the completion; refuses the request when there is too much. */
 enum status api_alloc(struct api_parse *p, void **out, size_t count, size_t bytes) MUST_USE;

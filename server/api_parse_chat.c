@@ -349,16 +349,46 @@ static enum status check_tool(struct conversation *c, const cJSON *tool, uint32_
     return ST_OK;
 }
 
+static bool has_tool(const cJSON *tools, const char *name)
+{
+    for (const cJSON *tool = tools ? tools->child : NULL; tool; tool = tool->next)
+        if (strcmp(member(member(tool, "function"), "name")->valuestring, name) == 0)
+            return true;
+    return false;
+}
+
+/* {"type": "function", "function": {"name": ...}} */
+static enum status read_chosen_tool(struct conversation *c, const cJSON *v)
+{
+    const cJSON *type = member(v, "type"), *name = member(member(v, "function"), "name");
+
+    if (!cJSON_IsString(type) || strcmp(type->valuestring, "function") != 0 || !is_text(name))
+        return api_refuse(c->p, "tool_choice",
+                          "'tool_choice' must be \"auto\", \"none\", \"required\" or "
+                          "{\"type\": \"function\", \"function\": {\"name\": \"...\"}}.");
+    if (!has_tool(c->chat.tools, name->valuestring))
+        return api_refuse(c->p, "tool_choice",
+                          "'tool_choice' names the function '%.*s', which is not among 'tools'.",
+                          api_quotable_bytes(name->valuestring), name->valuestring);
+    c->p->only_tool = name->valuestring;
+    return ST_OK;
+}
+
 static enum status read_tool_choice(struct conversation *c)
 {
     const cJSON *v = c->p->fields.tool_choice.tree;
+    const char *word = cJSON_IsString(v) ? v->valuestring : "";
 
-    if (cJSON_IsString(v) && strcmp(v->valuestring, "none") == 0)
+    if (strcmp(word, "none") == 0)
         c->chat.tools = NULL;
-    else if (v && !(cJSON_IsString(v) && strcmp(v->valuestring, "auto") == 0))
+    if (!v || strcmp(word, "none") == 0 || strcmp(word, "auto") == 0)
+        return ST_OK;
+    c->p->must_call = true;
+    if (strcmp(word, "required") != 0)
+        TRY(read_chosen_tool(c, v));
+    if (!c->chat.tools)
         return api_refuse(c->p, "tool_choice",
-                          "'tool_choice' must be \"auto\" or \"none\"; this "
-                          "server does not force calls.");
+                          "'tool_choice' asks for a call, but there are no 'tools'.");
     return ST_OK;
 }
 

@@ -64,6 +64,11 @@ static const struct field fields[] = {
     { .name = "stream_options", .kind = FIELD_ANY, AT(stream_options) },
     { .name = "attention", .kind = FIELD_STRING, AT(attention) },
     { .name = "cache_salt", .kind = FIELD_STRING, AT(cache_salt) },
+    { .name = "response_format", .kind = FIELD_ANY, AT(response_format) },
+    { .name = "structured_outputs", .kind = FIELD_ANY, AT(structured_outputs) },
+    { .name = "guided_json", .kind = FIELD_ANY, AT(guided_json) },
+    { .name = "guided_regex", .kind = FIELD_STRING, AT(guided_regex) },
+    { .name = "guided_choice", .kind = FIELD_ANY, AT(guided_choice) },
     { .name = "user", .kind = FIELD_IGNORED },
     { .name = "metadata", .kind = FIELD_IGNORED },
     { .name = "prompt_cache_key", .kind = FIELD_IGNORED, .where = API_CHAT },
@@ -94,8 +99,7 @@ enum harmless {
     HARMLESS_TRUE,
     HARMLESS_EMPTY,
     HARMLESS_ZERO,
-    HARMLESS_ONE,
-    HARMLESS_TEXT_FORMAT
+    HARMLESS_ONE
 };
 
 struct missing {
@@ -132,7 +136,6 @@ static const struct missing missing_in_chat[] = {
 
 static const struct missing missing[] = {
     { "suffix", HARMLESS_NOTHING, NULL },
-    { "response_format", HARMLESS_TEXT_FORMAT, NULL },
     { "functions", HARMLESS_EMPTY, NULL },
     { "function_call", HARMLESS_NOTHING, NULL },
     { "reasoning_effort", HARMLESS_NOTHING, NULL },
@@ -147,16 +150,12 @@ static const struct missing missing[] = {
     { "prompt_embeds", HARMLESS_NOTHING, NULL },
     { "allowed_token_ids", HARMLESS_NOTHING, NULL },
     { "bad_words", HARMLESS_EMPTY, NULL },
-    { "guided_json", HARMLESS_NOTHING, NULL },
-    { "guided_regex", HARMLESS_NOTHING, NULL },
-    { "guided_choice", HARMLESS_NOTHING, NULL },
     { "guided_grammar", HARMLESS_NOTHING, NULL },
     { "guided_decoding_backend", HARMLESS_NOTHING, NULL },
     { "guided_whitespace_pattern", HARMLESS_NOTHING, NULL },
-    { "structured_outputs", HARMLESS_NOTHING, NULL },
     { "structural_tag", HARMLESS_NOTHING, NULL },
-    { "json_schema", HARMLESS_NOTHING, NULL },
-    { "regex", HARMLESS_NOTHING, NULL },
+    { "json_schema", HARMLESS_NOTHING, "use 'response_format'" },
+    { "regex", HARMLESS_NOTHING, "use 'guided_regex'" },
     { "ebnf", HARMLESS_NOTHING, NULL },
     { "logits_processors", HARMLESS_EMPTY, NULL },
     { "custom_logit_processor", HARMLESS_NOTHING, NULL },
@@ -217,10 +216,6 @@ static bool asks_for_nothing(const cJSON *v, enum harmless harmless)
         return cJSON_IsNumber(v) && v->valuedouble == 0.0;
     case HARMLESS_ONE:
         return cJSON_IsNumber(v) && v->valuedouble == 1.0;
-    case HARMLESS_TEXT_FORMAT: {
-        const cJSON *type = cJSON_GetObjectItemCaseSensitive(v, "type");
-        return cJSON_IsString(type) && strcmp(type->valuestring, "text") == 0;
-    }
     }
     return false;
 }

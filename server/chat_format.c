@@ -14,6 +14,14 @@ enum { MAX_TEMPLATE_BYTES = 1 << 20, MAX_CONFIG_BYTES = 8 << 20, PATH_BYTES = 40
 #define IM "<|im_start|>", "<|im_end|>"
 #define HEADERS "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"
 
+static const struct chat_call_syntax
+    qwen_calls = { .head = CHAT_TOOL_CALL "\n{\"name\": \"",
+                   .middle = "\", \"arguments\": ",
+                   .tail = "}\n" CHAT_TOOL_CALL_END,
+                   .between = "\n",
+                   .marker = CHAT_TOOL_CALL },
+    llama_calls = { .head = "{\"name\": \"", .middle = "\", \"parameters\": ", .tail = "}" };
+
 static const struct chat_format_facts facts[CHAT_N_FORMATS] = {
     [CHAT_NONE] = { .name = "none" },
     [CHAT_PLAIN] = { .name = "plain", .stop = "\nUser:" },
@@ -21,22 +29,26 @@ static const struct chat_format_facts facts[CHAT_N_FORMATS] = {
     [CHAT_SMOLLM2] = { .name = "smollm2", .ends = { "<|im_end|>" }, .controls = { IM } },
     [CHAT_QWEN25] = { .name = "qwen2.5",
                       .tools = true,
+                      .calls = &qwen_calls,
                       .ends = { "<|im_end|>" },
                       .controls = { IM } },
     [CHAT_QWEN3] = { .name = "qwen3",
                      .tools = true,
+                     .calls = &qwen_calls,
                      .thinks = true,
                      .verbatim = true,
                      .ends = { "<|im_end|>" },
                      .controls = { IM } },
     [CHAT_QWEN3_THINKING] = { .name = "qwen3-thinking",
                               .tools = true,
+                              .calls = &qwen_calls,
                               .thinks = true,
                               .verbatim = true,
                               .ends = { "<|im_end|>" },
                               .controls = { IM } },
     [CHAT_QWEN3_INSTRUCT] = { .name = "qwen3-instruct",
                               .tools = true,
+                              .calls = &qwen_calls,
                               .verbatim = true,
                               .ends = { "<|im_end|>" },
                               .controls = { IM } },
@@ -48,10 +60,12 @@ static const struct chat_format_facts facts[CHAT_N_FORMATS] = {
     [CHAT_LLAMA3] = { .name = "llama-3", .ends = { "<|eot_id|>" }, .controls = { HEADERS } },
     [CHAT_LLAMA31] = { .name = "llama-3.1",
                        .tools = true,
+                       .calls = &llama_calls,
                        .ends = { "<|eot_id|>", "<|eom_id|>" },
                        .controls = { HEADERS } },
     [CHAT_LLAMA32] = { .name = "llama-3.2",
                        .tools = true,
+                       .calls = &llama_calls,
                        .ends = { "<|eot_id|>", "<|eom_id|>" },
                        .controls = { HEADERS } },
 };

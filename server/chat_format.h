@@ -6,6 +6,11 @@
 #include <stdbool.h>
 #include <stddef.h>
 
+#define CHAT_THINK "<think>"
+#define CHAT_THINK_END "</think>"
+#define CHAT_TOOL_CALL "<tool_call>"
+#define CHAT_TOOL_CALL_END "</tool_call>"
+
 struct tokenizer;
 
 /* The ways in which models want a conversation written.
@@ -39,6 +44,13 @@ enum chat_format {            /* in the order of the option's words */
 
 enum { CHAT_MAX_ENDS = 4, CHAT_MAX_CONTROLS = 4 };
 
+/* A call that is JSON: head, name, middle, arguments, tail. */
+struct chat_call_syntax {
+    const char *head, *middle, *tail;
+    const char *between; /* what separates two, or NULL: there is one a message */
+    const char *marker;  /* what head begins with, or NULL */
+};
+
 /* What there is to know about a format beside how it is rendered and parsed. */
 struct chat_format_facts {
     const char *name;
@@ -47,6 +59,7 @@ struct chat_format_facts {
     const char *ends[CHAT_MAX_ENDS];         /* tokens that end the model's turn */
     const char *controls[CHAT_MAX_CONTROLS]; /* tokens without which it makes no sense */
     const char *stop;                        /* a string that ends its turn, or NULL */
+    const struct chat_call_syntax *calls;    /* NULL: it has none, or others */
 };
 const struct chat_format_facts *chat_format_facts(enum chat_format f);
 

@@ -29,8 +29,8 @@ enum {
     MAX_VALUES = 1 << 16
 };
 
-static const char think[] = "<think>", think_end[] = "</think>";
-static const char call_begin[] = "<tool_call>", call_end[] = "</tool_call>";
+static const char think[] = CHAT_THINK, think_end[] = CHAT_THINK_END;
+static const char call_begin[] = CHAT_TOOL_CALL, call_end[] = CHAT_TOOL_CALL_END;
 
 /* The text of one call of chat_output_next. */
 struct view {

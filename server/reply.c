@@ -28,6 +28,7 @@ static const struct row {
                        "The model does not exist; GET /v1/models lists those that do." },
     [REFUSE_MEDIA_TYPE] = { 415, invalid, "unsupported_media_type",
                             "The body must be JSON (Content-Type: application/json)." },
+    [REFUSE_STRUCTURE] = { 400, invalid, NULL, "The structure cannot be followed any further." },
     [REFUSE_ENGINE] = { 500, server_error, "engine_error", "The engine could not finish." },
 };
 

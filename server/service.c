@@ -5,6 +5,7 @@
 #include "engine/base/log.h"
 #include "engine/base/mem.h"
 #include "server/chat_format.h"
+#include "server/grammar_cache.h"
 #include "server/listen.h"
 #include "server/metrics.h"
 #include "server/reply.h"
@@ -326,6 +327,7 @@ static void stop(struct service *sv)
     ASSERT(uv_loop_close(&sv->loop) == 0);
     mailbox_destroy(sv->mailbox);
     metrics_destroy(sv->metrics);
+    grammar_cache_destroy(sv->api.grammars);
 }
 
 int service_run(const struct config *cfg)
@@ -340,6 +342,7 @@ int service_run(const struct config *cfg)
     sv->metrics = metrics_create();
     sv->api = (struct api_context){ .model_names = (const char *const *)cfg->model_names.items,
                                     .n_model_names = cfg->model_names.n, .limits = cfg->limits };
+    sv->api.grammars = grammar_cache_create();
     start_handles(sv);
     sv->summary_ns = clock_now_ns();
     if (start_http(sv, &err) != ST_OK) {

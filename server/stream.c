@@ -195,6 +195,10 @@ static bool failed(struct stream *s)
         const struct request *r = &s->choices[i].req;
         if (!s->choices[i].home)
             continue;
+        if (r->finish == FINISH_ERROR && r->error.code == ST_INVALID) {
+            fail_with(s, REFUSE_STRUCTURE, r->error.text);
+            return true;
+        }
         if (r->finish == FINISH_ERROR) {
             log_error("stream", "%s: %s", http_request_id(s->x), r->error.text);
             fail_with(s, r->error.code == ST_DEVICE ? REFUSE_FAILED : REFUSE_ENGINE, NULL);
@@ -465,7 +469,8 @@ void stream_start(struct service *sv, struct http_exchange *x, enum stream_kind 
     sv->n_streams++;
     http_set_owner(x, s);
     s->body = http_take_body(x);
-    if (s->body.n <= INLINE_BODY_BYTES) {
+    if (s->body.n <= INLINE_BODY_BYTES &&
+        !api_mentions_guided(s->body.data ? s->body.data : "", s->body.n)) {
         parse(s);
         take_parsed(s);
         return;

@@ -594,6 +594,8 @@ enum status model_step(struct model *m, struct stream *s, struct kv_pool *pool,
         queue_batch(m, s, pool, has_sets);
     if (has_sets)
         hot_sets_fetch_counts(m->hot, s);
+    if (b->before_sample)
+        b->before_sample(b->before_sample_arg);
     if (b->logit_rows > 0)
         m->ops->sample(s, &(struct sample_args){
             .out = b->result, .logits = m->scratch.logits, .params = b->sample,

@@ -73,6 +73,10 @@ struct model_batch {
     int32_t *rows_of;        /* [max_logit_rows]  rows whose logits are wanted */
     struct sample_params *sample;   /* [max_logit_rows] */
     struct sample_result *result;   /* [max_logit_rows], filled by model_step */
+    /* Or NULL: called when everything in front of the sampling is under way, for what `sample`
+     * points to and takes time to make. */
+    void (*before_sample)(void *arg);
+    void *before_sample_arg;
 };
 
 /* progress: of the weights on their way to the device; may be NULL. */

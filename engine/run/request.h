@@ -23,12 +23,13 @@
 
 enum finish {
     FINISH_NONE,
-    FINISH_STOP,      /* eos, a stop id or a stop string */
+    FINISH_STOP,      /* eos, a stop id or a stop string, or the grammar allows no more */
     FINISH_LENGTH,    /* max_tokens or the context's end */
     FINISH_CANCELLED,
     FINISH_ERROR
 };
 
+struct grammar;
 struct request;
 
 enum message_kind {
@@ -61,6 +62,8 @@ struct request {
     int32_t n_top;            /* logprobs a token: -1 none, 0 its own, up to SAMPLE_MAX_TOP */
     const struct logit_bias *bias;
     uint32_t n_bias;
+    struct grammar *grammar;  /* the output follows it (engine/grammar/grammar.h), or NULL; outlives
+                                 the request */
     const int32_t *stop_ids;  /* besides the model's eos */
     uint32_t n_stop_ids;
     const char *const *stops; /* stop strings, UTF-8, none empty */

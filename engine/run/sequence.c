@@ -80,6 +80,11 @@ struct sequence *sequence_create(struct request *req, const struct tokenizer *to
         start_counts(q, vocab);
     if (req->min_tokens > 0 && !req->ignore_eos)
         start_banned(q, eos, n_eos);
+    if (req->grammar) {
+        grammar_matcher_init(&q->grammar, req->grammar);
+        q->allowed_words = ((size_t)vocab + 31) / 32;
+        q->allowed = mem_calloc(q->allowed_words, sizeof *q->allowed);
+    }
     return q;
 }
 
@@ -89,6 +94,8 @@ void sequence_destroy(struct sequence *q)
         return;
     ASSERT(q->n_blocks == 0 && q->hot_set < 0 && q->lagged_slot < 0);
     stop_matcher_fini(&q->stops);
+    grammar_matcher_fini(&q->grammar);
+    mem_free(q->allowed);
     mem_free(q->tokens);
     mem_free(q->table);
     mem_free(q->held);
@@ -280,12 +287,48 @@ void sequence_sample_params(const struct sequence *q, struct sample_params *out)
         .presence = r->presence, .frequency = r->frequency, .repetition = r->repetition,
         .top_k = r->top_k, .seed = r->seed, .index = n_output, .target = -1,
         .n_top = r->n_top, .bias = r->bias, .n_bias = r->n_bias,
-        .counts = q->counts, .n_counts = q->n_counts,
+        .counts = q->counts, .n_counts = q->n_counts, .allowed = q->allowed,
     };
     if (n_output < r->min_tokens) {
         out->banned = q->banned;
         out->n_banned = q->n_banned;
     }
+}
+
+/* 1 if that changed it. */
+static uint32_t set_allowed(struct sequence *q, int32_t id, bool allowed)
+{
+    uint32_t *word = &q->allowed[id / 32], bit = UINT32_C(1) << id % 32;
+    bool was = *word & bit;
+
+    *word = allowed ? *word | bit : *word & ~bit;
+    return was != allowed;
+}
+
+/* eos is no text, whatever it is spelled like: it comes where the text may end and not before.
+ * Of the request's own stop ids that goes for those that are special. */
+void sequence_make_mask(struct sequence *q, const struct token_trie *trie, const int32_t *eos,
+                        int n_eos)
+{
+    const struct request *r = q->req;
+    bool too_few = q->n_tokens - q->n_prompt < r->min_tokens;
+    bool may_end = !r->ignore_eos && !too_few && grammar_matcher_may_end(&q->grammar);
+    uint32_t n = 0;
+
+    q->mask_status = grammar_matcher_mask(&q->grammar, trie, q->allowed, q->allowed_words, &n);
+    if (q->mask_status != ST_OK)
+        return;
+    for (int i = 0; i < n_eos; i++)
+        n -= set_allowed(q, eos[i], false);
+    for (uint32_t i = 0; too_few && i < q->n_banned; i++)
+        n -= set_allowed(q, q->banned[i], false);
+    for (int i = 0; may_end && i < n_eos; i++)
+        n += set_allowed(q, eos[i], true);
+    for (uint32_t i = 0; may_end && i < r->n_stop_ids; i++)
+        if (tokenizer_is_special(q->detok.tok, r->stop_ids[i]))
+            n += set_allowed(q, r->stop_ids[i], true);
+    if (n == 0)
+        q->mask_status = ST_INVALID;
 }
 
 void sequence_score_params(const struct sequence *q, uint32_t position,

@@ -1,6 +1,7 @@
 #ifndef SEQUENCE_H
 #define SEQUENCE_H
 
+#include "engine/grammar/grammar.h"
 #include "engine/kv/kv_pool.h"
 #include "engine/model/tokenizer.h"
 #include "engine/run/request.h"
@@ -24,6 +25,8 @@
  * Blocks are sealed as they fill and shared through the pool.  All in the table are pinned;
  * held are those that must keep their K and V on the device (kv_pool.h).  The engine
  * thread alone touches a sequence. */
+
+struct token_trie;               /* engine/grammar/token_trie.h */
 
 enum sequence_state { SEQ_WAITING, SEQ_RUNNING };
 
@@ -68,6 +71,12 @@ struct sequence {
     uint32_t n_counts;
     int32_t *banned;             /* with min_tokens, else NULL */
     uint32_t n_banned;
+
+    /* With a grammar; what follows the tokens, whatever is computed of them.  Else zeroed. */
+    struct grammar_matcher grammar;
+    uint32_t *allowed;           /* [(vocab + 31) / 32] which tokens can come next */
+    size_t allowed_words;
+    enum status mask_status;     /* of the last sequence_make_mask() */
 };
 
 /* vocab: rows of the model's head.  eos: the model's. */
@@ -116,6 +125,11 @@ void sequence_append(struct sequence *q, const struct sample_result *r);
 
 /* What the sampler is to do for the next token. */
 void sequence_sample_params(const struct sequence *q, struct sample_params *out);
+/* Find out which tokens can come next; sequence_sample_params() points to them, and they may be
+ * made later.  After it q->mask_status is ST_OK, ST_NOMEM where the grammar takes too much room,
+ * or ST_INVALID where no token is left. */
+void sequence_make_mask(struct sequence *q, const struct token_trie *trie, const int32_t *eos,
+                        int n_eos);
 /* What it is to do for the prompt row at this position (scoring). */
 void sequence_score_params(const struct sequence *q, uint32_t position,
                            struct sample_params *out);

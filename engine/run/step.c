@@ -178,15 +178,42 @@ static int kind_of(const struct step_slice *s)
     return s->seq->residency == STREAMED ? STREAMED_SLICE : DENSE_SLICE;
 }
 
+/* ---- masks of grammars */
+
+struct masks {
+    const struct step_context *cx;
+    const struct step_plan *plan;
+};
+
+static bool wants_mask(const struct step_slice *s)
+{
+    return s->seq->req->grammar && slice_samples(s);
+}
+
+/* Which tokens can come next is known when the token before is, and takes as much as milliseconds
+ * to find out.  So it is done when the forward pass is under way: a GPU computes meanwhile. */
+static void make_masks(void *arg)
+{
+    const struct masks *m = arg;
+
+    for (uint32_t i = 0; i < m->plan->n_slices; i++)
+        if (wants_mask(&m->plan->slices[i]))
+            sequence_make_mask(m->plan->slices[i].seq, m->cx->trie, m->cx->eos, m->cx->n_eos);
+}
+
 enum status step_run(const struct step_context *cx, struct step_plan *plan, struct error *err)
 {
     struct model_batch *b = model_batch(cx->model);
+    struct masks masks = { cx, plan };
 
     b->rows = b->seqs = b->sparse_seqs = b->logit_rows = b->n_staged = 0;
     for (uint32_t i = 0; i < plan->n_slices; i++) {
         const struct step_slice *s = &plan->slices[i];
         sequence_grow(s->seq, cx->pool, s->seq->n_computed + s->n_tokens);
+        if (wants_mask(s))
+            b->before_sample = make_masks;
     }
+    b->before_sample_arg = &masks;
     for (int kind = 0; kind < SLICE_KINDS; kind++) {
         for (uint32_t i = 0; i < plan->n_slices; i++)
             if (kind_of(&plan->slices[i]) == kind)
@@ -194,7 +221,9 @@ enum status step_run(const struct step_context *cx, struct step_plan *plan, stru
         if (kind == SPARSE_SLICE)
             b->sparse_seqs = b->seqs;
     }
-    return model_step(cx->model, cx->stream, cx->pool, err);
+    enum status st = model_step(cx->model, cx->stream, cx->pool, err);
+    b->before_sample = NULL;     /* its argument ends here */
+    return st;
 }
 
 /* ---- results */
@@ -239,6 +268,39 @@ static bool finish(struct request *r, enum finish how)
     return true;
 }
 
+/* Before the token is taken in: whether there is one.  Where the text may end and nothing else is
+ * left, as for a model without an eos, it ends. */
+static bool fail_mask(struct sequence *q, const struct sample_result *result)
+{
+    struct request *r = q->req;
+    int32_t id = result->token;
+
+    if (!r->grammar)
+        return false;
+    if (q->mask_status == ST_INVALID && grammar_matcher_may_end(&q->grammar))
+        return finish(r, FINISH_STOP);
+    if (q->mask_status == ST_NOMEM)
+        error_set(&r->error, ST_INVALID, "The structure that was asked for is too complex: it has "
+                  "too many states after %u tokens.", q->n_tokens - q->n_prompt);
+    else if (q->mask_status != ST_OK || !(q->allowed[id / 32] >> id % 32 & 1))
+        error_set(&r->error, ST_INVALID, "After %u tokens no token is left: those that the "
+                  "structure allows are banned, or the model has none.",
+                  q->n_tokens - q->n_prompt);
+    else
+        return false;
+    return finish(r, FINISH_ERROR);
+}
+
+/* Follow the text through its grammar.  False where that fails, which the mask should not let
+ * happen: the walk that made it took the same way. */
+static bool follow_grammar(struct sequence *q, int32_t id)
+{
+    size_t n;
+    const char *bytes = tokenizer_bytes(q->detok.tok, id, &n);
+
+    return !q->req->grammar || grammar_matcher_advance(&q->grammar, bytes, n);
+}
+
 static bool absorb_token(const struct step_context *cx, struct sequence *q,
                          const struct sample_result *result, uint64_t now_ns)
 {
@@ -250,6 +312,8 @@ static bool absorb_token(const struct step_context *cx, struct sequence *q,
                   n_output);
         return finish(r, FINISH_ERROR);
     }
+    if (fail_mask(q, result))
+        return true;
     sequence_append(q, result);
     if (n_output == 0)
         r->first_token_ns = now_ns;
@@ -258,7 +322,13 @@ static bool absorb_token(const struct step_context *cx, struct sequence *q,
         r->stopped_by_id = result->token;
         return finish(r, FINISH_STOP);
     }
+    if (!follow_grammar(q, result->token)) {
+        error_set(&r->error, ST_INVALID, "The structure that was asked for is too complex.");
+        return finish(r, FINISH_ERROR);
+    }
     if (stops_by_string(q, result->token))
+        return finish(r, FINISH_STOP);
+    if (r->grammar && grammar_matcher_is_complete(&q->grammar))
         return finish(r, FINISH_STOP);
     if (n_output + 1 == r->max_tokens)
         return finish(r, FINISH_LENGTH);
@@ -295,7 +365,8 @@ bool step_absorb(const struct step_context *cx, const struct step_slice *s,
     sequence_advance(q, cx->pool, cx->select, s->n_tokens);
     if (!samples)
         return sequence_next_tokens(q) == 0 && finish(q->req, FINISH_LENGTH);
+    uint32_t known = q->n_tokens;
     bool finished = absorb_token(cx, q, result, now_ns);
-    counts->output_tokens += q->req->finish != FINISH_ERROR;
+    counts->output_tokens += q->n_tokens - known;
     return finished;
 }

@@ -22,8 +22,11 @@ struct packed_table {
     bool with_host;              /* its host slots too */
 };
 
+struct token_trie;
+
 struct step_context {
     struct model *model;
+    const struct token_trie *trie;   /* of the tokens that grammars choose from */
     struct stream *stream;
     struct kv_pool *pool;
     const struct select_plan *select;

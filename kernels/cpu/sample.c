@@ -245,6 +245,13 @@ static float penalised(float l, const struct sample_params *p, const struct toke
     return l;
 }
 
+static void keep_allowed(float *l, const uint32_t *allowed, int vocab)
+{
+    for (int i = 0; i < vocab; i++)
+        if (!(allowed[i / 32] >> i % 32 & 1))
+            l[i] = -INFINITY;
+}
+
 /* The row to draw from; false if it has a NaN. */
 static bool edit(struct desk *d, const float *logits, const struct sample_params *p)
 {
@@ -252,6 +259,8 @@ static bool edit(struct desk *d, const float *logits, const struct sample_params
     float *l = d->flat_edited;
 
     memcpy(l, logits, (size_t)vocab * sizeof *l);
+    if (p->allowed)
+        keep_allowed(l, p->allowed, vocab);
     for (uint32_t i = 0; i < p->n_banned; i++) {
         ASSERT(p->banned[i] >= 0 && p->banned[i] < vocab);
         l[p->banned[i]] = -INFINITY;
@@ -332,7 +341,8 @@ static int32_t sample(struct desk *d, const float *logits, const struct sample_p
         ASSERT(p->target < d->raw.n);
         return p->target;
     }
-    if (p->n_banned == 0 && p->n_bias == 0 && (p->n_counts == 0 || !has_penalties(p)))
+    if (!p->allowed && p->n_banned == 0 && p->n_bias == 0 &&
+        (p->n_counts == 0 || !has_penalties(p)))
         return choose(d, &d->raw, p);
     return edit(d, logits, p) ? choose(d, &d->edited, p) : -1;
 }

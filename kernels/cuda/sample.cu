@@ -5,7 +5,8 @@
  * (chunks of the row, jobs), so that one row fills the device as well as 64 do; the last
  * block of a job to finish does what needs the whole row:
  *
- *   edit      steps (2) and (3), in logit_edit.cu
+ *   edit      steps (2) and (3), in logit_edit.cu; but a mask of allowed ids is looked at wherever
+ *             a logit is read: one bit beside it, instead of a row that is written and restored
  *   survey    the largest logit; whether there is a NaN.  ARGMAX ends here.
  *   weigh     DRAW: the best score of all; ends here.  Otherwise counts and masses of bins
  *             of equal width below the maximum.  A prefix ends in one bin, or few when the
@@ -57,6 +58,7 @@ struct pass {
     struct slot *slots;
     struct sample_result *out;
     float *logits;
+    const char *sent;
     int vocab, chunk;
 };
 
@@ -87,6 +89,7 @@ static __device__ __forceinline__ int item_id(wide item)
 
 struct row {
     const float *l;
+    const uint32_t *allowed;     /* NULL: all are */
     float max, temperature, bins_per_logit;
     unsigned top, from;
     bool flat;
@@ -94,9 +97,21 @@ struct row {
     uint64_t seed;
 };
 
+static __device__ __forceinline__ const uint32_t *mask_of(const struct pass &p,
+                                                          const struct job *job)
+{
+    return job->allowed ? (const uint32_t *)(p.sent + job->allowed) : NULL;
+}
+
+static __device__ __forceinline__ bool is_allowed(const uint32_t *allowed, int i)
+{
+    return !allowed || (allowed[i / 32] >> i % 32 & 1);
+}
+
 static __device__ __forceinline__ struct row row_of(const struct pass &p, const struct job *job)
 {
-    struct row r = { p.logits + (size_t)job->row * p.vocab, job->max, job->temperature,
+    struct row r = { p.logits + (size_t)job->row * p.vocab, mask_of(p, job), job->max,
+                     job->temperature,
                      job->bins_per_logit, job->top, job->from, job->flat, job->index,
                      job->seed };
 
@@ -106,7 +121,7 @@ static __device__ __forceinline__ struct row row_of(const struct pass &p, const 
 /* An infinite maximum becomes 0 and all else -inf. */
 static __device__ __forceinline__ float row_logit(const struct row &r, int i)
 {
-    float v = r.l[i];
+    float v = is_allowed(r.allowed, i) ? r.l[i] : -INFINITY;
 
     return !r.flat ? v : key_of(v) == r.top ? 0.0f : -INFINITY;
 }
@@ -282,6 +297,7 @@ static __global__ void __launch_bounds__(THREADS) survey_kernel(const struct pas
     __shared__ struct shared_words s;
     struct job *job = p.jobs + blockIdx.y;
     const float *l = p.logits + (size_t)job->row * p.vocab;
+    const uint32_t *allowed = mask_of(p, job);
     struct stretch part = stretch_of(p);
     unsigned best = 0, least = 0;
     int at = 0;
@@ -290,8 +306,9 @@ static __global__ void __launch_bounds__(THREADS) survey_kernel(const struct pas
 #pragma unroll 8
     for (int i = part.first; i < part.end; i += THREADS) {
         float v = l[i];
-        unsigned key = key_of(v);
         nan |= isnan(v);
+        v = is_allowed(allowed, i) ? v : -INFINITY;
+        unsigned key = key_of(v);
         least = max(least, v == -INFINITY ? 0 : ~key);
         at = key > best ? i : at;
         best = max(best, key);
@@ -761,7 +778,7 @@ extern "C" void cuda_sample(struct stream *s, const struct sample_args *a)
 
     if (!stream_enter(s) || a->rows == 0 || !sampler_send(&of, s, a))
         return;
-    struct pass p = { of.jobs, of.slots, of.out, (float *)a->logits, a->vocab, 0 };
+    struct pass p = { of.jobs, of.slots, of.out, (float *)a->logits, of.sent, a->vocab, 0 };
     struct edit e = { of.jobs + of.n_report, p.logits, of.sent, of.saved, a->vocab };
 
     /* Reports look at the raw logits. */

@@ -87,6 +87,13 @@ static size_t list_bytes(const struct edits *e)
            e->n_counts * sizeof(struct token_count);
 }
 
+/* Of the words that say which ids are allowed.  They follow the row's lists, whose entries are
+ * whole words too. */
+static size_t mask_bytes(const struct sample_params *p, int vocab)
+{
+    return p->allowed && p->target < 0 ? (size_t)(vocab + 31) / 32 * sizeof *p->allowed : 0;
+}
+
 static enum role role_of(const struct sample_params *p, int vocab)
 {
     if (p->target >= 0 || p->temperature < 1e-5f)
@@ -106,7 +113,7 @@ static struct layout measure(const struct sample_args *a)
         ASSERT(p->n_top <= SAMPLE_MAX_TOP && p->target < a->vocab);
         l.n_report += reports;
         l.n_slots += reports + (role_of(p, a->vocab) == CUT);
-        l.lists += list_bytes(&e);
+        l.lists += list_bytes(&e) + mask_bytes(p, a->vocab);
         l.saved += (size_t)(e.n_banned + e.n_bias + e.n_counts);
         l.edits |= edits;
         l.split |= edits && reports;
@@ -202,6 +209,11 @@ static void stage(char *base, const struct layout *l, const struct sample_args *
         to = put_list(to, p->bias, j->edits.n_bias, sizeof *p->bias);
         put_list(to, p->counts, j->edits.n_counts, sizeof *p->counts);
         list += list_bytes(&j->edits);
+        if (mask_bytes(p, a->vocab) > 0) {
+            memcpy(base + list, p->allowed, mask_bytes(p, a->vocab));
+            j->allowed = list;
+            list += mask_bytes(p, a->vocab);
+        }
         saved += (size_t)(j->edits.n_banned + j->edits.n_bias + j->edits.n_counts);
     }
 }

@@ -39,6 +39,7 @@ struct job {
     double below_max;            /* min_p as a distance of logits; negative: off */
     uint64_t seed;
     uint32_t index;
+    size_t allowed;              /* the mask: bytes from the start of sent; 0: none */
     struct edits edits;
 
     /* Of survey. */
@@ -74,7 +75,7 @@ struct sampling {
     struct job *jobs;            /* reports, then one of each row in order */
     struct slot *slots;
     struct sample_result *out;
-    const char *sent;            /* where edits.lists count from */
+    const char *sent;            /* where edits.lists and allowed count from */
     float *saved;
     int n_report, n_choose;
     bool edits, split;           /* some row is edited; one of these is reported too */

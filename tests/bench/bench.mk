@@ -13,6 +13,10 @@ $B/bench-locality: $B/tests/bench/bench_locality.o $B/tests/support/model_runner
                    $B/tests/support/backend_fixture.o $(LIB)
 	$(call say,LD,$@)
 	$Q$(CC) $(LDFLAGS) -o $@ $^ $(LDLIBS) -lcheck -lsubunit -lrt -lm
+# Masks of structured output, on the host whatever the device.
+$B/bench-grammar: $B/tests/bench/bench_grammar.o $B/tests/support/random_data.o $(LIB)
+	$(call say,LD,$@)
+	$Q$(CC) $(LDFLAGS) -o $@ $^ $(LDLIBS)
 .PHONY: bench-cpu
 
 # Speed of the CUDA back end; where there is no GPU these say so.

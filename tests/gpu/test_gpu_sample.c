@@ -63,7 +63,7 @@ static bool same_result(const struct sample_result *a, const struct sample_resul
 
 static float edited(const float *l, const struct sample_params *p, int32_t id)
 {
-    float v = l[id];
+    float v = p->allowed && !(p->allowed[id / 32] >> id % 32 & 1) ? -INFINITY : l[id];
 
     for (uint32_t i = 0; i < p->n_banned; i++)
         v = p->banned[i] == id ? -INFINITY : v;
@@ -118,10 +118,11 @@ static bool near(float got, float want)
 static void describe(const char *what, int row, int vocab, const struct sample_params *p)
 {
     printf("sample row %d: %s\n  vocab %d temperature %.9g top_p %.9g top_k %d min_p %.9g "
-           "target %d n_top %d seed %llu index %u lists %u %u %u penalties %g %g %g\n",
+           "target %d n_top %d seed %llu index %u lists %u %u %u%s penalties %g %g %g\n",
            row, what, vocab, (double)p->temperature, (double)p->top_p, p->top_k,
            (double)p->min_p, p->target, p->n_top, (unsigned long long)p->seed, p->index,
-           p->n_banned, p->n_bias, p->n_counts, (double)p->repetition, (double)p->frequency,
+           p->n_banned, p->n_bias, p->n_counts, p->allowed ? " and a mask" : "",
+           (double)p->repetition, (double)p->frequency,
            (double)p->presence);
 }
 
@@ -176,12 +177,13 @@ static int compare_rows(const float *l, const struct sample_params *p, int rows,
 
 /* ---- random rows and wishes */
 
-enum { MAX_LIST = 40 };
+enum { MAX_LIST = 40, MAX_VOCAB = 3000 };
 
 struct wish {
     struct logit_bias bias[MAX_LIST];
     struct token_count counts[MAX_LIST];
     int32_t banned[MAX_LIST];
+    uint32_t allowed[(MAX_VOCAB + 31) / 32];
 };
 
 static void random_logits(struct test_random *r, float *l, int vocab)
@@ -212,6 +214,16 @@ static void random_logits(struct test_random *r, float *l, int vocab)
         l[random_below(r, vocab)] = -3e38f;
 }
 
+/* From one id or none to all of them. */
+static void random_mask(struct test_random *r, uint32_t *allowed, int vocab)
+{
+    int one_in = 1 << random_below(r, 12);
+
+    memset(allowed, 0, (size_t)(vocab + 31) / 32 * sizeof *allowed);
+    for (int i = 0; i < vocab; i++)
+        allowed[i / 32] |= (uint32_t)(random_below(r, one_in) == 0) << i % 32;
+}
+
 static void random_lists(struct test_random *r, struct sample_params *p, struct wish *w,
                          int vocab)
 {
@@ -226,6 +238,10 @@ static void random_lists(struct test_random *r, struct sample_params *p, struct 
         w->bias[i] = (struct logit_bias){ random_below(r, vocab), 10 * random_uniform(r) };
     for (uint32_t i = 0; i < p->n_banned; i++)
         w->banned[i] = random_below(r, vocab);
+    if (random_below(r, 3) == 0) {
+        random_mask(r, w->allowed, vocab);
+        p->allowed = w->allowed;
+    }
     if (random_below(r, 2))
         return;
     p->repetition = 1 + 0.4f * random_uniform(r);

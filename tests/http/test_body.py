@@ -71,7 +71,7 @@ WRONG = [
     ("user", {"user": 5}), ("model", {"model": 5}), ("model", {"model": ["x"]}),
     ("Prompt", {"Prompt": "x"}), ("max_token", {"max_token": 5}), ("x" * 60, {"x" * 5000: 1}),
     ("suffix", {"suffix": "end"}), ("messages", {"messages": []}), ("tools", {"tools": [1]}),
-    ("guided_json", {"guided_json": {}}), ("response_format", {"response_format": {"type": "json_object"}}),
+    ("guided_grammar", {"guided_grammar": "x"}), ("response_format", {"response_format": {"type": "x"}}),
     ("truncate_prompt_tokens", {"truncate_prompt_tokens": 5}),
 ]
 

@@ -185,7 +185,6 @@ class Talking(Sdk):
         e = self.refused(messages=[{"role": "user", "content": "word " * (limit + 10)}])
         self.assertEqual(e.code, "context_length_exceeded")
         self.assertEqual(e.param, "messages")
-        self.refused(response_format={"type": "json_object"})
         self.ask(max_tokens=1, response_format={"type": "text"})
 
     def test_default_is_the_whole_context(self):
@@ -358,11 +357,6 @@ class Scripted(Sdk):
         self.assertEqual(c.finish_reason, "stop")
         self.assertEqual(c.stop_reason, "weather.")
 
-    def test_forced_calls_are_refused(self):
-        for choice in ("required", {"type": "function", "function": {"name": "get_weather"}}):
-            self.assertEqual(self.refused(tools=[WEATHER], tool_choice=choice).param,
-                             "tool_choice")
-
     def test_raw_events(self):
         status, headers, body = self.d.request("POST", "/v1/chat/completions", {
             "messages": ASK, "stream": True, "temperature": 0, "tools": [WEATHER]})
@@ -457,6 +451,8 @@ class Tokenize(Case):
         self.bad("/tokenize", {"prompt": "x", "messages": ASK}, "prompt")
         self.bad("/tokenize", {"prompt": "x", "temperature": 1}, "temperature")
         self.bad("/tokenize", {"prompt": "x", "seed": 1}, "seed")
+        self.bad("/tokenize", {"prompt": "x", "guided_regex": "a"}, "guided_regex")
+        self.bad("/tokenize", {"messages": ASK, "tool_choice": "required"}, "tool_choice")
         self.bad("/tokenize", {"messages": []}, "messages")
         self.bad("/detokenize", {}, "tokens")
         self.bad("/detokenize", {"tokens": [10 ** 9]}, "tokens")

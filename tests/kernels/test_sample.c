@@ -60,6 +60,9 @@ static float *reference_edit(const float *logits, int vocab, const struct sample
     float *l = mem_alloc((size_t)vocab * sizeof *l);
 
     memcpy(l, logits, (size_t)vocab * sizeof *l);
+    for (int i = 0; i < vocab && p->allowed; i++)
+        if (!(p->allowed[i / 32] >> i % 32 & 1))
+            l[i] = -INFINITY;
     for (uint32_t i = 0; i < p->n_banned; i++)
         l[p->banned[i]] = -INFINITY;
     for (uint32_t i = 0; i < p->n_bias; i++)
@@ -236,6 +239,7 @@ struct wish {
     struct logit_bias bias[MAX_LIST];
     struct token_count counts[MAX_LIST];
     int32_t banned[MAX_LIST];
+    uint32_t allowed[(MAX_VOCAB + 31) / 32];
 };
 
 static void random_logits(struct test_random *r, float *l, int vocab)
@@ -260,6 +264,16 @@ static void random_logits(struct test_random *r, float *l, int vocab)
         l[random_below(r, vocab)] = random_normal(r);
 }
 
+/* From one id or none to all of them. */
+static void random_mask(struct test_random *r, uint32_t *allowed, int vocab)
+{
+    int one_in = 1 << random_below(r, 12);
+
+    memset(allowed, 0, (size_t)(vocab + 31) / 32 * sizeof *allowed);
+    for (int i = 0; i < vocab; i++)
+        allowed[i / 32] |= (uint32_t)(random_below(r, one_in) == 0) << i % 32;
+}
+
 static void random_lists(struct test_random *r, struct wish *w, int vocab)
 {
     struct sample_params *p = &w->p;
@@ -274,6 +288,10 @@ static void random_lists(struct test_random *r, struct wish *w, int vocab)
         w->bias[i] = (struct logit_bias){ random_below(r, vocab), 10 * random_uniform(r) };
     for (uint32_t i = 0; i < p->n_banned; i++)
         w->banned[i] = random_below(r, vocab);
+    if (random_below(r, 3) == 0) {
+        random_mask(r, w->allowed, vocab);
+        p->allowed = w->allowed;
+    }
     if (random_below(r, 2))
         return;
     p->repetition = 1 + 0.4f * random_uniform(r);
@@ -606,10 +624,11 @@ START_TEST(infinite_logits_share_the_mass)
 }
 END_TEST
 
-/* All banned, or all -inf to begin with: id 0, however it is asked for. */
+/* All banned, none allowed, or all -inf to begin with: id 0, however it is asked for. */
 START_TEST(nothing_left_gives_the_lowest_id)
 {
     enum { VOCAB = 270 };
+    static const uint32_t none[(VOCAB + 31) / 32];
     int32_t banned[VOCAB];
 
     for (int i = 0; i < VOCAB; i++)
@@ -625,7 +644,8 @@ START_TEST(nothing_left_gives_the_lowest_id)
         p.index = k;
         p.n_top = 2;
         p.banned = banned;
-        p.n_banned = k & 1 && k & 16 ? 0 : VOCAB;
+        p.n_banned = k & 16 ? 0 : VOCAB;
+        p.allowed = k & 16 && !(k & 1) ? none : NULL;
         struct sample_result got = run_one(test_backend("auto"), l, &p, VOCAB);
         ck_assert_int_eq(got.token, 0);
         ck_assert_int_eq(got.n_top, 2);

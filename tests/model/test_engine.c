@@ -2,6 +2,8 @@
  * promise that nothing else in the machine changes an answer. */
 
 #include "engine/base/mem.h"
+#include "engine/grammar/grammar.h"
+#include "engine/model/tokenizer.h"
 #include "tests/support/engine_fixture.h"
 #include "tests/support/random_data.h"
 
@@ -478,6 +480,120 @@ START_TEST(impossible_configurations_are_refused_with_numbers)
 }
 END_TEST
 
+/* ---- grammars */
+
+static struct grammar *grammar_of(const char *regex)
+{
+    struct grammar *g = NULL;
+    struct error err = { .text = "" };
+
+    ck_assert_msg(grammar_compile_regex(&g, regex, strlen(regex), NULL, &err) == ST_OK, "%s",
+                  err.text);
+    return g;
+}
+
+/* The output follows the grammar, and where it says so ends where that allows it. */
+static void assert_follows(const struct request *r)
+{
+    struct grammar_matcher m;
+    size_t length;
+
+    grammar_matcher_init(&m, r->grammar);
+    for (uint32_t i = 0; i < atomic_load(&r->n_output); i++) {
+        if (r->output[i] == r->stopped_by_id)
+            continue;
+        const char *bytes = tokenizer_bytes(engine_tokenizer(engine), r->output[i], &length);
+        ck_assert_msg(length > 0 && grammar_matcher_advance(&m, bytes, length), "token %u", i);
+    }
+    ck_assert(r->finish != FINISH_STOP || grammar_matcher_may_end(&m));
+    grammar_matcher_fini(&m);
+}
+
+/* Two that outgrow the pool, as above: who is preempted goes on in its grammar where it was. */
+START_TEST(a_grammar_outlives_a_preemption)
+{
+    enum { PROMPT = 70, OUTPUT = 500 };
+    struct engine_config c = small_config();
+    struct grammar *g = grammar_of("([a-z]{1,5}[,;]? |[A-Z][a-z]{3}\\. )*");
+    struct request *r[2], *alone[2];
+    int32_t prompt[PROMPT];
+    struct engine_stats s;
+
+    for (int small = 0; small < 2; small++) {
+        struct request **here = small ? r : alone;
+        if (small)
+            c.kv_bytes = 16 * BUNDLED_BLOCK_BYTES;
+        start(&c);
+        for (int i = 0; i < 2; i++) {
+            random_prompt(prompt, PROMPT, (uint64_t)i);
+            here[i] = new_request(prompt, PROMPT, OUTPUT);
+            here[i]->grammar = g;
+            here[i]->temperature = (float)i;
+            ck_assert_int_eq(engine_submit(engine, here[i]), ST_OK);
+        }
+        wait_for(2);
+        engine_stats(engine, &s);
+        ck_assert((s.preemptions > 0) == small);
+        for (int i = 0; i < 2; i++) {
+            assert_follows(here[i]);
+            ck_assert_int_eq(here[i]->finish, FINISH_LENGTH);
+        }
+        stop();
+    }
+    ck_assert_uint_gt(r[1]->n_preempted, 0);
+    for (int i = 0; i < 2; i++) {
+        ck_assert(memcmp(r[i]->output, alone[i]->output, OUTPUT * sizeof(int32_t)) == 0);
+        free_request(r[i]);
+        free_request(alone[i]);
+    }
+    grammar_release(g);
+}
+END_TEST
+
+/* Where nothing more is allowed the text ends, whatever min_tokens and ignore_eos say; eos comes
+ * only where it may end; and bans that leave nothing are an error with a sentence. */
+START_TEST(a_grammar_decides_about_the_end)
+{
+    struct engine_config c = small_config();
+    struct grammar *word = grammar_of("(yes|no)"), *many = grammar_of("(yes )+");
+    int32_t prompt[20], a = -1;
+
+    start(&c);
+    random_prompt(prompt, 20, 3);
+    for (int i = 0; i < 8; i++) {
+        struct request *r = new_request(prompt, 20, 40);
+        r->grammar = i & 4 ? many : word;
+        r->ignore_eos = i & 1;
+        r->min_tokens = i & 2 ? 30 : 0;
+        r->temperature = 1;
+        run_one(r);
+        assert_follows(r);
+        ck_assert_int_eq(r->finish, i & 4 && i & 1 ? FINISH_LENGTH : r->finish);
+        ck_assert(i & 4 || (r->finish == FINISH_STOP && r->stopped_by_id < 0));
+        ck_assert(!(i & 4 && i & 2) || atomic_load(&r->n_output) > 30);
+        free_request(r);
+    }
+    grammar_release(word);
+    word = grammar_of("a");
+    a = tokenizer_find(engine_tokenizer(engine), "a");
+    struct request *r = new_request(prompt, 20, 40);
+    r->grammar = word;
+    r->ignore_eos = false;
+    r->min_tokens = 5;
+    r->stop_ids = &a;
+    r->n_stop_ids = 1;
+    run_one(r);
+    ck_assert_int_eq(r->finish, FINISH_ERROR);
+    ck_assert_int_eq(r->error.code, ST_INVALID);
+    ck_assert_msg(strstr(r->error.text, "no token is left"), "%s", r->error.text);
+    ck_assert_uint_eq(atomic_load(&r->n_output), 0);
+    free_request(r);
+    stop();
+    grammar_release(word);
+    grammar_release(many);
+}
+END_TEST
+
 TCase *engine_case(void)
 {
     TCase *tc = tcase_create("engine");
@@ -492,6 +608,8 @@ TCase *engine_case(void)
     tcase_add_test(tc, the_waiting_room_is_bounded_at_once);
     tcase_add_loop_test(tc, cancelling_at_any_time_harms_nobody, SELECTION_EXACT,
                         SELECTION_LAGGED + 1);
+    tcase_add_test(tc, a_grammar_outlives_a_preemption);
+    tcase_add_test(tc, a_grammar_decides_about_the_end);
     tcase_add_test(tc, destroying_sends_everybody_home);
     tcase_add_test(tc, impossible_configurations_are_refused_with_numbers);
     return tc;

@@ -2,6 +2,7 @@
 #include "engine/base/strbuf.h"
 #include "engine/model/model_config.h"
 #include "server/api.h"
+#include "server/grammar_cache.h"
 #include "tests/support/byte_tokenizer.h"
 
 #include <check.h>
@@ -121,11 +122,28 @@ static const struct refusal refusals[] = {
       "'prompt'." },
     { P "\"max_completion_tokens\":5}", "max_completion_tokens",
       "'max_completion_tokens' is not supported by this server: use 'max_tokens'." },
-    { P "\"guided_json\":{}}", "guided_json", "'guided_json' is not supported by this server." },
+    { P "\"guided_grammar\":\"x\"}", "guided_grammar",
+      "'guided_grammar' is not supported by this server." },
+    { P "\"guided_json\":{\"not\":{}}}", "guided_json",
+      "'guided_json' has a 'not' that is not supported." },
+    { P "\"guided_json\":\"{\"}", "guided_json",
+      "'guided_json' must be a JSON schema or a string with one." },
+    { P "\"guided_regex\":\"a\\\\b\"}", "guided_regex",
+      "'guided_regex' has a word boundary at byte 2, which is not supported." },
+    { P "\"guided_choice\":[\"a\",1]}", "guided_choice",
+      "'guided_choice' must be a list of strings." },
+    { P "\"guided_choice\":[\"a\"],\"guided_regex\":\"a\"}", "guided_choice",
+      "'guided_regex' and 'guided_choice' cannot be used together." },
+    { P "\"structured_outputs\":{\"regex\":\"a\",\"choice\":[\"a\"]}}", "structured_outputs",
+      "'structured_outputs' asks for more than one structure." },
+    { P "\"response_format\":{\"type\":\"json_schema\",\"type\":\"text\"}}", "response_format",
+      "'response_format' has 'type' twice." },
+    { P "\"response_format\":{\"type\":\"text\",\"json_schema\":{}}}", "response_format",
+      "'response_format' has a 'json_schema', which goes with the type*" },
     { P "\"logits_processors\":[\"x\"]}", "logits_processors",
       "'logits_processors' is not supported by this server." },
-    { P "\"response_format\":{\"type\":\"json_object\"}}", "response_format",
-      "'response_format' is not supported by this server." },
+    { P "\"response_format\":{\"type\":\"grammar\"}}", "response_format",
+      "'response_format.type' must be \"text\", \"json_object\" or \"json_schema\"." },
     { P "\"use_beam_search\":true}", "use_beam_search",
       "'use_beam_search' is not supported by this server." },
     { P "\"prompt_logprobs\":-1}", "prompt_logprobs",
@@ -554,6 +572,7 @@ START_TEST(null_is_absent)
         "logit_bias", "stop", "stop_token_ids", "ignore_eos", "include_stop_str_in_output",
         "skip_special_tokens", "add_special_tokens", "echo", "stream", "stream_options",
         "attention", "cache_salt", "user", "metadata", "seed", "suffix", "guided_json", "tools",
+        "guided_regex", "guided_choice", "response_format", "structured_outputs",
     };
     struct strbuf s = { 0 };
 
@@ -796,12 +815,44 @@ START_TEST(truncated_bodies_are_refused)
 }
 END_TEST
 
+/* The same text of the same field gives the same grammar, as long as it is kept; another field
+ * means something else by it. */
+START_TEST(grammars_are_kept)
+{
+    static const char regex[] = P "\"guided_regex\":\"ab\"}";
+    struct api_completion *first, *again, *other, *later;
+    char body[100];
+
+    cx.grammars = grammar_cache_create();
+    first = accept(regex);
+    again = accept(regex);
+    other = accept(P "\"guided_json\":{\"const\":\"ab\"}}");
+    ck_assert_ptr_nonnull(first->grammar);
+    ck_assert_ptr_eq(first->template.grammar, first->grammar);
+    ck_assert_ptr_eq(first->grammar, again->grammar);
+    ck_assert_ptr_ne(first->grammar, other->grammar);
+    for (int i = 0; i < GRAMMAR_CACHE_ENTRIES; i++) {
+        snprintf(body, sizeof body, P "\"guided_choice\":[\"c%d\"]}", i);
+        api_completion_free(accept(body));
+    }
+    later = accept(regex);
+    ck_assert_ptr_ne(later->grammar, first->grammar);
+    grammar_cache_destroy(cx.grammars);
+    cx.grammars = NULL;
+    api_completion_free(first);
+    api_completion_free(again);
+    api_completion_free(other);
+    api_completion_free(later);
+}
+END_TEST
+
 TCase *api_parse_case(void)
 {
     TCase *tc = tcase_create("api_parse");
 
     tcase_add_checked_fixture(tc, setup, teardown);
     tcase_add_loop_test(tc, bad_bodies_are_refused_by_name, 0, N_REFUSALS);
+    tcase_add_test(tc, grammars_are_kept);
     tcase_add_test(tc, a_nul_byte_in_the_body_is_refused);
     tcase_add_test(tc, depth_values_and_fields_are_bounded);
     tcase_add_test(tc, memory_of_a_request_is_bounded);

@@ -1,8 +1,10 @@
 #include "engine/base/mem.h"
 #include "engine/base/strbuf.h"
+#include "engine/grammar/grammar.h"
 #include "engine/model/json_fields.h"
 #include "engine/model/model_config.h"
 #include "server/api.h"
+#include "server/grammar_cache.h"
 #include "tests/support/byte_tokenizer.h"
 
 #include <cjson/cJSON.h>
@@ -267,6 +269,17 @@ END_TEST
 /* ---- refusals */
 
 #define M "{\"messages\":[" USER "],"
+/* A tool whose parameters no grammar can follow, with more members; one that takes no object. */
+#define NOT(more)                                                                              \
+    "{\"type\":\"function\",\"function\":{\"name\":\"g\"," more                                  \
+    "\"parameters\":{\"type\":\"object\",\"not\":{}}}}"
+#define NO_OBJECT                                                                              \
+    "{\"type\":\"function\",\"function\":{\"name\":\"g\",\"parameters\":{\"type\":\"array\"}}}"
+#define CHOOSE(name) "{\"type\":\"function\",\"function\":{\"name\":\"" name "\"}}"
+#define CHOICES                                                                                \
+    "'tool_choice' must be \"auto\", \"none\", \"required\" or {\"type\": \"function\", "          \
+    "\"function\": {\"name\": \"...\"}}."
+
 static const struct {
     const char *format, *body, *param, *message;
 } refusals[] = {
@@ -320,10 +333,26 @@ static const struct {
       "tools",
       "'tools[0].function.name' must be a string of 1 to 128 bytes without blanks, quotes, "
       "backslashes, braces and angle brackets." },
-    { "qwen3", M "\"tools\":[" TOOL "],\"tool_choice\":\"required\"}", "tool_choice",
-      "'tool_choice' must be \"auto\" or \"none\"; this server does not force calls." },
+    { "qwen3", M "\"tools\":[" TOOL "],\"tool_choice\":\"must\"}", "tool_choice", CHOICES },
     { "qwen3", M "\"tools\":[" TOOL "],\"tool_choice\":{\"type\":\"function\"}}", "tool_choice",
-      "'tool_choice' must be \"auto\" or \"none\"; this server does not force calls." },
+      CHOICES },
+    { "qwen3", M "\"tools\":[" TOOL "],\"tool_choice\":" CHOOSE("f") "}", "tool_choice",
+      "'tool_choice' names the function 'f', which is not among 'tools'." },
+    { "qwen3", M "\"tool_choice\":\"required\"}", "tool_choice",
+      "'tool_choice' asks for a call, but there are no 'tools'." },
+    { "glm-4.7", M "\"tools\":[" TOOL "],\"tool_choice\":\"required\"}", "tool_choice",
+      "'tool_choice' must be \"auto\" or \"none\": calls of the chat format glm-4.7, which are not "
+      "JSON, cannot be forced." },
+    { "glm-4.7", M "\"tools\":[" TOOL "],\"guided_regex\":\"a\"}", "guided_regex",
+      "'guided_regex' cannot be used together with 'tools' in the chat format glm-4.7; send "
+      "'tool_choice' \"none\"." },
+    { "qwen3", M "\"tools\":[" TOOL "," NOT("") "],\"tool_choice\":\"required\"}", "tools",
+      "'tools[1].function.parameters' has a 'not' that is not supported; with 'strict' false "
+      "calls need not follow it." },
+    { "qwen3", M "\"tools\":[" TOOL "],\"guided_json\":{\"$ref\":\"#\"}}", "guided_json",
+      "'guided_json' allows no text at all." },
+    { "qwen3", M "\"tools\":[" NO_OBJECT "],\"guided_choice\":[\"a\"]}", "tools",
+      "'tools[0].function.parameters' must have the 'type' \"object\" for calls to follow it." },
     { "smollm2", M "\"tools\":[" TOOL "]}", "tools",
       "'tools' is not supported by the chat format smollm2 of this model." },
     { "plain", "{\"messages\":[{\"role\":\"tool\",\"content\":\"x\"}]}", "messages",
@@ -357,8 +386,8 @@ static const struct {
     { "qwen3", M "\"prompt\":\"x\"}", "prompt",
       "'prompt' is not supported by this server: it belongs to text completions; send "
       "'messages'." },
-    { "qwen3", M "\"response_format\":{\"type\":\"json_object\"}}", "response_format",
-      "'response_format' is not supported by this server." },
+    { "qwen3", M "\"response_format\":{\"type\":\"xml\"}}", "response_format",
+      "'response_format.type' must be \"text\", \"json_object\" or \"json_schema\"." },
     { "qwen3", M "\"echo\":true}", "echo", "'echo' is not supported by this server." },
     { "qwen3", M "\"logprobs\":2}", "logprobs", "'logprobs' must be true or false." },
     { "qwen3", M "\"top_logprobs\":2}", "top_logprobs",
@@ -406,8 +435,12 @@ static struct api_completion *accept(enum chat_format f, const char *body)
 
 START_TEST(fields_of_a_chat)
 {
-    struct api_completion *c = accept(CHAT_QWEN3, M "\"n\":1}");
+    struct api_completion *c = accept(
+        CHAT_QWEN3, M "\"n\":1,\"response_format\":null,\"structured_outputs\":null,"
+                      "\"guided_json\":null,\"guided_regex\":null,\"guided_choice\":null,"
+                      "\"tool_choice\":null,\"tools\":null}");
 
+    ck_assert_ptr_null(c->grammar);
     ck_assert_uint_eq(c->template.max_tokens, MAX_LEN - c->prompts[0].n_ids);
     ck_assert_int_eq(c->logprobs, -1);
     ck_assert_uint_eq(c->best_of, 1);
@@ -435,9 +468,113 @@ START_TEST(fields_of_a_chat)
                M "\"tools\":[" TOOL "],\"tool_choice\":\"none\",\"logprobs\":true,"
                  "\"enable_thinking\":false,\"max_tokens\":5,\"max_completion_tokens\":5}");
     ck_assert_uint_eq(c->chat->n_tools, 0);
-    ck_assert(!c->chat->may_think);
+    ck_assert(!c->chat->may_think && !c->grammar);
     ck_assert_int_eq(c->logprobs, 0);
     api_completion_free(c);
+}
+END_TEST
+
+/* ---- structures */
+
+#define CALL(name, arguments)                                                                  \
+    "<tool_call>\n{\"name\": \"" name "\", \"arguments\": " arguments "}\n</tool_call>"
+#define PARIS CALL("get_weather", "{\"city\": \"Paris\"}")
+#define OK "\"guided_choice\":[\"ok\"]"
+#define FORMAT(of) "\"response_format\":{\"type\":\"json_schema\",\"json_schema\":" of "}"
+#define FLAG "{\"name\":\"flag\",\"strict\":true,\"schema\":{\"type\":\"boolean\"}}"
+
+/* What a chat's answer may be: text, and 2: nothing may follow, 1: it may end, 0: it is a
+ * beginning, -1: neither. */
+static const struct {
+    const char *format, *body, *text;
+    int result;
+} structures[] = {
+    { "chatml", M OK "}", "ok", 2 },
+    { "chatml", M OK "}", "<think>", -1 },
+    { "chatml", M FORMAT(FLAG) "}", "true", 2 },
+    { "chatml", M "\"response_format\":{\"type\":\"json_object\"}}", "{\"a\": 1}", 2 },
+    { "chatml", M "\"structured_outputs\":{\"regex\":\"a+\"}}", "aa", 1 },
+    { "qwen3", M OK "}", "ok", 2 },
+    { "qwen3", M OK "}", "<think>\nWhy not <tool_call>?\n</think>\n\nok", 2 },
+    { "qwen3", M OK ",\"enable_thinking\":false}", "<", -1 },
+    { "qwen3-instruct", M OK "}", "<", -1 },
+    { "qwen3-thinking", M OK "}", "Why not?\n</think>\n\nok", 2 },
+    { "glm-4.7", M OK "}", "Why not?</think>ok", 2 },
+    { "glm-4.7", M OK ",\"enable_thinking\":false}", "ok", 2 },
+    { "glm-4.7", M OK ",\"tools\":[" TOOL "],\"tool_choice\":\"none\"}", "a</think>ok", 2 },
+    /* An answer beside tools may be calls instead. */
+    { "qwen3", M OK ",\"tools\":[" TOOL "]}", "ok", 2 },
+    { "qwen3", M OK ",\"tools\":[" TOOL "]}", PARIS, 1 },
+    { "qwen3", M OK ",\"tools\":[" TOOL "]}", "<think>1</think>\n\n" PARIS, 1 },
+    { "qwen3", M OK ",\"tools\":[" TOOL "]}", "<think>1<tool_call>", -1 },
+    { "qwen3", M OK ",\"tools\":[" TOOL "],\"tool_choice\":\"none\"}", "<tool", -1 },
+    { "qwen3", M OK ",\"tools\":[" TOOL "],\"parallel_tool_calls\":false}", PARIS, 2 },
+    /* Calls alone. */
+    { "qwen2.5", M "\"tools\":[" TOOL "],\"tool_choice\":\"required\"}", PARIS "\n" PARIS, 1 },
+    { "qwen2.5", M "\"tools\":[" TOOL "],\"tool_choice\":\"required\"," OK "}", "ok", -1 },
+    { "qwen3", M "\"tools\":[" TOOL "],\"tool_choice\":\"required\"}",
+      CALL("get_weather", "{\"days\""), -1 },
+    { "qwen3", M "\"tools\":[" TOOL "," NOT("\"strict\":false,") "],\"tool_choice\":\"required\"}",
+      CALL("g", "{\"x\": [1.5]}"), 1 },
+    { "qwen3", M "\"tools\":[" TOOL "," NOT("") "],\"tool_choice\":" CHOOSE("get_weather") "}",
+      "<think></think>" PARIS, 2 },
+    { "qwen3", M "\"tools\":[" TOOL "," NOT("") "],\"tool_choice\":" CHOOSE("get_weather") "}",
+      CALL("g", "{}"), -1 },
+    { "qwen3", M "\"tools\":[" TOOL ",{\"type\":\"function\",\"function\":{\"name\":\"h\"}}],"
+      "\"tool_choice\":\"required\"}", CALL("h", "{\"a\": 1}"), 1 },
+    { "llama-3.1", M "\"tools\":[" TOOL "],\"tool_choice\":\"required\"}",
+      "{\"name\": \"get_weather\", \"parameters\": {\"city\": \"Paris\"}}", 2 },
+};
+
+START_TEST(structures_of_a_chat)
+{
+    const char *text = structures[_i].text;
+    struct grammar_matcher m;
+    int result = -1;
+
+    struct api_completion *c = accept(format_of(structures[_i].format), structures[_i].body);
+    ck_assert_ptr_nonnull(c->grammar);
+    ck_assert_ptr_eq(c->template.grammar, c->grammar);
+    grammar_matcher_init(&m, c->grammar);
+    if (grammar_matcher_advance(&m, text, strlen(text)))
+        result = grammar_matcher_is_complete(&m) ? 2 : grammar_matcher_may_end(&m);
+    grammar_matcher_fini(&m);
+    api_completion_free(c);
+    ck_assert_msg(result == structures[_i].result, "%s\n%s: %d", structures[_i].body, text, result);
+}
+END_TEST
+
+/* The same request finds its grammar, and one whose grammar differs gets another. */
+START_TEST(grammars_are_kept_by_all_that_they_follow_from)
+{
+    static const char *const bodies[] = {
+        M OK "}",
+        M OK ",\"enable_thinking\":false}",
+        M OK ",\"tools\":[" TOOL "]}",
+        M OK ",\"tools\":[" TOOL "],\"parallel_tool_calls\":false}",
+        M "\"tools\":[" TOOL "],\"tool_choice\":\"required\"}",
+        M "\"tools\":[" TOOL "],\"tool_choice\":" CHOOSE("get_weather") "}",
+        M "\"tools\":[" TOOL "," NOT("\"strict\":false,") "],\"tool_choice\":\"required\"}",
+    };
+    enum { N = sizeof bodies / sizeof bodies[0] };
+    struct api_completion *first[N];
+
+    cx.grammars = grammar_cache_create();
+    for (int i = 0; i < N; i++) {
+        first[i] = accept(CHAT_QWEN3, bodies[i]);
+        struct api_completion *again = accept(CHAT_QWEN3, bodies[i]);
+        ck_assert_ptr_eq(again->grammar, first[i]->grammar);
+        api_completion_free(again);
+        for (int k = 0; k < i; k++)
+            ck_assert_ptr_ne(first[k]->grammar, first[i]->grammar);
+    }
+    struct api_completion *plain = accept(CHAT_QWEN3, M FORMAT("{\"schema\":{}}") "}");
+    for (int i = 0; i < N; i++) {
+        ck_assert_ptr_ne(plain->grammar, first[i]->grammar);
+        api_completion_free(first[i]);
+    }
+    api_completion_free(plain);
+    grammar_cache_destroy(cx.grammars);
 }
 END_TEST
 
@@ -497,6 +634,8 @@ TCase *chat_prompt_case(void)
     tcase_add_test(tc, messages_cannot_write_control_tokens);
     tcase_add_loop_test(tc, what_is_refused, 0, sizeof refusals / sizeof refusals[0]);
     tcase_add_test(tc, fields_of_a_chat);
+    tcase_add_loop_test(tc, structures_of_a_chat, 0, sizeof structures / sizeof structures[0]);
+    tcase_add_test(tc, grammars_are_kept_by_all_that_they_follow_from);
     tcase_add_test(tc, an_answer_comes_back);
     tcase_add_test(tc, formats_end_their_turns);
     return tc;
