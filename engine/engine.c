@@ -120,6 +120,7 @@ void engine_publish(struct engine *e)
     s->running = scheduler_running(e->scheduler);
     s->waiting = e->n_put_back;
     s->kv_blocks = kv.blocks;
+    s->kv_block_tokens = BLOCK_TOKENS;
     s->kv_blocks_pinned = kv.pinned;
     s->kv_blocks_cached = kv.cached;
     s->host_blocks = kv.host_blocks;
@@ -371,6 +372,19 @@ static void absorb(struct engine *e, const struct step_plan *plan, uint64_t now_
     e->stats.dense_rows += counts.dense_rows;
 }
 
+static void count_size(struct engine_stats *s, const struct step_plan *plan)
+{
+    uint32_t rows = 0;
+    int size = 0;
+
+    for (uint32_t i = 0; i < plan->n_slices; i++)
+        rows += plan->slices[i].n_tokens;
+    while (size < STEP_SIZES - 1 && rows > UINT32_C(1) << size)
+        size++;
+    s->step_sizes[size]++;
+    s->step_rows += rows;
+}
+
 static void sleep_until_woken(struct engine *e)
 {
     uint64_t count;
@@ -441,6 +455,7 @@ static void step(struct engine *e)
     }
     uint64_t now_ns = clock_now_ns();
     absorb(e, plan, now_ns);
+    count_size(&e->stats, plan);
     e->stats.steps++;
     e->stats.step_ns += now_ns - began_ns;
     e->stats.step_host_ns += now_ns - e->host_from_ns - (model_waited_ns(e->model) - waited_ns);

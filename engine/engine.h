@@ -87,13 +87,18 @@ uint32_t engine_max_model_len(const struct engine *e);
 const char *engine_device_name(const struct engine *e);
 const struct tokenizer *engine_tokenizer(const struct engine *e); /* of the model's folder */
 
+/* Steps are counted by their size: entry i has those of more than 2^(i-1) and up to 2^i tokens. */
+enum { STEP_SIZES = 18 };
+
 /* Counters since create and gauges of this moment.  A consistent snapshot
  * published by the engine thread after each step; any thread. */
 struct engine_stats {
     uint32_t running, waiting;       /* waiting includes what is submitted but not yet seen */
     uint64_t waiting_tokens;
     uint32_t kv_blocks, kv_blocks_pinned, kv_blocks_cached;
+    uint32_t kv_block_tokens;        /* of one block */
     uint64_t steps, step_ns;         /* count and time spent in steps */
+    uint64_t step_sizes[STEP_SIZES], step_rows; /* steps by size; tokens of all of them */
     /* Of the time from each step's results (or from waking up) to the next step's: what
      * was not spent waiting for the device.  All of it on the CPU back end. */
     uint64_t step_host_ns;

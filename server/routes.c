@@ -1,5 +1,6 @@
 #include "server/routes.h"
 
+#include "engine/base/clock.h"
 #include "engine/base/invariant.h"
 #include "engine/base/log.h"
 #include "server/access.h"
@@ -95,6 +96,7 @@ static void answer_metrics(struct service *sv, struct http_exchange *x)
         engine_stats(sv->engine, &stats);
         view.stats = &stats;
         view.layers = engine_model(sv->engine)->layers;
+        view.prefix_cache = sv->cfg->engine.prefix_cache;
     }
     metrics_print(sv->metrics, &body, &view);
     http_reply(x, 200, "text/plain; version=0.0.4; charset=utf-8", &body);
@@ -331,7 +333,8 @@ static void on_closed(void *arg, struct http_exchange *x, bool whole)
     struct service *sv = arg;
     const struct route *r = find_route(http_path(x));
 
-    metrics_count_http(sv->metrics, r ? r->path : "none", http_status(x));
+    metrics_count_http(sv->metrics, r ? r->path : "none", http_status(x),
+                       (double)(clock_now_ns() - http_arrival_ns(x)) / 1e9);
     if (http_owner(x))
         stream_closed(http_owner(x), whole);
     else if (http_status(x) >= 400)
