@@ -64,6 +64,7 @@ struct config {
 
     struct api_limits limits; /* all but max_model_len: engine_max_model_len() */
     enum log_level log_level;
+    enum log_format log_format;
 };
 
 /* argv and environ as main has them.  HELP and VERSION win over everything

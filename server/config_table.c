@@ -180,6 +180,9 @@ static const struct option table[] = {
     { .group = "Operation",
       .key = "log-level", .type = OPTION_CHOICE, AT(log_level), .initial = "info",
       .choices = "error|warn|info|debug", .help = "What is logged to standard error." },
+    { .key = "log-format", .type = OPTION_CHOICE, AT(log_format), .initial = "text",
+      .choices = "text|json",
+      .help = "How. text: lines for people; json: one JSON object a line." },
     { .key = "drain-timeout", .type = OPTION_MS, AT(drain_timeout_ms), .initial = "30s",
       .max = 24 * (uint64_t)HOUR_MS,
       .help = "After SIGTERM: time for accepted requests to finish before they are "

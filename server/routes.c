@@ -2,10 +2,10 @@
 
 #include "engine/base/clock.h"
 #include "engine/base/invariant.h"
-#include "engine/base/log.h"
 #include "server/access.h"
 #include "server/metrics.h"
 #include "server/reply.h"
+#include "server/request_log.h"
 #include "server/service.h"
 #include "server/stream.h"
 
@@ -13,7 +13,10 @@
 #include <string.h>
 #include <strings.h>
 
-enum { ROUTE_GET = 1, ROUTE_POST = 2, ROUTE_PUBLIC = 4, ROUTE_PREFIX = 8, ROUTE_ENGINE = 16 };
+enum {
+    ROUTE_GET = 1, ROUTE_POST = 2, ROUTE_PUBLIC = 4, ROUTE_PREFIX = 8, ROUTE_ENGINE = 16,
+    ROUTE_PROBE = 32                 /* asked every few seconds by machines */
+};
 
 struct route {
     const char *path;
@@ -180,10 +183,10 @@ static const struct route routes[] = {
     { "/detokenize", ROUTE_POST | ROUTE_ENGINE, answer_detokenize },
     { "/v1/models", ROUTE_GET | ROUTE_ENGINE, answer_models },
     { "/v1/models/", ROUTE_GET | ROUTE_ENGINE | ROUTE_PREFIX, answer_model },
-    { "/health", ROUTE_GET | ROUTE_PUBLIC, answer_health },
-    { "/ready", ROUTE_GET | ROUTE_PUBLIC, answer_ready },
+    { "/health", ROUTE_GET | ROUTE_PUBLIC | ROUTE_PROBE, answer_health },
+    { "/ready", ROUTE_GET | ROUTE_PUBLIC | ROUTE_PROBE, answer_ready },
     { "/version", ROUTE_GET, answer_version },
-    { "/metrics", ROUTE_GET, answer_metrics },
+    { "/metrics", ROUTE_GET | ROUTE_PROBE, answer_metrics },
 };
 
 static const struct route *find_route(const char *path)
@@ -337,12 +340,11 @@ static void on_closed(void *arg, struct http_exchange *x, bool whole)
                        (double)(clock_now_ns() - http_arrival_ns(x)) / 1e9);
     if (http_owner(x))
         stream_closed(http_owner(x), whole);
-    else if (http_status(x) >= 400)
-        log_info("http", "%s %s %s %d%s", http_request_id(x), http_method(x),
-                 r ? r->path : "(no route)", http_status(x), whole ? "" : " disconnected");
     else
-        log_debug("http", "%s %s %s %d", http_request_id(x), http_method(x),
-                  r ? r->path : "(no route)", http_status(x));
+        request_log(&(struct request_record){
+            .id = http_request_id(x), .method = http_method(x), .path = r ? r->path : "none",
+            .status = http_status(x), .disconnected = !whole, .arrival_ns = http_arrival_ns(x),
+            .probe = r && (r->flags & ROUTE_PROBE) });
     service_note_end(sv);
 }
 

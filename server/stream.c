@@ -2,12 +2,12 @@
 
 #include "engine/base/clock.h"
 #include "engine/base/invariant.h"
-#include "engine/base/log.h"
 #include "engine/base/mem.h"
 #include "server/choice.h"
 #include "server/metrics.h"
 #include "server/reply.h"
 #include "server/request_head.h"
+#include "server/request_log.h"
 #include "server/service.h"
 
 #include <stdio.h>
@@ -196,7 +196,7 @@ static bool failed(struct stream *s)
         if (!s->choices[i].home)
             continue;
         if (r->finish == FINISH_ERROR) {
-            log_error("stream", "%s: %s", http_request_id(s->x), r->error.text);
+            request_log_error(http_request_id(s->x), r->error.text);
             fail_with(s, r->error.code == ST_DEVICE ? REFUSE_FAILED : REFUSE_ENGINE, NULL);
             return true;
         }
@@ -550,28 +550,58 @@ void stream_half_closed(struct stream *s)
         http_drop(s->x);
 }
 
-static double ms_between(uint64_t from, uint64_t to)
+/* How the first choice ended; the engine may still have it. */
+static const char *ending_of(const struct stream *s)
 {
-    return from && to > from ? (double)(to - from) / 1e6 : 0;
+    const struct choice *c = &s->choices[0];
+
+    switch (c->home ? c->req.finish : FINISH_CANCELLED) {
+    case FINISH_NONE:      return "refused";
+    case FINISH_STOP:      return "stop";
+    case FINISH_LENGTH:    return "length";
+    case FINISH_CANCELLED: return "abort";
+    case FINISH_ERROR:     return "error";
+    }
+    return "error";
+}
+
+static void describe_completion(const struct stream *s, struct request_record *out)
+{
+    const struct api_usage u = usage_of(s);
+    const struct choice *first = NULL;
+
+    /* The times of a choice are the loop's to read once a token of it is. */
+    for (uint32_t i = 0; i < s->n_choices; i++) {
+        const struct choice *c = &s->choices[i];
+        if (choice_n_output(c) > 0 &&
+            (!first || c->req.first_token_ns < first->req.first_token_ns))
+            first = c;
+    }
+    out->completion = true;
+    out->stream = s->completion->stream;
+    out->choices = s->n_choices;
+    out->prompt_tokens = u.prompt_tokens;
+    out->cached_tokens = u.cached_tokens;
+    out->completion_tokens = u.completion_tokens;
+    out->ending = ending_of(s);
+    if (!first)
+        return;
+    out->submitted_ns = first->submitted_ns;
+    out->admitted_ns = first->req.admitted_ns;
+    out->first_token_ns = first->req.first_token_ns;
 }
 
 static void log_end(const struct stream *s, bool whole)
 {
-    struct api_usage u = s->completion ? usage_of(s) : (struct api_usage){ 0 };
-    uint64_t first = 0;
+    struct request_record record = {
+        .id = http_request_id(s->x), .method = http_method(s->x), .path = http_path(s->x),
+        .status = http_status(s->x), .disconnected = !whole || !s->answered,
+        .arrival_ns = s->arrival_ns,
+    };
 
-    for (uint32_t i = 0; i < s->n_choices; i++) {
-        uint64_t t = choice_n_output(&s->choices[i]) ? s->choices[i].req.first_token_ns : 0;
-        if (t && (!first || t < first))
-            first = t;
-    }
-    log_info("http", "%s POST %s %d%s prompt=%llu cached=%llu completion=%llu "
-             "ttft=%.1fms total=%.1fms", http_request_id(s->x), http_path(s->x),
-             http_status(s->x),
-             whole && s->answered ? "" : " disconnected",
-             (unsigned long long)u.prompt_tokens, (unsigned long long)u.cached_tokens,
-             (unsigned long long)u.completion_tokens, ms_between(s->arrival_ns, first),
-             ms_between(s->arrival_ns, clock_now_ns()));
+    if (s->n_choices)
+        describe_completion(s, &record);
+    request_log(&record);
 }
 
 void stream_closed(struct stream *s, bool whole)
