@@ -10,7 +10,7 @@
  *     disconnected=false stream=true choices=1 prompt_tokens=12 cached_tokens=0
  *     completion_tokens=60 finish=length queue_ms=0.1 ttft_ms=8.2 total_ms=241.0
  *
- * Of the client's text it has the id and the method, which are short (request_head.h, http_parts.h).
+ * Of the client's text it has the id and the method, both short (request_head.h, http_parts.h).
  * Answers to probes are logged at level debug unless they are errors. */
 
 struct request_record {
