@@ -20,16 +20,44 @@ static void wake(struct engine *e)
         ASSERT(errno == EAGAIN);
 }
 
+/* The request's share of the waiting room, or NULL. */
+static struct waiting_room *share_of(struct engine *e, const struct request *req)
+{
+    return req->share && e->n_shares ? &e->shares[req->share - 1] : NULL;
+}
+
+static enum status enter_room(struct engine *e, const struct request *req)
+{
+    struct waiting_room *share = share_of(e, req);
+
+    if (share && !waiting_enter(share, req->n_prompt))
+        return ST_QUOTA;
+    if (waiting_enter(&e->waiting, req->n_prompt))
+        return ST_OK;
+    if (share)
+        waiting_leave(share, req->n_prompt);
+    return ST_BUSY;
+}
+
+static void leave_room(struct engine *e, const struct request *req)
+{
+    struct waiting_room *share = share_of(e, req);
+
+    if (share)
+        waiting_leave(share, req->n_prompt);
+    waiting_leave(&e->waiting, req->n_prompt);
+}
+
 enum status engine_submit(struct engine *e, struct request *req)
 {
+    ASSERT(!e->n_shares || req->share <= e->n_shares);
     ASSERT(req->n_prompt > 0 &&
            (uint64_t)req->n_prompt + req->max_tokens <= e->max_model_len);
     if (atomic_load(&e->failed))
         return ST_DEVICE;
     if (atomic_load(&e->draining))
         return ST_SHUTDOWN;
-    if (!waiting_enter(&e->waiting, req->n_prompt))
-        return ST_BUSY;
+    TRY(enter_room(e, req));
     req->tokens_mail.kind = MSG_TOKENS;
     req->done_mail.kind = MSG_DONE;
     req->tokens_mail.req = req->done_mail.req = req;
@@ -150,7 +178,7 @@ static void end_sequence(struct engine *e, struct sequence *q)
     struct request *req = q->req;
 
     if (!q->was_admitted)
-        waiting_leave(&e->waiting, q->n_prompt);
+        leave_room(e, req);
     else if (q->state == SEQ_WAITING)
         e->n_put_back--;
     scheduler_remove(e->scheduler, q);
@@ -244,7 +272,7 @@ static void note_admission(struct engine *e, struct sequence *q, uint64_t now_ns
         return;
     }
     q->was_admitted = true;
-    waiting_leave(&e->waiting, q->n_prompt);
+    leave_room(e, q->req);
     q->req->admitted_ns = now_ns;
     q->req->n_cached = cached;
     e->stats.prefix_queries += q->n_prompt;

@@ -41,6 +41,8 @@ struct engine_config {
     uint32_t max_running;   /* sequences in a step */
     uint32_t max_waiting;   /* requests in the waiting room */
     uint64_t max_waiting_tokens; /* their prompt tokens in all; one request always fits */
+    uint32_t n_shares;      /* callers that may each have a share of both and no more; request.h */
+    uint32_t share_thousandths; /* how much of both; one request always fits */
     uint32_t step_tokens;   /* token budget of a step; at least max_running + that */
     uint64_t kv_bytes;      /* KV pool with index; 0: on a GPU what the next line leaves, on
                                the CPU a quarter of its memory */
@@ -76,8 +78,8 @@ bool engine_idle(const struct engine *e);
 void engine_destroy(struct engine *e);
 
 /* Any thread; never blocks.  ST_BUSY when the waiting room is full (decided
- * now, with everything submitted so far counted), ST_SHUTDOWN while draining,
- * ST_DEVICE after the device failed.  On failure the caller still owns req. */
+ * now, with everything submitted so far counted), ST_QUOTA when the request's share of it is,
+ * ST_SHUTDOWN while draining, ST_DEVICE after the device failed.  On failure the caller still owns req. */
 enum status engine_submit(struct engine *e, struct request *req) MUST_USE;
 void engine_cancel(struct engine *e, struct request *req);
 

@@ -40,6 +40,8 @@ struct engine {
     struct mailbox *inbox;               /* requests, by their done_mail */
     int wake_fd;                         /* eventfd */
     struct waiting_room waiting;
+    struct waiting_room *shares;         /* [n_shares] of it */
+    uint32_t n_shares;
     atomic_uint n_inside;                /* accepted and not yet sent home */
     atomic_uint n_cancels;               /* engine_cancel() calls */
     atomic_bool draining, stopping, failed;

@@ -51,6 +51,8 @@ struct config {
     uint32_t port;               /* 0: any free one */
     struct config_list api_keys; /* api-key and the lines of api-key-file */
     char *api_key_file;
+    uint32_t key_requests_per_minute;   /* of each key; 0: any number */
+    bool cache_per_key;
     bool insecure_no_key;               /* allowed to listen beyond loopback without a key */
     bool metrics_public;                /* /metrics without a key */
     struct config_list allowed_origins; /* of pages in browsers; another gets 403; "*" all */

@@ -59,6 +59,8 @@ void request_log(const struct request_record *r)
     add_text(&f, "path", r->path);
     add_number(&f, "status", r->status);
     add_bool(&f, "disconnected", r->disconnected);
+    if (r->key)
+        add_number(&f, "key", r->key);
     if (r->completion)
         add_completion(&f, r);
     add_ms(&f, "total_ms", r->arrival_ns, clock_now_ns());

@@ -19,6 +19,7 @@ struct request_record {
     int status;                      /* 0: gone before there was an answer */
     bool disconnected;               /* gone before the answer's end */
     bool probe;
+    uint32_t key;                    /* which API key, from 1; 0: there are none */
     uint64_t arrival_ns;
 
     bool completion;                 /* it reached the engine: */

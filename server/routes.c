@@ -3,6 +3,7 @@
 #include "engine/base/clock.h"
 #include "engine/base/invariant.h"
 #include "server/access.h"
+#include "server/key_limits.h"
 #include "server/metrics.h"
 #include "server/reply.h"
 #include "server/request_log.h"
@@ -271,11 +272,25 @@ static bool refuse_by_state(struct service *sv, struct http_exchange *x)
     }
 }
 
+/* Before the body, which then need not be sent. */
+static void refuse_by_rate(struct service *sv, struct http_exchange *x, uint32_t key)
+{
+    struct api_error err;
+    uint32_t wait_s = key_limits_take_request(sv->key_limits, key, clock_now_ns());
+
+    if (!wait_s)
+        return;
+    refusal_error(&err, REFUSE_RATE, NULL);
+    err.retry_after_s = wait_s;
+    reply_api_error(x, &err);
+}
+
 static void on_head(void *arg, struct http_exchange *x)
 {
     struct service *sv = arg;
     const struct route *r = find_route(http_path(x));
     const char *method = http_method(x), *origin = http_header(x, "Origin");
+    uint32_t key;
 
     if (!access_origin_ok(&sv->cfg->allowed_origins, origin)) {
         reply_refusal(x, REFUSE_ORIGIN);
@@ -288,8 +303,8 @@ static void on_head(void *arg, struct http_exchange *x)
         answer_preflight(x);
         return;
     }
-    if (!is_public(sv, r) &&
-        !access_key_ok(&sv->cfg->api_keys, http_header(x, "Authorization"))) {
+    if (!access_key_ok(&sv->cfg->api_keys, http_header(x, "Authorization"), &key) &&
+        !is_public(sv, r)) {
         reply_refusal(x, REFUSE_KEY);
         return;
     }
@@ -300,8 +315,9 @@ static void on_head(void *arg, struct http_exchange *x)
         reply_refusal(x, REFUSE_METHOD);
     } else if ((r->flags & ROUTE_POST) && !media_type_fits(http_header(x, "Content-Type"))) {
         reply_refusal(x, REFUSE_MEDIA_TYPE);
-    } else if (r->flags & ROUTE_ENGINE) {
-        refuse_by_state(sv, x);
+    } else if ((r->flags & ROUTE_ENGINE) && !refuse_by_state(sv, x)) {
+        if (r->flags & ROUTE_POST)
+            refuse_by_rate(sv, x, key);
     }
 }
 

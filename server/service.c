@@ -5,6 +5,7 @@
 #include "engine/base/log.h"
 #include "engine/base/mem.h"
 #include "server/chat_format.h"
+#include "server/key_limits.h"
 #include "server/listen.h"
 #include "server/metrics.h"
 #include "server/reply.h"
@@ -326,6 +327,7 @@ static void stop(struct service *sv)
     ASSERT(uv_loop_close(&sv->loop) == 0);
     mailbox_destroy(sv->mailbox);
     metrics_destroy(sv->metrics);
+    key_limits_destroy(sv->key_limits);
 }
 
 int service_run(const struct config *cfg)
@@ -338,6 +340,8 @@ int service_run(const struct config *cfg)
     sv->cfg = cfg;
     sv->created = (int64_t)time(NULL);
     sv->metrics = metrics_create();
+    sv->key_limits = key_limits_create((uint32_t)cfg->api_keys.n, cfg->key_requests_per_minute,
+                                       cfg->cache_per_key);
     sv->api = (struct api_context){ .model_names = (const char *const *)cfg->model_names.items,
                                     .n_model_names = cfg->model_names.n, .limits = cfg->limits };
     start_handles(sv);

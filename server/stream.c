@@ -3,7 +3,9 @@
 #include "engine/base/clock.h"
 #include "engine/base/invariant.h"
 #include "engine/base/mem.h"
+#include "server/access.h"
 #include "server/choice.h"
+#include "server/key_limits.h"
 #include "server/metrics.h"
 #include "server/reply.h"
 #include "server/request_head.h"
@@ -32,6 +34,7 @@ struct stream {
     struct http_exchange *x;         /* NULL once the client is gone */
     struct stream *prev, *next;      /* sv->streams */
     uint64_t arrival_ns;
+    uint32_t key;                    /* the client's, from 1; 0: there are none */
 
     bool parsing;                    /* with the pool: work, body, completion, error */
     uv_work_t work;
@@ -340,6 +343,8 @@ static void make_choices(struct stream *s)
             r->group = group;
             r->seed = mix_seed(base, i);
             r->arrival_ns = s->arrival_ns;
+            r->share = s->key;
+            r->cache_salt = key_limits_salt(sv->key_limits, s->key, r->cache_salt);
             r->owner = s;
         }
     }
@@ -349,6 +354,7 @@ static void refuse_submit(struct stream *s, enum status status)
 {
     switch (status) {
     case ST_BUSY:     fail_with(s, REFUSE_QUEUE_FULL, NULL); break;
+    case ST_QUOTA:    fail_with(s, REFUSE_SHARE, NULL); break;
     case ST_SHUTDOWN: fail_with(s, REFUSE_DRAINING, NULL); break;
     case ST_DEVICE:   fail_with(s, REFUSE_FAILED, NULL); break;
     default:          fail_with(s, REFUSE_ENGINE, NULL); break;
@@ -455,6 +461,8 @@ void stream_start(struct service *sv, struct http_exchange *x, enum stream_kind 
     s->sv = sv;
     s->x = x;
     s->arrival_ns = http_arrival_ns(x);
+    /* The head's check let it in. */
+    ASSERT(access_key_ok(&sv->cfg->api_keys, http_header(x, "Authorization"), &s->key));
     s->last_write_ns = s->arrival_ns;
     s->created = (int64_t)time(NULL);
     request_id_make(s->id, sizeof s->id, kind == STREAM_CHAT ? "chatcmpl-" : "cmpl-");
@@ -596,7 +604,7 @@ static void log_end(const struct stream *s, bool whole)
     struct request_record record = {
         .id = http_request_id(s->x), .method = http_method(s->x), .path = http_path(s->x),
         .status = http_status(s->x), .disconnected = !whole || !s->answered,
-        .arrival_ns = s->arrival_ns,
+        .arrival_ns = s->arrival_ns, .key = s->key,
     };
 
     if (s->n_choices)

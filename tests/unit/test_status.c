@@ -19,7 +19,7 @@ START_TEST(codes_and_names)
         { ST_OK, "OK" }, { ST_INVALID, "INVALID" }, { ST_NOMEM, "NOMEM" },
         { ST_NODEVMEM, "NODEVMEM" }, { ST_IO, "IO" }, { ST_UNSUPPORTED, "UNSUPPORTED" },
         { ST_BUSY, "BUSY" }, { ST_CANCELLED, "CANCELLED" }, { ST_DEVICE, "DEVICE" },
-        { ST_SHUTDOWN, "SHUTDOWN" },
+        { ST_SHUTDOWN, "SHUTDOWN" }, { ST_QUOTA, "QUOTA" },
     };
 
     ck_assert_int_eq(ST_OK, 0);
