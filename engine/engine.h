@@ -79,7 +79,8 @@ void engine_destroy(struct engine *e);
 
 /* Any thread; never blocks.  ST_BUSY when the waiting room is full (decided
  * now, with everything submitted so far counted), ST_QUOTA when the request's share of it is,
- * ST_SHUTDOWN while draining, ST_DEVICE after the device failed.  On failure the caller still owns req. */
+ * ST_SHUTDOWN while draining, ST_DEVICE after the device failed.  On failure the caller still
+ * owns req. */
 enum status engine_submit(struct engine *e, struct request *req) MUST_USE;
 void engine_cancel(struct engine *e, struct request *req);
 
@@ -119,6 +120,16 @@ struct engine_stats {
     bool busy;                       /* there is work; with last_step_ns, for the watchdog */
 };
 void engine_stats(const struct engine *e, struct engine_stats *out);
+
+/* A sequence that runs, as of the last step. */
+struct engine_sequence {
+    uint64_t id;                     /* of its request */
+    const char *place;               /* where its K and V are: "device", "offloaded", ... */
+    uint32_t n_prompt, n_tokens, n_computed;
+    uint32_t n_blocks, n_held;       /* of its context, and those that are on the device */
+};
+/* Those that run, oldest first, out of the same snapshot; room for cfg.max_running is needed. */
+uint32_t engine_sequences(const struct engine *e, struct engine_sequence *out);
 
 /* Choose index channels for a model from a text (select.h) and write them into
  * its folder; cfg names the model and the device.  Tokens beyond what cfg allows

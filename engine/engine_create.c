@@ -459,6 +459,8 @@ static enum status engine_load(struct engine *e, const struct engine_config *cfg
     e->scheduler = scheduler_create(cfg->max_running);
     e->waiting.max_requests = cfg->max_waiting;
     e->waiting.max_tokens = cfg->max_waiting_tokens;
+    e->published.max_rows = cfg->max_running;
+    e->published.rows = mem_calloc(cfg->max_running, SEQUENCE_WORDS * sizeof(uint64_t));
     make_shares(e, cfg);
     e->check_invariants = cfg->check_invariants;
     return ST_OK;
@@ -512,6 +514,7 @@ void engine_destroy(struct engine *e)
     mailbox_destroy(e->inbox);
     mem_free(e->channels);
     mem_free(e->shares);
+    mem_free(e->published.rows);
     mem_free(e->step.packed);
     close(e->wake_fd);
     mem_free(e);

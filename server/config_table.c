@@ -166,8 +166,8 @@ static const struct option table[] = {
     { .group = "Limits of one request",
       .key = "max-choices", .type = OPTION_U32, AT(limits.max_choices), .initial = "128",
       .min = 1, .max = 1u << 16,
-      .help = "Prompts times n or best_of, whichever is larger. Never more than max-waiting, or a key's "
-              "share of it." },
+      .help = "Prompts times n or best_of, whichever is larger. Never more than max-waiting, "
+              "or a key's share of it." },
     { .key = "max-prompts", .type = OPTION_U32, AT(limits.max_prompts), .initial = "128",
       .min = 1, .max = 1u << 16, .help = "Prompts in a request." },
     { .key = "max-stops", .type = OPTION_U32, AT(limits.max_stops), .initial = "16",

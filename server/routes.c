@@ -3,6 +3,7 @@
 #include "engine/base/clock.h"
 #include "engine/base/invariant.h"
 #include "server/access.h"
+#include "server/debug_state.h"
 #include "server/key_limits.h"
 #include "server/metrics.h"
 #include "server/reply.h"
@@ -16,7 +17,8 @@
 
 enum {
     ROUTE_GET = 1, ROUTE_POST = 2, ROUTE_PUBLIC = 4, ROUTE_PREFIX = 8, ROUTE_ENGINE = 16,
-    ROUTE_PROBE = 32                 /* asked every few seconds by machines */
+    ROUTE_PROBE = 32,                /* asked every few seconds by machines */
+    ROUTE_KEYED = 64                 /* not there where there are no API keys */
 };
 
 struct route {
@@ -106,6 +108,14 @@ static void answer_metrics(struct service *sv, struct http_exchange *x)
     http_reply(x, 200, "text/plain; version=0.0.4; charset=utf-8", &body);
 }
 
+static void answer_debug_state(struct service *sv, struct http_exchange *x)
+{
+    struct strbuf body = { 0 };
+
+    debug_state_write(&body, sv);
+    http_reply(x, 200, "application/json", &body);
+}
+
 static void answer_models(struct service *sv, struct http_exchange *x)
 {
     struct strbuf body = { 0 };
@@ -188,13 +198,18 @@ static const struct route routes[] = {
     { "/ready", ROUTE_GET | ROUTE_PUBLIC | ROUTE_PROBE, answer_ready },
     { "/version", ROUTE_GET, answer_version },
     { "/metrics", ROUTE_GET | ROUTE_PROBE, answer_metrics },
+    { "/debug/state", ROUTE_GET | ROUTE_KEYED, answer_debug_state },
 };
 
-static const struct route *find_route(const char *path)
+static const struct route *find_route(const struct service *sv, const char *path)
 {
+    unsigned absent = sv->cfg->api_keys.n == 0 ? ROUTE_KEYED : 0;
+
     for (size_t i = 0; i < sizeof routes / sizeof routes[0]; i++) {
         const struct route *r = &routes[i];
         size_t n = strlen(r->path);
+        if (r->flags & absent)
+            continue;
         if ((r->flags & ROUTE_PREFIX) ? strncmp(path, r->path, n) == 0 && path[n]
                                       : strcmp(path, r->path) == 0)
             return r;
@@ -288,7 +303,7 @@ static void refuse_by_rate(struct service *sv, struct http_exchange *x, uint32_t
 static void on_head(void *arg, struct http_exchange *x)
 {
     struct service *sv = arg;
-    const struct route *r = find_route(http_path(x));
+    const struct route *r = find_route(sv, http_path(x));
     const char *method = http_method(x), *origin = http_header(x, "Origin");
     uint32_t key;
 
@@ -324,7 +339,7 @@ static void on_head(void *arg, struct http_exchange *x)
 static void on_body(void *arg, struct http_exchange *x)
 {
     struct service *sv = arg;
-    const struct route *r = find_route(http_path(x));
+    const struct route *r = find_route(sv, http_path(x));
 
     ASSERT(r);
     /* The state may have changed while the body came in. */
@@ -350,7 +365,7 @@ static void on_half_closed(void *arg, struct http_exchange *x)
 static void on_closed(void *arg, struct http_exchange *x, bool whole)
 {
     struct service *sv = arg;
-    const struct route *r = find_route(http_path(x));
+    const struct route *r = find_route(sv, http_path(x));
 
     metrics_count_http(sv->metrics, r ? r->path : "none", http_status(x),
                        (double)(clock_now_ns() - http_arrival_ns(x)) / 1e9);

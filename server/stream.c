@@ -643,3 +643,81 @@ void stream_fail_all(struct service *sv, const struct api_error *why)
         if (!s->parsing)
             fail(s, why);
 }
+
+/* ---- what somebody who looks for a fault sees */
+
+static const struct engine_sequence *find_running(const struct engine_sequence *running,
+                                                  uint32_t n, uint64_t id)
+{
+    uint32_t from = 0;
+
+    while (n > 0) {
+        uint32_t half = n / 2;
+        if (running[from + half].id < id) {
+            from += half + 1;
+            n -= half + 1;
+        } else if (running[from + half].id > id) {
+            n = half;
+        } else {
+            return &running[from + half];
+        }
+    }
+    return NULL;
+}
+
+/* What the engine says is of its last step, and may lag behind what has come home. */
+static void write_choice_state(struct strbuf *out, const struct choice *c,
+                               const struct engine_sequence *q)
+{
+    uint32_t n_output = choice_n_output(c);
+    const char *state = c->home ? "done" : q ? "running" : n_output ? "preempted" : "waiting";
+
+    strbuf_printf(out, "{\"state\":\"%s\",\"prompt_tokens\":%u,\"output_tokens\":%u,"
+                  "\"max_tokens\":%u", state, c->req.n_prompt, n_output, c->req.max_tokens);
+    if (q && !c->home)
+        strbuf_printf(out, ",\"place\":\"%s\",\"computed_tokens\":%u,\"blocks\":%u,"
+                      "\"blocks_on_device\":%u", q->place, q->n_computed, q->n_blocks,
+                      q->n_held);
+    strbuf_puts(out, "}");
+}
+
+static void write_state(struct strbuf *out, const struct stream *s, uint64_t now_ns,
+                        const struct engine_sequence *running, uint32_t n_running)
+{
+    const char *state = s->parsing ? "parsing" : !s->x ? "leaving"
+                      : s->answered ? "sending" : "working";
+
+    strbuf_printf(out, "{\"id\":\"%s\",\"state\":\"%s\",\"age_ms\":%.1f", s->id, state,
+                  (double)(now_ns - s->arrival_ns) / 1e6);
+    if (s->key)
+        strbuf_printf(out, ",\"key\":%u", s->key);
+    if (s->x) {
+        strbuf_puts(out, ",\"request_id\":");
+        api_write_string(out, http_request_id(s->x), strlen(http_request_id(s->x)));
+        strbuf_printf(out, ",\"path\":\"%s\",\"unsent_bytes\":%zu", http_path(s->x),
+                      http_stream_pending_bytes(s->x));
+    }
+    /* While it is parsed it belongs to a thread of the pool. */
+    if (!s->parsing && s->completion)
+        strbuf_printf(out, ",\"stream\":%s", s->completion->stream ? "true" : "false");
+    strbuf_puts(out, ",\"choices\":[");
+    for (uint32_t i = 0; i < s->n_submitted; i++) {
+        const struct choice *c = &s->choices[i];
+        strbuf_puts(out, i ? "," : "");
+        write_choice_state(out, c, find_running(running, n_running, c->req.id));
+    }
+    strbuf_puts(out, "]}");
+}
+
+void stream_write_states(struct strbuf *out, const struct service *sv,
+                         const struct engine_sequence *running, uint32_t n_running)
+{
+    uint64_t now_ns = clock_now_ns();
+
+    strbuf_puts(out, "[");
+    for (const struct stream *s = sv->streams; s; s = s->next) {
+        strbuf_puts(out, s->prev ? "," : "");
+        write_state(out, s, now_ns, running, n_running);
+    }
+    strbuf_puts(out, "]");
+}
