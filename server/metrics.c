@@ -212,7 +212,7 @@ static void print_buckets(struct printer *p, const char *name, const char *more,
     n += h->counts[h->n_bounds];
     strbuf_printf(p->out, PREFIX "%s_bucket{%s%s,le=\"+Inf\"} %llu\n", name, labels, more,
                   (unsigned long long)n);
-    strbuf_printf(p->out, PREFIX "%s_sum{%s%s} %.9g\n" PREFIX "%s_count{%s%s} %llu\n", name,
+    strbuf_printf(p->out, PREFIX "%s_sum{%s%s} %.17g\n" PREFIX "%s_count{%s%s} %llu\n", name,
                   labels, more, h->sum, name, labels, more, (unsigned long long)n);
 }
 

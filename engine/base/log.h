@@ -41,6 +41,7 @@ struct log_field {
     bool yes;
 };
 
+/* As log_write(), with fields; message is not a format. */
 void log_event(enum log_level level, const char *module, const char *message,
                const struct log_field *fields, size_t n_fields);
 
