@@ -20,16 +20,44 @@ static void wake(struct engine *e)
         ASSERT(errno == EAGAIN);
 }
 
+/* The request's share of the waiting room, or NULL. */
+static struct waiting_room *share_of(struct engine *e, const struct request *req)
+{
+    return req->share && e->n_shares ? &e->shares[req->share - 1] : NULL;
+}
+
+static enum status enter_room(struct engine *e, const struct request *req)
+{
+    struct waiting_room *share = share_of(e, req);
+
+    if (share && !waiting_enter(share, req->n_prompt))
+        return ST_QUOTA;
+    if (waiting_enter(&e->waiting, req->n_prompt))
+        return ST_OK;
+    if (share)
+        waiting_leave(share, req->n_prompt);
+    return ST_BUSY;
+}
+
+static void leave_room(struct engine *e, const struct request *req)
+{
+    struct waiting_room *share = share_of(e, req);
+
+    if (share)
+        waiting_leave(share, req->n_prompt);
+    waiting_leave(&e->waiting, req->n_prompt);
+}
+
 enum status engine_submit(struct engine *e, struct request *req)
 {
+    ASSERT(!e->n_shares || req->share <= e->n_shares);
     ASSERT(req->n_prompt > 0 &&
            (uint64_t)req->n_prompt + req->max_tokens <= e->max_model_len);
     if (atomic_load(&e->failed))
         return ST_DEVICE;
     if (atomic_load(&e->draining))
         return ST_SHUTDOWN;
-    if (!waiting_enter(&e->waiting, req->n_prompt))
-        return ST_BUSY;
+    TRY(enter_room(e, req));
     req->tokens_mail.kind = MSG_TOKENS;
     req->done_mail.kind = MSG_DONE;
     req->tokens_mail.req = req->done_mail.req = req;
@@ -59,24 +87,56 @@ bool engine_idle(const struct engine *e)
     return atomic_load(&e->n_inside) == 0;
 }
 
+static void load_words(uint64_t *to, const _Atomic uint64_t *from, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        to[i] = atomic_load_explicit(&from[i], memory_order_relaxed);
+}
+
+static uint32_t begin_reading(const struct published_stats *p)
+{
+    return atomic_load_explicit(&p->version, memory_order_acquire);
+}
+
+/* What was read since then belongs together. */
+static bool ended_well(const struct published_stats *p, uint32_t version)
+{
+    atomic_thread_fence(memory_order_acquire);
+    return !(version & 1) && atomic_load_explicit(&p->version, memory_order_relaxed) == version;
+}
+
 void engine_stats(const struct engine *e, struct engine_stats *out)
 {
     const struct published_stats *p = &e->published;
     uint64_t words[(sizeof *out + 7) / 8];
-    uint32_t before, after;
+    uint32_t version;
 
     do {
-        before = atomic_load_explicit(&p->version, memory_order_acquire);
-        for (size_t i = 0; i < sizeof words / sizeof words[0]; i++)
-            words[i] = atomic_load_explicit(&p->words[i], memory_order_relaxed);
-        atomic_thread_fence(memory_order_acquire);
-        after = atomic_load_explicit(&p->version, memory_order_relaxed);
-    } while (before != after || (before & 1));
+        version = begin_reading(p);
+        load_words(words, p->words, sizeof words / sizeof words[0]);
+    } while (!ended_well(p, version));
     memcpy(out, words, sizeof *out);
     /* The room is counted where one enters it. */
     out->waiting += waiting_requests(&e->waiting);
     out->waiting_tokens = waiting_tokens(&e->waiting);
     out->busy = atomic_load(&e->n_inside) > 0;
+}
+
+uint32_t engine_sequences(const struct engine *e, struct engine_sequence *out)
+{
+    const struct published_stats *p = &e->published;
+    uint64_t row[SEQUENCE_WORDS];
+    uint32_t version, n;
+
+    do {
+        version = begin_reading(p);
+        n = atomic_load_explicit(&p->n_rows, memory_order_relaxed);
+        for (uint32_t i = 0; i < n; i++) {
+            load_words(row, p->rows + (size_t)i * SEQUENCE_WORDS, SEQUENCE_WORDS);
+            memcpy(&out[i], row, sizeof out[i]);
+        }
+    } while (!ended_well(p, version));
+    return n;
 }
 
 /* ---- engine thread */
@@ -110,6 +170,42 @@ static void publish_offload(struct engine *e)
         s->hot[layer] = hot_sets_counts(r->sets, layer);
 }
 
+static void store_words(_Atomic uint64_t *to, const uint64_t *from, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        atomic_store_explicit(&to[i], from[i], memory_order_relaxed);
+}
+
+static const char *place_of(const struct sequence *q)
+{
+    static const char *const names[] = {
+        [ON_DEVICE] = "device", [LOADING] = "loading", [LOADING_INDEX] = "loading index",
+        [STREAMED] = "streamed", [OFFLOADED] = "offloaded", [RETURNING] = "returning",
+    };
+
+    return names[q->residency];
+}
+
+/* Five words for each, which a step that computes a row for each does not notice. */
+static void publish_sequences(struct engine *e)
+{
+    struct published_stats *p = &e->published;
+    uint64_t row[SEQUENCE_WORDS] = { 0 };
+    uint32_t n = 0;
+
+    for (const struct sequence *q = scheduler_oldest(e->scheduler); q; q = q->younger, n++) {
+        const struct engine_sequence s = {
+            .id = q->req->id, .place = place_of(q), .n_prompt = q->n_prompt,
+            .n_tokens = q->n_tokens, .n_computed = q->n_computed, .n_blocks = q->n_blocks,
+            .n_held = q->n_held,
+        };
+        ASSERT(n < p->max_rows);
+        memcpy(row, &s, sizeof s);
+        store_words(p->rows + (size_t)n * SEQUENCE_WORDS, row, SEQUENCE_WORDS);
+    }
+    atomic_store_explicit(&p->n_rows, n, memory_order_relaxed);
+}
+
 void engine_publish(struct engine *e)
 {
     struct engine_stats *s = &e->stats;
@@ -120,6 +216,7 @@ void engine_publish(struct engine *e)
     s->running = scheduler_running(e->scheduler);
     s->waiting = e->n_put_back;
     s->kv_blocks = kv.blocks;
+    s->kv_block_tokens = BLOCK_TOKENS;
     s->kv_blocks_pinned = kv.pinned;
     s->kv_blocks_cached = kv.cached;
     s->host_blocks = kv.host_blocks;
@@ -131,8 +228,8 @@ void engine_publish(struct engine *e)
     uint32_t version = atomic_load_explicit(&p->version, memory_order_relaxed);
     atomic_store_explicit(&p->version, version + 1, memory_order_relaxed);
     atomic_thread_fence(memory_order_release);
-    for (size_t i = 0; i < sizeof words / sizeof words[0]; i++)
-        atomic_store_explicit(&p->words[i], words[i], memory_order_relaxed);
+    store_words(p->words, words, sizeof words / sizeof words[0]);
+    publish_sequences(e);
     atomic_store_explicit(&p->version, version + 2, memory_order_release);
 }
 
@@ -149,7 +246,7 @@ static void end_sequence(struct engine *e, struct sequence *q)
     struct request *req = q->req;
 
     if (!q->was_admitted)
-        waiting_leave(&e->waiting, q->n_prompt);
+        leave_room(e, req);
     else if (q->state == SEQ_WAITING)
         e->n_put_back--;
     scheduler_remove(e->scheduler, q);
@@ -243,7 +340,7 @@ static void note_admission(struct engine *e, struct sequence *q, uint64_t now_ns
         return;
     }
     q->was_admitted = true;
-    waiting_leave(&e->waiting, q->n_prompt);
+    leave_room(e, q->req);
     q->req->admitted_ns = now_ns;
     q->req->n_cached = cached;
     e->stats.prefix_queries += q->n_prompt;
@@ -371,6 +468,19 @@ static void absorb(struct engine *e, const struct step_plan *plan, uint64_t now_
     e->stats.dense_rows += counts.dense_rows;
 }
 
+static void count_size(struct engine_stats *s, const struct step_plan *plan)
+{
+    uint32_t rows = 0;
+    int size = 0;
+
+    for (uint32_t i = 0; i < plan->n_slices; i++)
+        rows += plan->slices[i].n_tokens;
+    while (size < STEP_SIZES - 1 && rows > UINT32_C(1) << size)
+        size++;
+    s->step_sizes[size]++;
+    s->step_rows += rows;
+}
+
 static void sleep_until_woken(struct engine *e)
 {
     uint64_t count;
@@ -441,6 +551,7 @@ static void step(struct engine *e)
     }
     uint64_t now_ns = clock_now_ns();
     absorb(e, plan, now_ns);
+    count_size(&e->stats, plan);
     e->stats.steps++;
     e->stats.step_ns += now_ns - began_ns;
     e->stats.step_host_ns += now_ns - e->host_from_ns - (model_waited_ns(e->model) - waited_ns);

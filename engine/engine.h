@@ -41,6 +41,8 @@ struct engine_config {
     uint32_t max_running;   /* sequences in a step */
     uint32_t max_waiting;   /* requests in the waiting room */
     uint64_t max_waiting_tokens; /* their prompt tokens in all; one request always fits */
+    uint32_t n_shares;      /* callers that may each have a share of both and no more; request.h */
+    uint32_t share_thousandths; /* how much of both; one request always fits */
     uint32_t step_tokens;   /* token budget of a step; at least max_running + that */
     uint64_t kv_bytes;      /* KV pool with index; 0: on a GPU what the next line leaves, on
                                the CPU a quarter of its memory */
@@ -76,8 +78,9 @@ bool engine_idle(const struct engine *e);
 void engine_destroy(struct engine *e);
 
 /* Any thread; never blocks.  ST_BUSY when the waiting room is full (decided
- * now, with everything submitted so far counted), ST_SHUTDOWN while draining,
- * ST_DEVICE after the device failed.  On failure the caller still owns req. */
+ * now, with everything submitted so far counted), ST_QUOTA when the request's share of it is,
+ * ST_SHUTDOWN while draining, ST_DEVICE after the device failed.  On failure the caller still
+ * owns req. */
 enum status engine_submit(struct engine *e, struct request *req) MUST_USE;
 void engine_cancel(struct engine *e, struct request *req);
 
@@ -87,13 +90,18 @@ uint32_t engine_max_model_len(const struct engine *e);
 const char *engine_device_name(const struct engine *e);
 const struct tokenizer *engine_tokenizer(const struct engine *e); /* of the model's folder */
 
+/* Steps are counted by their size: entry i has those of more than 2^(i-1) and up to 2^i tokens. */
+enum { STEP_SIZES = 18 };
+
 /* Counters since create and gauges of this moment.  A consistent snapshot
  * published by the engine thread after each step; any thread. */
 struct engine_stats {
     uint32_t running, waiting;       /* waiting includes what is submitted but not yet seen */
     uint64_t waiting_tokens;
     uint32_t kv_blocks, kv_blocks_pinned, kv_blocks_cached;
+    uint32_t kv_block_tokens;        /* of one block */
     uint64_t steps, step_ns;         /* count and time spent in steps */
+    uint64_t step_sizes[STEP_SIZES], step_rows; /* steps by size; tokens of all of them */
     /* Of the time from each step's results (or from waking up) to the next step's: what
      * was not spent waiting for the device.  All of it on the CPU back end. */
     uint64_t step_host_ns;
@@ -112,6 +120,16 @@ struct engine_stats {
     bool busy;                       /* there is work; with last_step_ns, for the watchdog */
 };
 void engine_stats(const struct engine *e, struct engine_stats *out);
+
+/* A sequence that runs, as of the last step. */
+struct engine_sequence {
+    uint64_t id;                     /* of its request */
+    const char *place;               /* where its K and V are: "device", "offloaded", ... */
+    uint32_t n_prompt, n_tokens, n_computed;
+    uint32_t n_blocks, n_held;       /* of its context, and those that are on the device */
+};
+/* Those that run, oldest first, out of the same snapshot; room for cfg.max_running is needed. */
+uint32_t engine_sequences(const struct engine *e, struct engine_sequence *out);
 
 /* Choose index channels for a model from a text (select.h) and write them into
  * its folder; cfg names the model and the device.  Tokens beyond what cfg allows

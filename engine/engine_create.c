@@ -436,6 +436,20 @@ static enum status carve_memory(struct engine *e, const struct engine_config *cf
     return ST_OK;
 }
 
+/* At least one request, or a share would be none. */
+static void make_shares(struct engine *e, const struct engine_config *cfg)
+{
+    uint64_t requests = (uint64_t)cfg->max_waiting * cfg->share_thousandths / 1000;
+
+    e->n_shares = cfg->n_shares;
+    e->shares = mem_calloc(e->n_shares, sizeof *e->shares);
+    for (uint32_t i = 0; i < e->n_shares; i++) {
+        e->shares[i].max_requests = requests ? (uint32_t)requests : 1;
+        e->shares[i].max_tokens = cfg->max_waiting_tokens / 1000 * cfg->share_thousandths +
+                                  cfg->max_waiting_tokens % 1000 * cfg->share_thousandths / 1000;
+    }
+}
+
 static enum status engine_load(struct engine *e, const struct engine_config *cfg,
                                struct error *err)
 {
@@ -448,6 +462,9 @@ static enum status engine_load(struct engine *e, const struct engine_config *cfg
     e->scheduler = scheduler_create(cfg->max_running);
     e->waiting.max_requests = cfg->max_waiting;
     e->waiting.max_tokens = cfg->max_waiting_tokens;
+    e->published.max_rows = cfg->max_running;
+    e->published.rows = mem_calloc(cfg->max_running, SEQUENCE_WORDS * sizeof(uint64_t));
+    make_shares(e, cfg);
     e->check_invariants = cfg->check_invariants;
     return ST_OK;
 }
@@ -500,6 +517,8 @@ void engine_destroy(struct engine *e)
     backend_close(e->be);
     mailbox_destroy(e->inbox);
     mem_free(e->channels);
+    mem_free(e->shares);
+    mem_free(e->published.rows);
     mem_free(e->step.packed);
     close(e->wake_fd);
     mem_free(e);

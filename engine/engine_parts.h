@@ -17,11 +17,16 @@
 /* The engine's inside, shared by engine.c (the thread) and engine_create.c
  * (loading).  Private to these two. */
 
+enum { SEQUENCE_WORDS = (sizeof(struct engine_sequence) + 7) / 8 };
+
 /* A snapshot that one thread writes and any may read without a lock: an odd
  * version means that a write is under way. */
 struct published_stats {
     _Atomic uint32_t version;
     _Atomic uint64_t words[(sizeof(struct engine_stats) + 7) / 8];
+    uint32_t max_rows;
+    _Atomic uint32_t n_rows;
+    _Atomic uint64_t *rows;              /* [max_rows][SEQUENCE_WORDS], running sequences */
 };
 
 struct engine {
@@ -41,6 +46,8 @@ struct engine {
     struct mailbox *inbox;               /* requests, by their done_mail */
     int wake_fd;                         /* eventfd */
     struct waiting_room waiting;
+    struct waiting_room *shares;         /* [n_shares] of it */
+    uint32_t n_shares;
     atomic_uint n_inside;                /* accepted and not yet sent home */
     atomic_uint n_cancels;               /* engine_cancel() calls */
     atomic_bool draining, stopping, failed;

@@ -75,7 +75,7 @@ def main():
         first, gap, said, metrics = measure(args, options, prompt)
         rows.append((first, said))
         print(f"{name:>9}: {args.prompt} tokens, first token after {first:.2f} s, then one every "
-              f"{gap * 1000:.2f} ms; {metrics.get('host_kv_stored_bytes_total', 0) / 1e9:.1f} GB "
+              f"{gap * 1000:.2f} ms; {metrics.get('kv_offload_store_bytes_total', 0) / 1e9:.1f} GB "
               f"stored", flush=True)
     same = rows[0][1] == rows[1][1]
     print(f"{rows[1][0] / rows[0][0]:.2f} times as long; texts and logprobs "

@@ -50,7 +50,7 @@ def measure(args, options, seed):
                                    args.seconds, logit_bias={str(word): 100})[0]
         with ThreadPoolExecutor(args.streams) as pool:
             streams = list(pool.map(one, range(args.streams)))
-        stored = server.metrics().get("host_kv_stored_bytes_total", 0)
+        stored = server.metrics().get("kv_offload_store_bytes_total", 0)
     finally:
         server.stop()
     return first[0], percentile(all_decode(streams), 0.5), stored

@@ -14,10 +14,9 @@ static bool same_secret(const char *key, const char *given, size_t n_given)
     return difference == 0;
 }
 
-bool access_key_ok(const struct config_list *keys, const char *header)
+bool access_key_ok(const struct config_list *keys, const char *header, uint32_t *key)
 {
-    bool ok = false;
-
+    *key = 0;
     if (keys->n == 0)
         return true;
     if (!header || strncasecmp(header, "Bearer ", 7) != 0)
@@ -29,8 +28,9 @@ bool access_key_ok(const struct config_list *keys, const char *header)
     while (n > 0 && header[n - 1] == ' ')
         n--;
     for (int i = 0; i < keys->n; i++)
-        ok = same_secret(keys->items[i], header, n) || ok;
-    return ok && n > 0;
+        if (same_secret(keys->items[i], header, n) && n > 0)
+            *key = (uint32_t)i + 1;
+    return *key > 0;
 }
 
 bool access_origin_ok(const struct config_list *allowed, const char *origin)

@@ -4,6 +4,7 @@
 #include "server/config.h"
 
 #include <stdbool.h>
+#include <stdint.h>
 
 /* Who may ask.  Pure.
  *
@@ -13,8 +14,9 @@
  * are not browsers send none. */
 
 /* header: the value of Authorization, or NULL.  No keys: everybody may.  The
- * time it takes tells nothing about the keys but their number and lengths. */
-bool access_key_ok(const struct config_list *keys, const char *header);
+ * time it takes tells nothing about the keys but their number and lengths.  *key: which of them
+ * it is, from 1; 0: none. */
+bool access_key_ok(const struct config_list *keys, const char *header, uint32_t *key);
 
 /* origin: the value of Origin, or NULL. */
 bool access_origin_ok(const struct config_list *allowed, const char *origin);

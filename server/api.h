@@ -31,6 +31,7 @@ struct api_error {
     int http;                /* 400, 404, ... */
     const char *type;        /* "invalid_request_error", ...: static strings */
     const char *code;        /* "context_length_exceeded", ..., or NULL */
+    uint32_t retry_after_s;  /* of 429 and 503; 0: a few */
     char param[64];          /* "" is null */
     char message[400];
 };

@@ -345,6 +345,26 @@ static void name_after_folder(struct config *c)
     free(real);
 }
 
+/* Limits of each key.  A request's choices enter the waiting room together, so more than a share
+ * holds could never be let in. */
+static enum status complete_shares(struct config *c, struct error *err)
+{
+    struct engine_config *e = &c->engine;
+    uint64_t room = e->max_waiting;
+
+    if (c->api_keys.n == 0 && (c->key_requests_per_minute || e->share_thousandths < 1000))
+        return error_set(err, ST_INVALID, "%s needs an api-key",
+                         c->key_requests_per_minute ? "key-requests-per-minute"
+                                                    : "key-waiting-share");
+    if (e->share_thousandths < 1000) {
+        e->n_shares = (uint32_t)c->api_keys.n;
+        room = room * e->share_thousandths / 1000;
+    }
+    if (c->limits.max_choices > room)
+        c->limits.max_choices = room ? (uint32_t)room : 1;
+    return ST_OK;
+}
+
 /* What can only be judged with everything read. */
 static enum status complete(struct config *c, struct error *err)
 {
@@ -372,9 +392,7 @@ static enum status complete(struct config *c, struct error *err)
                          c->host);
     if (c->model_names.n == 0)
         name_after_folder(c);
-    if (c->limits.max_choices > e->max_waiting)
-        c->limits.max_choices = e->max_waiting;
-    return ST_OK;
+    return complete_shares(c, err);
 }
 
 enum status config_read(struct config *out, int argc, char **argv, char **env,

@@ -51,6 +51,8 @@ struct config {
     uint32_t port;               /* 0: any free one */
     struct config_list api_keys; /* api-key and the lines of api-key-file */
     char *api_key_file;
+    uint32_t key_requests_per_minute;   /* of each key; 0: any number */
+    bool cache_per_key;
     bool insecure_no_key;               /* allowed to listen beyond loopback without a key */
     bool metrics_public;                /* /metrics without a key */
     struct config_list allowed_origins; /* of pages in browsers; another gets 403; "*" all */
@@ -64,6 +66,7 @@ struct config {
 
     struct api_limits limits; /* all but max_model_len: engine_max_model_len() */
     enum log_level log_level;
+    enum log_format log_format;
 };
 
 /* argv and environ as main has them.  HELP and VERSION win over everything

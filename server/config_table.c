@@ -126,6 +126,17 @@ static const struct option table[] = {
               "machine can read a command line: prefer api-key-file or the environment." },
     { .key = "api-key-file", .type = OPTION_TEXT, AT(api_key_file), .initial = "none",
       .help = "File with more keys, one a line; lines that begin with # are skipped." },
+    { .key = "key-requests-per-minute", .type = OPTION_U32, AT(key_requests_per_minute),
+      .initial = "0", .max = MILLION,
+      .help = "Requests with a body that each API key may make in a minute, at once or one by "
+              "one; beyond it 429, with the time to wait in Retry-After. 0: any number." },
+    { .key = "key-waiting-share", .type = OPTION_SHARE, AT(engine.share_thousandths),
+      .initial = "1.0", .min = 1, .max = 1000,
+      .help = "Share of max-waiting and of max-waiting-tokens that each API key may take; "
+              "beyond it its requests are answered with 429." },
+    { .key = "cache-per-key", .type = OPTION_BOOL, AT(cache_per_key), .initial = "yes",
+      .help = "Let each API key find only what itself left in the prefix cache: how fast an "
+              "answer begins then tells nothing about what others asked." },
     { .key = "insecure-no-key", .type = OPTION_BOOL, AT(insecure_no_key), .initial = "no",
       .help = "Allow to listen beyond loopback without any key." },
     { .key = "metrics-public", .type = OPTION_BOOL, AT(metrics_public), .initial = "no",
@@ -155,7 +166,8 @@ static const struct option table[] = {
     { .group = "Limits of one request",
       .key = "max-choices", .type = OPTION_U32, AT(limits.max_choices), .initial = "128",
       .min = 1, .max = 1u << 16,
-      .help = "Prompts times n or best_of, whichever is larger. Never more than max-waiting." },
+      .help = "Prompts times n or best_of, whichever is larger. Never more than max-waiting, "
+              "or a key's share of it." },
     { .key = "max-prompts", .type = OPTION_U32, AT(limits.max_prompts), .initial = "128",
       .min = 1, .max = 1u << 16, .help = "Prompts in a request." },
     { .key = "max-stops", .type = OPTION_U32, AT(limits.max_stops), .initial = "16",
@@ -180,6 +192,9 @@ static const struct option table[] = {
     { .group = "Operation",
       .key = "log-level", .type = OPTION_CHOICE, AT(log_level), .initial = "info",
       .choices = "error|warn|info|debug", .help = "What is logged to standard error." },
+    { .key = "log-format", .type = OPTION_CHOICE, AT(log_format), .initial = "text",
+      .choices = "text|json",
+      .help = "How. text: lines for people; json: one JSON object a line." },
     { .key = "drain-timeout", .type = OPTION_MS, AT(drain_timeout_ms), .initial = "30s",
       .max = 24 * (uint64_t)HOUR_MS,
       .help = "After SIGTERM: time for accepted requests to finish before they are "

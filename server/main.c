@@ -46,6 +46,7 @@ int main(int argc, char **argv)
         return code;
     }
     log_set_level(cfg.log_level);
+    log_set_format(cfg.log_format);
     switch (cfg.action) {
     case CONFIG_HELP:      code = print(make_help, &cfg); break;
     case CONFIG_CHECK:     code = print(config_print, &cfg); break;

@@ -6,11 +6,12 @@
 #include "engine/run/request.h"
 
 #include <stddef.h>
+#include <stdio.h>
 #include <string.h>
 
 #define PREFIX "asynctlsd:"
 
-enum { MAX_BUCKETS = 24, MAX_HTTP = 256 };
+enum { MAX_BUCKETS = 24, MAX_HTTP = 256, MAX_ROUTES = 32 };
 
 static const double ttft_bounds[] = { 0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1,
                                       0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160,
@@ -40,6 +41,8 @@ struct histogram {
     X(request_inference_time_seconds, request_bounds, "Admission to the last token.")         \
     X(request_prefill_time_seconds, request_bounds, "Admission to the first token.")          \
     X(request_decode_time_seconds, request_bounds, "First token to the last.")                \
+    X(request_time_per_output_token_seconds, itl_bounds,                                      \
+      "Decode time by the tokens after the first, of a choice.")                              \
     X(request_prompt_tokens, token_bounds, "Prompt tokens of a choice.")                      \
     X(request_generation_tokens, token_bounds, "Output tokens of a choice.")                  \
     X(request_params_n, n_bounds, "n of a request.")                                          \
@@ -59,8 +62,15 @@ struct http_count {
     uint64_t n;
 };
 
+struct http_route {
+    const char *route;
+    struct histogram duration;
+};
+
 struct metrics {
     struct histogram histograms[N_HISTOGRAMS];
+    struct http_route routes[MAX_ROUTES];
+    int n_routes;
     struct http_count http[MAX_HTTP];
     int n_http;
 };
@@ -83,9 +93,8 @@ void metrics_destroy(struct metrics *m)
     mem_free(m);
 }
 
-static void observe(struct metrics *m, enum histogram_id id, double value, uint64_t times)
+static void histogram_add(struct histogram *h, double value, uint64_t times)
 {
-    struct histogram *h = &m->histograms[id];
     int i = 0;
 
     while (i < h->n_bounds && value > h->bounds[i])
@@ -94,14 +103,35 @@ static void observe(struct metrics *m, enum histogram_id id, double value, uint6
     h->sum += value * (double)times;
 }
 
+static void observe(struct metrics *m, enum histogram_id id, double value, uint64_t times)
+{
+    histogram_add(&m->histograms[id], value, times);
+}
+
 static void observe_interval(struct metrics *m, enum histogram_id id, uint64_t from, uint64_t to)
 {
     if (from && to)
         observe(m, id, to > from ? (double)(to - from) / 1e9 : 0, 1);
 }
 
-void metrics_count_http(struct metrics *m, const char *route, int code)
+static struct histogram *duration_of(struct metrics *m, const char *route)
 {
+    int i = 0;
+
+    while (i < m->n_routes && strcmp(m->routes[i].route, route) != 0)
+        i++;
+    if (i == m->n_routes) {
+        ASSERT(m->n_routes < MAX_ROUTES);
+        m->routes[m->n_routes++] = (struct http_route){
+            route, { .bounds = request_bounds,
+                     .n_bounds = (int)(sizeof request_bounds / sizeof request_bounds[0]) } };
+    }
+    return &m->routes[i].duration;
+}
+
+void metrics_count_http(struct metrics *m, const char *route, int code, double seconds)
+{
+    histogram_add(duration_of(m, route), seconds, 1);
     for (int i = 0; i < m->n_http; i++)
         if (m->http[i].code == code && strcmp(m->http[i].route, route) == 0) {
             m->http[i].n++;
@@ -130,6 +160,8 @@ void metrics_note_params(struct metrics *m, uint32_t n, uint32_t max_tokens)
 
 void metrics_note_done(struct metrics *m, const struct request *r, uint64_t submitted_ns)
 {
+    uint32_t n_output = atomic_load(&r->n_output);
+
     observe_interval(m, H_request_queue_time_seconds, submitted_ns, r->admitted_ns);
     observe_interval(m, H_request_prefill_time_seconds, r->admitted_ns, r->first_token_ns);
     if (r->finish != FINISH_STOP && r->finish != FINISH_LENGTH)
@@ -138,7 +170,10 @@ void metrics_note_done(struct metrics *m, const struct request *r, uint64_t subm
     observe_interval(m, H_request_inference_time_seconds, r->admitted_ns, r->last_token_ns);
     observe_interval(m, H_request_decode_time_seconds, r->first_token_ns, r->last_token_ns);
     observe(m, H_request_prompt_tokens, r->n_prompt, 1);
-    observe(m, H_request_generation_tokens, atomic_load(&r->n_output), 1);
+    observe(m, H_request_generation_tokens, n_output, 1);
+    if (n_output > 1)
+        observe(m, H_request_time_per_output_token_seconds,
+                (double)(r->last_token_ns - r->first_token_ns) / 1e9 / (n_output - 1), 1);
     observe(m, H_request_num_preemptions, r->n_preempted, 1);
 }
 
@@ -162,22 +197,56 @@ static void print_one(struct printer *p, const char *name, const char *type, con
     strbuf_printf(p->out, PREFIX "%s{%s} %.17g\n", name, p->labels.data, value);
 }
 
-static void print_histogram(struct printer *p, const char *name, const char *help,
-                            const struct histogram *h)
+/* The samples of one histogram; more: further labels, each after a comma. */
+static void print_buckets(struct printer *p, const char *name, const char *more,
+                          const struct histogram *h)
 {
+    const char *labels = p->labels.data;
     uint64_t n = 0;
 
-    print_head(p, name, "histogram", help);
     for (int i = 0; i < h->n_bounds; i++) {
         n += h->counts[i];
-        strbuf_printf(p->out, PREFIX "%s_bucket{%s,le=\"%g\"} %llu\n", name, p->labels.data,
+        strbuf_printf(p->out, PREFIX "%s_bucket{%s%s,le=\"%g\"} %llu\n", name, labels, more,
                       h->bounds[i], (unsigned long long)n);
     }
     n += h->counts[h->n_bounds];
-    strbuf_printf(p->out, PREFIX "%s_bucket{%s,le=\"+Inf\"} %llu\n", name, p->labels.data,
+    strbuf_printf(p->out, PREFIX "%s_bucket{%s%s,le=\"+Inf\"} %llu\n", name, labels, more,
                   (unsigned long long)n);
-    strbuf_printf(p->out, PREFIX "%s_sum{%s} %.9g\n" PREFIX "%s_count{%s} %llu\n", name,
-                  p->labels.data, h->sum, name, p->labels.data, (unsigned long long)n);
+    strbuf_printf(p->out, PREFIX "%s_sum{%s%s} %.17g\n" PREFIX "%s_count{%s%s} %llu\n", name,
+                  labels, more, h->sum, name, labels, more, (unsigned long long)n);
+}
+
+static void print_histogram(struct printer *p, const char *name, const char *help,
+                            const struct histogram *h)
+{
+    print_head(p, name, "histogram", help);
+    print_buckets(p, name, "", h);
+}
+
+static void print_durations(struct printer *p, const struct metrics *m)
+{
+    char more[64];
+
+    print_head(p, "http_request_duration_seconds", "histogram",
+               "End of an exchange's headers to the end of its answer.");
+    for (int i = 0; i < m->n_routes; i++) {
+        snprintf(more, sizeof more, ",route=\"%s\"", m->routes[i].route);
+        print_buckets(p, "http_request_duration_seconds", more, &m->routes[i].duration);
+    }
+}
+
+/* The engine's own count of its steps by size. */
+static void print_step_sizes(struct printer *p, const struct engine_stats *s)
+{
+    double bounds[STEP_SIZES];
+    struct histogram h = { .bounds = bounds, .n_bounds = STEP_SIZES, .sum = (double)s->step_rows };
+    _Static_assert((int)STEP_SIZES <= (int)MAX_BUCKETS, "too many buckets");
+
+    for (int i = 0; i < STEP_SIZES; i++) {
+        bounds[i] = (double)(UINT64_C(1) << i);
+        h.counts[i] = s->step_sizes[i];
+    }
+    print_histogram(p, "iteration_tokens_total", "Tokens computed in a step.", &h);
 }
 
 static void print_finished(struct printer *p, const struct engine_stats *s)
@@ -229,6 +298,9 @@ static void print_host_tier(struct printer *p, const struct engine_stats *s, int
           s->host_blocks_used },
         { "host_kv_blocks_cached", "gauge", "Those of them kept for reuse.",
           s->host_blocks_cached },
+        { "kv_offload_cpu_cache_usage_perc", "gauge",
+          "Share of the host tier with blocks of running choices; 1 is all of it.",
+          s->host_blocks_used / (double)(s->host_blocks ? s->host_blocks : 1) },
         { "num_requests_offloaded", "gauge", "Running choices that decode out of the host tier.",
           s->offloaded },
         { "num_requests_streamed", "gauge", "Running choices too long for the KV pool.",
@@ -237,9 +309,9 @@ static void print_host_tier(struct printer *p, const struct engine_stats *s, int
           s->loading },
         { "offloads_total", "counter", "Choices that left the device.", (double)s->n_offloads },
         { "offload_returns_total", "counter", "Choices that came back.", (double)s->n_returns },
-        { "host_kv_stored_bytes_total", "counter", "Bytes copied from the device to the host tier.",
-          (double)s->bytes_stored },
-        { "host_kv_loaded_bytes_total", "counter",
+        { "kv_offload_store_bytes_total", "counter",
+          "Bytes copied from the device to the host tier.", (double)s->bytes_stored },
+        { "kv_offload_load_bytes_total", "counter",
           "Bytes of blocks copied from the host tier to the device.", (double)s->bytes_loaded },
         { "host_kv_load_wait_seconds_total", "counter",
           "Time from asking for a block to its arrival, of all blocks.",
@@ -291,6 +363,17 @@ static void print_engine(struct printer *p, const struct engine_stats *s)
     for (size_t i = 0; i < sizeof rows / sizeof rows[0]; i++)
         print_one(p, rows[i].name, rows[i].type, rows[i].help, rows[i].value);
     print_finished(p, s);
+    print_step_sizes(p, s);
+}
+
+/* Constants that others look up by these names to know how full num_gpu_blocks can be. */
+static void print_cache_config(struct printer *p, const struct metrics_view *v)
+{
+    print_head(p, "cache_config_info", "gauge", "Always 1; the labels tell.");
+    strbuf_printf(p->out, PREFIX "cache_config_info{%s,block_size=\"%u\",num_gpu_blocks=\"%u\","
+                  "enable_prefix_caching=\"%s\"} 1\n", p->labels.data,
+                  v->stats->kv_block_tokens, v->stats->kv_blocks,
+                  v->prefix_cache ? "True" : "False");
 }
 
 static void add_label_value(struct strbuf *out, const char *s)
@@ -312,8 +395,10 @@ void metrics_print(const struct metrics *m, struct strbuf *out, const struct met
     strbuf_puts(&p.labels, "model_name=\"");
     add_label_value(&p.labels, v->model_name);
     strbuf_puts(&p.labels, "\"");
-    if (v->stats)
+    if (v->stats) {
         print_engine(&p, v->stats);
+        print_cache_config(&p, v);
+    }
     if (v->stats && v->stats->host_tier)
         print_host_tier(&p, v->stats, v->layers);
     print_one(&p, "requests_open", "gauge", "Completions whose answer is not finished.",
@@ -325,6 +410,7 @@ void metrics_print(const struct metrics *m, struct strbuf *out, const struct met
                   v->version);
     add_label_value(out, v->device);
     strbuf_puts(out, "\"} 1\n");
+    print_durations(&p, m);
     print_head(&p, "http_requests_total", "counter", "HTTP exchanges; code 0: no answer given.");
     for (int i = 0; i < m->n_http; i++)
         strbuf_printf(out, PREFIX "http_requests_total{%s,route=\"%s\",code=\"%d\"} %llu\n",

@@ -20,6 +20,7 @@ struct request;
  *   decode                first token .. last token
  *   inference             admitted .. last token
  *   end to end            arrival .. last token
+ *   time per token        decode, by the tokens after the first
  *
  * Loop thread only.  Counters of the engine come from its own snapshot. */
 
@@ -28,8 +29,8 @@ struct metrics;
 struct metrics *metrics_create(void);
 void metrics_destroy(struct metrics *m);       /* NULL is fine */
 
-/* One HTTP exchange has ended.  route: a static string. */
-void metrics_count_http(struct metrics *m, const char *route, int code);
+/* One HTTP exchange has ended, seconds after its headers.  route: a static string. */
+void metrics_count_http(struct metrics *m, const char *route, int code, double seconds);
 
 /* The first token of a choice is here; observed at once, not at the end. */
 void metrics_note_first_token(struct metrics *m, uint64_t arrival_ns, uint64_t now_ns);
@@ -45,6 +46,7 @@ struct metrics_view {
     const char *model_name;
     const struct engine_stats *stats;          /* NULL: no engine yet */
     int layers;                                /* of its model */
+    bool prefix_cache;                         /* is on */
     uint32_t parsing;                          /* requests on their way to the engine */
     int streams;                               /* completions that are not finished */
     const char *version, *device;

@@ -17,6 +17,10 @@ static const struct row {
                          "The engine has work but makes no progress." },
     [REFUSE_QUEUE_FULL] = { 429, "rate_limit_error", "rate_limit_exceeded",
                             "The waiting room is full; try again later." },
+    [REFUSE_SHARE] = { 429, "rate_limit_error", "key_queue_full",
+                       "This key's share of the waiting room is full; try again later." },
+    [REFUSE_RATE] = { 429, "rate_limit_error", "rate_limit_exceeded",
+                      "This key has made all its requests for now; see Retry-After." },
     [REFUSE_KEY] = { 401, "authentication_error", "invalid_api_key",
                      "The API key is missing or wrong. Send it as 'Authorization: Bearer KEY'." },
     [REFUSE_ORIGIN] = { 403, "permission_error", "origin_not_allowed",
@@ -44,8 +48,13 @@ void reply_api_error(struct http_exchange *x, const struct api_error *err)
 {
     struct strbuf body = { 0 };
 
-    if (err->http == 429 || err->http == 503)
-        http_add_header(x, "Retry-After", err->http == 429 ? "2" : "5");
+    uint32_t usual_s = err->http == 429 ? 2 : err->http == 503 ? 5 : 0;
+    char seconds[16];
+
+    if (usual_s) {
+        snprintf(seconds, sizeof seconds, "%u", err->retry_after_s ? err->retry_after_s : usual_s);
+        http_add_header(x, "Retry-After", seconds);
+    }
     /* Clients repeat what fails with 5xx; after a device failure that would
      * run everything three times. */
     if (err->http == 500)

@@ -1,10 +1,13 @@
 #include "server/routes.h"
 
+#include "engine/base/clock.h"
 #include "engine/base/invariant.h"
-#include "engine/base/log.h"
 #include "server/access.h"
+#include "server/debug_state.h"
+#include "server/key_limits.h"
 #include "server/metrics.h"
 #include "server/reply.h"
+#include "server/request_log.h"
 #include "server/service.h"
 #include "server/stream.h"
 
@@ -12,7 +15,11 @@
 #include <string.h>
 #include <strings.h>
 
-enum { ROUTE_GET = 1, ROUTE_POST = 2, ROUTE_PUBLIC = 4, ROUTE_PREFIX = 8, ROUTE_ENGINE = 16 };
+enum {
+    ROUTE_GET = 1, ROUTE_POST = 2, ROUTE_PUBLIC = 4, ROUTE_PREFIX = 8, ROUTE_ENGINE = 16,
+    ROUTE_PROBE = 32,                /* asked every few seconds by machines */
+    ROUTE_KEYED = 64                 /* not there where there are no API keys */
+};
 
 struct route {
     const char *path;
@@ -95,9 +102,18 @@ static void answer_metrics(struct service *sv, struct http_exchange *x)
         engine_stats(sv->engine, &stats);
         view.stats = &stats;
         view.layers = engine_model(sv->engine)->layers;
+        view.prefix_cache = sv->cfg->engine.prefix_cache;
     }
     metrics_print(sv->metrics, &body, &view);
     http_reply(x, 200, "text/plain; version=0.0.4; charset=utf-8", &body);
+}
+
+static void answer_debug_state(struct service *sv, struct http_exchange *x)
+{
+    struct strbuf body = { 0 };
+
+    debug_state_write(&body, sv);
+    http_reply(x, 200, "application/json", &body);
 }
 
 static void answer_models(struct service *sv, struct http_exchange *x)
@@ -178,17 +194,22 @@ static const struct route routes[] = {
     { "/detokenize", ROUTE_POST | ROUTE_ENGINE, answer_detokenize },
     { "/v1/models", ROUTE_GET | ROUTE_ENGINE, answer_models },
     { "/v1/models/", ROUTE_GET | ROUTE_ENGINE | ROUTE_PREFIX, answer_model },
-    { "/health", ROUTE_GET | ROUTE_PUBLIC, answer_health },
-    { "/ready", ROUTE_GET | ROUTE_PUBLIC, answer_ready },
+    { "/health", ROUTE_GET | ROUTE_PUBLIC | ROUTE_PROBE, answer_health },
+    { "/ready", ROUTE_GET | ROUTE_PUBLIC | ROUTE_PROBE, answer_ready },
     { "/version", ROUTE_GET, answer_version },
-    { "/metrics", ROUTE_GET, answer_metrics },
+    { "/metrics", ROUTE_GET | ROUTE_PROBE, answer_metrics },
+    { "/debug/state", ROUTE_GET | ROUTE_KEYED, answer_debug_state },
 };
 
-static const struct route *find_route(const char *path)
+static const struct route *find_route(const struct service *sv, const char *path)
 {
+    unsigned absent = sv->cfg->api_keys.n == 0 ? ROUTE_KEYED : 0;
+
     for (size_t i = 0; i < sizeof routes / sizeof routes[0]; i++) {
         const struct route *r = &routes[i];
         size_t n = strlen(r->path);
+        if (r->flags & absent)
+            continue;
         if ((r->flags & ROUTE_PREFIX) ? strncmp(path, r->path, n) == 0 && path[n]
                                       : strcmp(path, r->path) == 0)
             return r;
@@ -266,11 +287,25 @@ static bool refuse_by_state(struct service *sv, struct http_exchange *x)
     }
 }
 
+/* Before the body, which then need not be sent. */
+static void refuse_by_rate(struct service *sv, struct http_exchange *x, uint32_t key)
+{
+    struct api_error err;
+    uint32_t wait_s = key_limits_take_request(sv->key_limits, key, clock_now_ns());
+
+    if (!wait_s)
+        return;
+    refusal_error(&err, REFUSE_RATE, NULL);
+    err.retry_after_s = wait_s;
+    reply_api_error(x, &err);
+}
+
 static void on_head(void *arg, struct http_exchange *x)
 {
     struct service *sv = arg;
-    const struct route *r = find_route(http_path(x));
+    const struct route *r = find_route(sv, http_path(x));
     const char *method = http_method(x), *origin = http_header(x, "Origin");
+    uint32_t key;
 
     if (!access_origin_ok(&sv->cfg->allowed_origins, origin)) {
         reply_refusal(x, REFUSE_ORIGIN);
@@ -283,8 +318,8 @@ static void on_head(void *arg, struct http_exchange *x)
         answer_preflight(x);
         return;
     }
-    if (!is_public(sv, r) &&
-        !access_key_ok(&sv->cfg->api_keys, http_header(x, "Authorization"))) {
+    if (!access_key_ok(&sv->cfg->api_keys, http_header(x, "Authorization"), &key) &&
+        !is_public(sv, r)) {
         reply_refusal(x, REFUSE_KEY);
         return;
     }
@@ -295,15 +330,16 @@ static void on_head(void *arg, struct http_exchange *x)
         reply_refusal(x, REFUSE_METHOD);
     } else if ((r->flags & ROUTE_POST) && !media_type_fits(http_header(x, "Content-Type"))) {
         reply_refusal(x, REFUSE_MEDIA_TYPE);
-    } else if (r->flags & ROUTE_ENGINE) {
-        refuse_by_state(sv, x);
+    } else if ((r->flags & ROUTE_ENGINE) && !refuse_by_state(sv, x)) {
+        if (r->flags & ROUTE_POST)
+            refuse_by_rate(sv, x, key);
     }
 }
 
 static void on_body(void *arg, struct http_exchange *x)
 {
     struct service *sv = arg;
-    const struct route *r = find_route(http_path(x));
+    const struct route *r = find_route(sv, http_path(x));
 
     ASSERT(r);
     /* The state may have changed while the body came in. */
@@ -329,17 +365,17 @@ static void on_half_closed(void *arg, struct http_exchange *x)
 static void on_closed(void *arg, struct http_exchange *x, bool whole)
 {
     struct service *sv = arg;
-    const struct route *r = find_route(http_path(x));
+    const struct route *r = find_route(sv, http_path(x));
 
-    metrics_count_http(sv->metrics, r ? r->path : "none", http_status(x));
+    metrics_count_http(sv->metrics, r ? r->path : "none", http_status(x),
+                       (double)(clock_now_ns() - http_arrival_ns(x)) / 1e9);
     if (http_owner(x))
         stream_closed(http_owner(x), whole);
-    else if (http_status(x) >= 400)
-        log_info("http", "%s %s %s %d%s", http_request_id(x), http_method(x),
-                 r ? r->path : "(no route)", http_status(x), whole ? "" : " disconnected");
     else
-        log_debug("http", "%s %s %s %d", http_request_id(x), http_method(x),
-                  r ? r->path : "(no route)", http_status(x));
+        request_log(&(struct request_record){
+            .id = http_request_id(x), .method = http_method(x), .path = r ? r->path : "none",
+            .status = http_status(x), .disconnected = !whole, .arrival_ns = http_arrival_ns(x),
+            .probe = r && (r->flags & ROUTE_PROBE) });
     service_note_end(sv);
 }
 

@@ -6,6 +6,7 @@
 #include "engine/base/mem.h"
 #include "server/chat_format.h"
 #include "server/grammar_cache.h"
+#include "server/key_limits.h"
 #include "server/listen.h"
 #include "server/metrics.h"
 #include "server/reply.h"
@@ -328,6 +329,7 @@ static void stop(struct service *sv)
     mailbox_destroy(sv->mailbox);
     metrics_destroy(sv->metrics);
     grammar_cache_destroy(sv->api.grammars);
+    key_limits_destroy(sv->key_limits);
 }
 
 int service_run(const struct config *cfg)
@@ -340,6 +342,8 @@ int service_run(const struct config *cfg)
     sv->cfg = cfg;
     sv->created = (int64_t)time(NULL);
     sv->metrics = metrics_create();
+    sv->key_limits = key_limits_create((uint32_t)cfg->api_keys.n, cfg->key_requests_per_minute,
+                                       cfg->cache_per_key);
     sv->api = (struct api_context){ .model_names = (const char *const *)cfg->model_names.items,
                                     .n_model_names = cfg->model_names.n, .limits = cfg->limits };
     sv->api.grammars = grammar_cache_create();

@@ -50,6 +50,7 @@ struct service {
 
     struct http_server *http;
     struct metrics *metrics;
+    struct key_limits *key_limits;
     struct mailbox *mailbox;
     struct engine *engine;           /* NULL while LOADING */
     struct api_context api;          /* constant from READY on; read by pool threads */

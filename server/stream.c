@@ -2,12 +2,14 @@
 
 #include "engine/base/clock.h"
 #include "engine/base/invariant.h"
-#include "engine/base/log.h"
 #include "engine/base/mem.h"
+#include "server/access.h"
 #include "server/choice.h"
+#include "server/key_limits.h"
 #include "server/metrics.h"
 #include "server/reply.h"
 #include "server/request_head.h"
+#include "server/request_log.h"
 #include "server/service.h"
 
 #include <stdio.h>
@@ -32,6 +34,7 @@ struct stream {
     struct http_exchange *x;         /* NULL once the client is gone */
     struct stream *prev, *next;      /* sv->streams */
     uint64_t arrival_ns;
+    uint32_t key;                    /* the client's, from 1; 0: there are none */
 
     bool parsing;                    /* with the pool: work, body, completion, error */
     uv_work_t work;
@@ -200,7 +203,7 @@ static bool failed(struct stream *s)
             return true;
         }
         if (r->finish == FINISH_ERROR) {
-            log_error("stream", "%s: %s", http_request_id(s->x), r->error.text);
+            request_log_error(http_request_id(s->x), r->error.text);
             fail_with(s, r->error.code == ST_DEVICE ? REFUSE_FAILED : REFUSE_ENGINE, NULL);
             return true;
         }
@@ -344,6 +347,8 @@ static void make_choices(struct stream *s)
             r->group = group;
             r->seed = mix_seed(base, i);
             r->arrival_ns = s->arrival_ns;
+            r->share = s->key;
+            r->cache_salt = key_limits_salt(sv->key_limits, s->key, r->cache_salt);
             r->owner = s;
         }
     }
@@ -353,6 +358,7 @@ static void refuse_submit(struct stream *s, enum status status)
 {
     switch (status) {
     case ST_BUSY:     fail_with(s, REFUSE_QUEUE_FULL, NULL); break;
+    case ST_QUOTA:    fail_with(s, REFUSE_SHARE, NULL); break;
     case ST_SHUTDOWN: fail_with(s, REFUSE_DRAINING, NULL); break;
     case ST_DEVICE:   fail_with(s, REFUSE_FAILED, NULL); break;
     default:          fail_with(s, REFUSE_ENGINE, NULL); break;
@@ -459,6 +465,8 @@ void stream_start(struct service *sv, struct http_exchange *x, enum stream_kind 
     s->sv = sv;
     s->x = x;
     s->arrival_ns = http_arrival_ns(x);
+    /* The head's check let it in. */
+    ASSERT(access_key_ok(&sv->cfg->api_keys, http_header(x, "Authorization"), &s->key));
     s->last_write_ns = s->arrival_ns;
     s->created = (int64_t)time(NULL);
     request_id_make(s->id, sizeof s->id, kind == STREAM_CHAT ? "chatcmpl-" : "cmpl-");
@@ -555,28 +563,58 @@ void stream_half_closed(struct stream *s)
         http_drop(s->x);
 }
 
-static double ms_between(uint64_t from, uint64_t to)
+/* How the first choice ended; the engine may still have it. */
+static const char *ending_of(const struct stream *s)
 {
-    return from && to > from ? (double)(to - from) / 1e6 : 0;
+    const struct choice *c = &s->choices[0];
+
+    switch (c->home ? c->req.finish : FINISH_CANCELLED) {
+    case FINISH_NONE:      return "refused";
+    case FINISH_STOP:      return "stop";
+    case FINISH_LENGTH:    return "length";
+    case FINISH_CANCELLED: return "abort";
+    case FINISH_ERROR:     return "error";
+    }
+    return "error";
+}
+
+static void describe_completion(const struct stream *s, struct request_record *out)
+{
+    const struct api_usage u = usage_of(s);
+    const struct choice *first = NULL;
+
+    /* The times of a choice are the loop's to read once a token of it is. */
+    for (uint32_t i = 0; i < s->n_choices; i++) {
+        const struct choice *c = &s->choices[i];
+        if (choice_n_output(c) > 0 &&
+            (!first || c->req.first_token_ns < first->req.first_token_ns))
+            first = c;
+    }
+    out->completion = true;
+    out->stream = s->completion->stream;
+    out->choices = s->n_choices;
+    out->prompt_tokens = u.prompt_tokens;
+    out->cached_tokens = u.cached_tokens;
+    out->completion_tokens = u.completion_tokens;
+    out->ending = ending_of(s);
+    if (!first)
+        return;
+    out->submitted_ns = first->submitted_ns;
+    out->admitted_ns = first->req.admitted_ns;
+    out->first_token_ns = first->req.first_token_ns;
 }
 
 static void log_end(const struct stream *s, bool whole)
 {
-    struct api_usage u = s->completion ? usage_of(s) : (struct api_usage){ 0 };
-    uint64_t first = 0;
+    struct request_record record = {
+        .id = http_request_id(s->x), .method = http_method(s->x), .path = http_path(s->x),
+        .status = http_status(s->x), .disconnected = !whole || !s->answered,
+        .arrival_ns = s->arrival_ns, .key = s->key,
+    };
 
-    for (uint32_t i = 0; i < s->n_choices; i++) {
-        uint64_t t = choice_n_output(&s->choices[i]) ? s->choices[i].req.first_token_ns : 0;
-        if (t && (!first || t < first))
-            first = t;
-    }
-    log_info("http", "%s POST %s %d%s prompt=%llu cached=%llu completion=%llu "
-             "ttft=%.1fms total=%.1fms", http_request_id(s->x), http_path(s->x),
-             http_status(s->x),
-             whole && s->answered ? "" : " disconnected",
-             (unsigned long long)u.prompt_tokens, (unsigned long long)u.cached_tokens,
-             (unsigned long long)u.completion_tokens, ms_between(s->arrival_ns, first),
-             ms_between(s->arrival_ns, clock_now_ns()));
+    if (s->n_choices)
+        describe_completion(s, &record);
+    request_log(&record);
 }
 
 void stream_closed(struct stream *s, bool whole)
@@ -609,4 +647,82 @@ void stream_fail_all(struct service *sv, const struct api_error *why)
     for (struct stream *s = sv->streams; s; s = s->next)
         if (!s->parsing)
             fail(s, why);
+}
+
+/* ---- what somebody who looks for a fault sees */
+
+static const struct engine_sequence *find_running(const struct engine_sequence *running,
+                                                  uint32_t n, uint64_t id)
+{
+    uint32_t from = 0;
+
+    while (n > 0) {
+        uint32_t half = n / 2;
+        if (running[from + half].id < id) {
+            from += half + 1;
+            n -= half + 1;
+        } else if (running[from + half].id > id) {
+            n = half;
+        } else {
+            return &running[from + half];
+        }
+    }
+    return NULL;
+}
+
+/* What the engine says is of its last step, and may lag behind what has come home. */
+static void write_choice_state(struct strbuf *out, const struct choice *c,
+                               const struct engine_sequence *q)
+{
+    uint32_t n_output = choice_n_output(c);
+    const char *state = c->home ? "done" : q ? "running" : n_output ? "preempted" : "waiting";
+
+    strbuf_printf(out, "{\"state\":\"%s\",\"prompt_tokens\":%u,\"output_tokens\":%u,"
+                  "\"max_tokens\":%u", state, c->req.n_prompt, n_output, c->req.max_tokens);
+    if (q && !c->home)
+        strbuf_printf(out, ",\"place\":\"%s\",\"computed_tokens\":%u,\"blocks\":%u,"
+                      "\"blocks_on_device\":%u", q->place, q->n_computed, q->n_blocks,
+                      q->n_held);
+    strbuf_puts(out, "}");
+}
+
+static void write_state(struct strbuf *out, const struct stream *s, uint64_t now_ns,
+                        const struct engine_sequence *running, uint32_t n_running)
+{
+    const char *state = s->parsing ? "parsing" : !s->x ? "leaving"
+                      : s->answered ? "sending" : "working";
+
+    strbuf_printf(out, "{\"id\":\"%s\",\"state\":\"%s\",\"age_ms\":%.1f", s->id, state,
+                  (double)(now_ns - s->arrival_ns) / 1e6);
+    if (s->key)
+        strbuf_printf(out, ",\"key\":%u", s->key);
+    if (s->x) {
+        strbuf_puts(out, ",\"request_id\":");
+        api_write_string(out, http_request_id(s->x), strlen(http_request_id(s->x)));
+        strbuf_printf(out, ",\"path\":\"%s\",\"unsent_bytes\":%zu", http_path(s->x),
+                      http_stream_pending_bytes(s->x));
+    }
+    /* While it is parsed it belongs to a thread of the pool. */
+    if (!s->parsing && s->completion)
+        strbuf_printf(out, ",\"stream\":%s", s->completion->stream ? "true" : "false");
+    strbuf_puts(out, ",\"choices\":[");
+    for (uint32_t i = 0; i < s->n_submitted; i++) {
+        const struct choice *c = &s->choices[i];
+        strbuf_puts(out, i ? "," : "");
+        write_choice_state(out, c, find_running(running, n_running, c->req.id));
+    }
+    strbuf_puts(out, "]}");
+}
+
+void stream_write_states(struct strbuf *out, const struct service *sv,
+                         const struct engine_sequence *running, uint32_t n_running)
+{
+    uint64_t now_ns = clock_now_ns();
+
+    strbuf_puts(out, "[");
+    for (const struct stream *s = sv->streams; s; s = s->next) {
+        strbuf_puts(out, s->prev ? "," : "");
+        write_state(out, s, now_ns, running, n_running);
+    }
+    strbuf_puts(out, "]");
 }

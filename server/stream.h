@@ -22,7 +22,9 @@
  *
  * Loop thread only. */
 
+struct engine_sequence;
 struct service;
+struct strbuf;
 struct stream;
 
 enum stream_kind { STREAM_TEXT, STREAM_CHAT, STREAM_TOKENIZE, STREAM_DETOKENIZE };
@@ -42,6 +44,11 @@ void stream_closed(struct stream *s, bool whole);   /* s is dead for the caller 
 
 /* Comments into silences; look after half-closed connections. */
 void stream_tick(struct service *sv, uint64_t now_ns);
+
+/* Append a JSON array of all of them with their choices, for /debug/state.  running: what the
+ * engine says runs, by id of request. */
+void stream_write_states(struct strbuf *out, const struct service *sv,
+                         const struct engine_sequence *running, uint32_t n_running);
 
 /* End all answers with an error and cancel their requests. */
 void stream_fail_all(struct service *sv, const struct api_error *why);

@@ -23,7 +23,8 @@ extern "C" {
     X(BUSY,        -6, "no room now, try again later")       \
     X(CANCELLED,   -7, "the caller gave up")                 \
     X(DEVICE,      -8, "the device failed")                  \
-    X(SHUTDOWN,    -9, "the server is stopping")
+    X(SHUTDOWN,    -9, "the server is stopping")             \
+    X(QUOTA,      -10, "the caller has its share already")
 
 enum status {
     ST_OK = 0,

@@ -73,6 +73,7 @@ struct request {
     bool skip_special;        /* how the loop turns ids to text; stops are searched in that */
     bool sparse;              /* false: full attention */
     bool score_prompt;        /* logprobs of the prompt too, n_top wide: n_top >= 0 */
+    uint32_t share;           /* whose share of the waiting room it takes, from 1; 0: nobody's */
     uint64_t cache_salt;      /* requests with different salts share no cached blocks */
     uint64_t arrival_ns;      /* when the request's first byte was read */
 

@@ -362,7 +362,8 @@ class Metrics(Case):
                      "prompt_tokens_cached_total", "generation_tokens_total",
                      "num_preemptions_total", "recomputed_tokens_total", "decode_rows_sparse_total",
                      "decode_rows_dense_total", "steps_total", "step_seconds_total",
-                     "step_host_seconds_total", "request_success_total", "requests_open", "requests_parsing", "build_info",
+                     "step_host_seconds_total", "request_success_total", "requests_open",
+                     "requests_parsing", "build_info", "cache_config_info",
                      "http_requests_total"):
             for labels in m["asynctlsd:" + name]:
                 self.assertIn('model_name="odd\\"name"', labels)
@@ -371,7 +372,8 @@ class Metrics(Case):
                      "request_inference_time_seconds", "request_prefill_time_seconds",
                      "request_decode_time_seconds", "request_prompt_tokens",
                      "request_generation_tokens", "request_params_n", "request_params_max_tokens",
-                     "request_num_preemptions"):
+                     "request_num_preemptions", "request_time_per_output_token_seconds",
+                     "iteration_tokens_total"):
             buckets = list(m[f"asynctlsd:{name}_bucket"].values())
             self.assertEqual(buckets, sorted(buckets))
             self.assertEqual(buckets[-1], sum(m[f"asynctlsd:{name}_count"].values()))
@@ -390,7 +392,9 @@ class Metrics(Case):
                  "request_generation_tokens_count", "time_to_first_token_seconds_count",
                  "inter_token_latency_seconds_count", "e2e_request_latency_seconds_count",
                  "request_params_n_count", "request_queue_time_seconds_count",
-                 "prefix_cache_queries_total", "prefix_cache_hits_total")
+                 "prefix_cache_queries_total", "prefix_cache_hits_total",
+                 "request_time_per_output_token_seconds_count", "iteration_tokens_total_sum",
+                 "iteration_tokens_total_count", "steps_total")
 
         def read():
             m = self.d.metrics()
@@ -418,10 +422,44 @@ class Metrics(Case):
             self.assertEqual(delta[name], 7, name)
         self.assertEqual(delta["inter_token_latency_seconds_count"], 38 - 7)
         self.assertEqual(delta["request_params_n_count"], 4)
+        # Two choices had one token.  The last token of each is never computed.
+        self.assertEqual(delta["request_time_per_output_token_seconds_count"], 5)
+        self.assertEqual(delta["iteration_tokens_total_sum"],
+                         800 + 3 * words - delta["prefix_cache_hits_total"] + 38 - 7)
+        self.assertEqual(delta["iteration_tokens_total_count"], delta["steps_total"])
         self.assertEqual(delta["prefix_cache_queries_total"], 800 + 3 * words)
         self.assertEqual(delta["prefix_cache_hits_total"],
                          usage[1]["prompt_tokens_details"]["cached_tokens"] +
                          usage[3]["prompt_tokens_details"]["cached_tokens"])
+
+    def test_step_sizes(self):
+        """A prompt of 200 tokens is one step in the bucket of 129 to 256."""
+        def read():
+            return {k.split('le="')[1][:-1]: v for k, v in
+                    self.d.metrics()["asynctlsd:iteration_tokens_total_bucket"].items()}
+
+        self.d.wait_idle()
+        before = read()
+        self.d.complete(prompt=[700 + i for i in range(200)], max_tokens=1)
+        self.d.wait_idle()
+        delta = {le: v - before[le] for le, v in read().items()}
+        self.assertEqual((delta["128"], delta["256"], delta["+Inf"]), (0, 1, 1))
+
+    def test_chat_counts_too(self):
+        def read():
+            m = self.d.metrics()
+            durations = m.get("asynctlsd:http_request_duration_seconds_count", {})
+            return ([sum(m["asynctlsd:" + name].values()) for name in
+                     ("time_to_first_token_seconds_count", "e2e_request_latency_seconds_count",
+                      "request_params_n_count")] +
+                    [sum(v for k, v in durations.items() if '"/v1/chat/completions"' in k)])
+
+        self.d.wait_idle()
+        before = read()
+        body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 3}
+        self.assertEqual(self.d.request("POST", "/v1/chat/completions", body)[0], 200)
+        self.d.wait_idle()
+        self.assertEqual([a - b for a, b in zip(read(), before)], [1, 1, 1, 1])
 
     def test_host_time(self):
         """Without a device to wait for, all of a step and what lies between two is the host's."""

@@ -124,7 +124,7 @@ class Load(unittest.TestCase):
         metrics = self.load(kv_cache_bytes="26mb", host_kv_bytes="60mb", max_model_len="512",
                             crossover="64", keep_blocks="3", keep_tokens="80", recent_tokens="16",
                             hot_rows="80", offload_sequences="12")
-        for name in ("offloads_total", "host_kv_stored_bytes_total"):
+        for name in ("offloads_total", "kv_offload_store_bytes_total"):
             self.assertGreater(sum(metrics["asynctlsd:" + name].values()), 0, name)
         for name in ("num_requests_offloaded", "num_requests_loading", "host_kv_blocks_used"):
             self.assertEqual(sum(metrics["asynctlsd:" + name].values()), 0, name)

@@ -65,7 +65,7 @@ class Offload(unittest.TestCase):
                 self.assertEqual(got, self.want)
             self.assert_idle(d)
             self.assertGreater(total(d, "offloads_total"), 0)
-            self.assertGreater(total(d, "host_kv_stored_bytes_total"), 0)
+            self.assertGreater(total(d, "kv_offload_store_bytes_total"), 0)
             layers = d.metrics()["asynctlsd:hot_row_misses_total"]
             self.assertEqual(len(layers), 8)
             return set(d.metrics()) - self.names_without
@@ -91,11 +91,11 @@ class Offload(unittest.TestCase):
             first = d.complete(**ask)
             for i in range(5, 9):
                 d.complete(**dict(ask, prompt=text(i, 900)))
-            loaded = d.gauge("host_kv_loaded_bytes_total")
+            loaded = d.gauge("kv_offload_load_bytes_total")
             again = d.complete(**ask)
             self.assertEqual(again["usage"]["prompt_tokens_details"]["cached_tokens"], 896)
             self.assertEqual(first["choices"], again["choices"])
-            self.assertEqual(d.gauge("host_kv_loaded_bytes_total") - loaded, 14 * BLOCK)
+            self.assertEqual(d.gauge("kv_offload_load_bytes_total") - loaded, 14 * BLOCK)
 
     def test_longer_than_the_pool(self):
         """45 blocks or so hold neither prompt; one at a time streams through them."""
@@ -164,7 +164,7 @@ class Offload(unittest.TestCase):
         ask = {"prompt": text(2, 900), "max_tokens": 120, "temperature": 0, "ignore_eos": True}
         with Daemon(**dict(TIER, step_tokens="72", max_running="8")) as d:
             s = d.post_raw(ask)
-            self.assertTrue(d.wait_until(lambda: d.gauge("host_kv_stored_bytes_total") > 0))
+            self.assertTrue(d.wait_until(lambda: d.gauge("kv_offload_store_bytes_total") > 0))
             d.signal(signal.SIGTERM)
             status, _, body = read_response(s)
             self.assertEqual(status, 200, body)

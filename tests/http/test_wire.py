@@ -377,7 +377,7 @@ class Slow(Case):
         with self.d.post_raw(body, receive_buffer=4096):
             self.assertTrue(self.d.wait_until(lambda: self.d.gauge("requests_open")))
             self.d.wait_idle(60)
-        self.assertRegex(self.d.log_text(), r"/v1/completions 200 disconnected ")
+        self.assertRegex(self.d.log_text(), r"path=/v1/completions status=200 disconnected=true ")
 
 
 if __name__ == "__main__":

@@ -378,6 +378,50 @@ START_TEST(the_waiting_room_is_bounded_at_once)
 }
 END_TEST
 
+/* One caller fills its share and no more; others find room, and who leaves makes some. */
+START_TEST(nobody_takes_more_than_a_share)
+{
+    struct engine_config c = small_config();
+    struct request *r[12], *other;
+    int32_t prompt[300];
+    int accepted = 0;
+
+    random_prompt(prompt, 300, 3);
+    c.max_running = 1;
+    c.max_waiting = 8;
+    c.n_shares = 2;
+    c.share_thousandths = 500;
+    start(&c);
+    for (int i = 0; i < 12; i++) {
+        r[i] = new_request(prompt, 300, 200);
+        r[i]->share = 1;
+        enum status st = engine_submit(engine, r[i]);
+        ck_assert(st == ST_OK || st == ST_QUOTA);
+        accepted += st == ST_OK;
+    }
+    ck_assert_int_ge(accepted, 4);
+    ck_assert_int_le(accepted, 6);
+    other = new_request(prompt, 300, 1);
+    other->share = 2;
+    ck_assert_int_eq(engine_submit(engine, other), ST_OK);
+    for (int i = 0; i < 12; i++)
+        engine_cancel(engine, r[i]);
+    wait_for(accepted + 1);
+    assert_gauges_are_zero();
+    for (int i = 0; i < 12; i++)
+        free_request(r[i]);
+    for (int i = 0; i < 6; i++) {       /* all that was taken has been given back */
+        r[i] = new_request(prompt, 20, 1);
+        r[i]->share = 1;
+        run_one(r[i]);
+        ck_assert_int_eq(r[i]->finish, FINISH_LENGTH);
+        free_request(r[i]);
+    }
+    free_request(other);
+    stop();
+}
+END_TEST
+
 /* Cancels at random moments: everyone comes home once, the others unharmed.  That nobody keeps a
  * slot of lagged selection is checked as the engine is destroyed. */
 START_TEST(cancelling_at_any_time_harms_nobody)
@@ -606,6 +650,7 @@ TCase *engine_case(void)
     tcase_add_test(tc, a_stop_string_cuts_the_text);
     tcase_add_test(tc, scores_of_a_prompt_are_those_of_decoding_it);
     tcase_add_test(tc, the_waiting_room_is_bounded_at_once);
+    tcase_add_test(tc, nobody_takes_more_than_a_share);
     tcase_add_loop_test(tc, cancelling_at_any_time_harms_nobody, SELECTION_EXACT,
                         SELECTION_LAGGED + 1);
     tcase_add_test(tc, a_grammar_outlives_a_preemption);

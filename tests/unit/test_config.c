@@ -463,6 +463,24 @@ START_TEST(choices_fit_in_the_waiting_room)
     ck_assert_uint_eq(c.limits.max_choices, 5);
     ck_assert_int_eq(read_line("--model /m --max-waiting 500", no_env), ST_OK);
     ck_assert_uint_eq(c.limits.max_choices, 128);
+    ck_assert_int_eq(read_line("--model /m --max-waiting 50 --api-key a,b --key-waiting-share 0.1",
+                               no_env), ST_OK);
+    ck_assert_uint_eq(c.limits.max_choices, 5);
+    ck_assert_uint_eq(c.engine.n_shares, 2);
+    ck_assert_int_eq(read_line("--model /m --max-waiting 5 --api-key a --key-waiting-share 0.1",
+                               no_env), ST_OK);
+    ck_assert_uint_eq(c.limits.max_choices, 1);
+    ck_assert_int_eq(read_line("--model /m --api-key a", no_env), ST_OK);
+    ck_assert_uint_eq(c.engine.n_shares, 0);
+}
+END_TEST
+
+START_TEST(limits_of_keys_need_keys)
+{
+    ck_assert_int_eq(read_line("--model /m --key-requests-per-minute 5", no_env), ST_INVALID);
+    ck_assert_str_eq(err.text, "key-requests-per-minute needs an api-key");
+    ck_assert_int_eq(read_line("--model /m --key-waiting-share 0.5", no_env), ST_INVALID);
+    ck_assert_str_eq(err.text, "key-waiting-share needs an api-key");
 }
 END_TEST
 
@@ -524,6 +542,7 @@ TCase *config_case(void)
     tcase_add_test(tc, key_files_add_keys);
     tcase_add_test(tc, the_folder_names_the_model);
     tcase_add_test(tc, choices_fit_in_the_waiting_room);
+    tcase_add_test(tc, limits_of_keys_need_keys);
     tcase_add_test(tc, print_and_parse_are_inverse);
     tcase_add_test(tc, secrets_stay_out_of_sentences);
     return tc;

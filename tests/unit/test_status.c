@@ -19,7 +19,7 @@ START_TEST(codes_and_names)
         { ST_OK, "OK" }, { ST_INVALID, "INVALID" }, { ST_NOMEM, "NOMEM" },
         { ST_NODEVMEM, "NODEVMEM" }, { ST_IO, "IO" }, { ST_UNSUPPORTED, "UNSUPPORTED" },
         { ST_BUSY, "BUSY" }, { ST_CANCELLED, "CANCELLED" }, { ST_DEVICE, "DEVICE" },
-        { ST_SHUTDOWN, "SHUTDOWN" },
+        { ST_SHUTDOWN, "SHUTDOWN" }, { ST_QUOTA, "QUOTA" },
     };
 
     ck_assert_int_eq(ST_OK, 0);
@@ -131,8 +131,8 @@ static const char *logged(void)
     ssize_t n = read(log_end, text, sizeof text - 1);
     ck_assert_int_gt(n, 0);
     text[n] = '\0';
-    ck_assert(n >= 2 && strcmp(text + n - 2, "~\n") == 0);
-    char *last = text + n - 2;                   /* the mark's own line goes */
+    char *last = strrchr(text, '~');             /* the mark's own line goes */
+    ck_assert(last && (strcmp(last, "~\n") == 0 || strcmp(last, "~\"}\n") == 0));
     while (last > text && last[-1] != '\n')
         last--;
     *last = '\0';
@@ -198,6 +198,59 @@ START_TEST(log_is_one_line)
 }
 END_TEST
 
+static void log_with_fields(const char *message, const char *text)
+{
+    const struct log_field fields[] = {
+        { .name = "word", .kind = LOG_FIELD_TEXT, .text = text },
+        { .name = "count", .kind = LOG_FIELD_NUMBER, .number = 12345678901.0 },
+        { .name = "ms", .kind = LOG_FIELD_NUMBER, .number = 1.25, .decimals = 1 },
+        { .name = "gone", .kind = LOG_FIELD_BOOL, .yes = true },
+    };
+
+    log_event(LOG_LEVEL_WARN, "m", message, fields, sizeof fields / sizeof *fields);
+}
+
+START_TEST(log_fields)
+{
+    catch_log();
+    ck_assert_int_eq(pthread_setname_np(pthread_self(), "t"), 0);
+    log_with_fields("an event", "a\nb");
+    ck_assert(strstr(logged(), " m: an event word=a b count=12345678901 ms=1.2 gone=true\n"));
+    log_set_format(LOG_FORMAT_JSON);
+    log_with_fields("\"an\\ event\x01\"", "\xc3\xa9\xff\xc3");
+    const char *line = logged();
+    ck_assert(strncmp(line, "{\"time\":\"20", 11) == 0);
+    ck_assert_msg(strstr(line, "Z\",\"level\":\"warn\",\"thread\":\"t\",\"module\":\"m\","
+                         "\"message\":\"\\\"an\\\\ event \\\"\","
+                         "\"word\":\"\xc3\xa9\xef\xbf\xbd\xef\xbf\xbd\",\"count\":12345678901,"
+                         "\"ms\":1.2,\"gone\":true}\n"), "%s", line);
+    log_info("m", "%d", 5);
+    ck_assert(strstr(logged(), "\"level\":\"info\",\"thread\":\"t\",\"module\":\"m\","
+                     "\"message\":\"5\"}\n"));
+}
+END_TEST
+
+/* What does not fit is left out as a whole; what follows is there, and the object is closed. */
+START_TEST(long_json_lines_are_whole)
+{
+    static char text[6000];
+
+    catch_log();
+    log_set_format(LOG_FORMAT_JSON);
+    for (size_t n = 3800; n < sizeof text; n++) {
+        memset(text, '"', n / 2);
+        text[n / 2] = '\0';
+        log_with_fields("event", text);
+        const char *line = logged();
+        size_t length = strlen(line);
+        bool fits = strstr(line, "\"word\":") != NULL;
+        ck_assert(length <= 4096 && strchr(line, '\n') == line + length - 1);
+        ck_assert(line[length - 2] == '}' && strstr(line, "\"message\":\"event\""));
+        ck_assert(fits ? n < 4096 : strstr(line, "\"gone\":true}") != NULL);
+    }
+}
+END_TEST
+
 TCase *status_case(void)
 {
     TCase *tc = tcase_create("status");
@@ -211,5 +264,7 @@ TCase *status_case(void)
     tcase_add_test(tc, log_lines);
     tcase_add_test(tc, log_levels);
     tcase_add_test(tc, log_is_one_line);
+    tcase_add_test(tc, log_fields);
+    tcase_add_test(tc, long_json_lines_are_whole);
     return tc;
 }
