@@ -149,6 +149,8 @@ format:
 install: all
 	install -D -m 755 $B/asynctlsd $(DESTDIR)/usr/local/bin/asynctlsd
 	install -D -m 644 configs/asynctlsd.conf $(DESTDIR)/etc/asynctlsd/asynctlsd.conf
+	install -D -m 644 configs/asynctlsd.service \
+	    $(DESTDIR)/usr/local/lib/systemd/system/asynctlsd.service
 clean:
 	rm -rf build build-*
 
