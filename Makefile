@@ -62,6 +62,9 @@ $B/kernels/cuda/two_level.cu.o: SPILLS :=
 $B/kernels/cpu/avx512_%.o: ISA := -O3 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni -mavx512bf16 -mfma -mf16c
 $B/kernels/cpu/avx2_%.o: ISA := -O3 -mavx2 -mfma -mf16c
 
+# The page is included by the assembler, which tells make nothing of it.
+$B/server/page.o build-fuzz/server/page.o: server/page.html
+
 # Test programs: tests/<kind>/test_<name>.c holds `TCase *<name>_case(void)`;
 # the list is made from the file names, so a test cannot be forgotten.
 TEST_KINDS := unit kernels model $(if $(CU),gpu)
@@ -149,6 +152,8 @@ format:
 install: all
 	install -D -m 755 $B/asynctlsd $(DESTDIR)/usr/local/bin/asynctlsd
 	install -D -m 644 configs/asynctlsd.conf $(DESTDIR)/etc/asynctlsd/asynctlsd.conf
+	install -D -m 644 configs/asynctlsd.service \
+	    $(DESTDIR)/usr/local/lib/systemd/system/asynctlsd.service
 clean:
 	rm -rf build build-*
 

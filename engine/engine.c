@@ -82,6 +82,11 @@ void engine_drain(struct engine *e)
     wake(e);
 }
 
+void engine_poke(struct engine *e)
+{
+    wake(e);
+}
+
 bool engine_idle(const struct engine *e)
 {
     return atomic_load(&e->n_inside) == 0;
@@ -575,6 +580,7 @@ void *engine_thread(void *arg)
         take_in_copies(e);
         if (has_work(e))
             step(e);
+        e->stats.turns++;
         engine_publish(e);
         if (!has_work(e)) {
             sleep_until_woken(e);

@@ -73,6 +73,10 @@ enum status engine_create(struct engine **out, const struct engine_config *cfg,
 void engine_drain(struct engine *e);
 bool engine_idle(const struct engine *e);
 
+/* Have the engine's loop turn once, also where it has nothing to do: engine_stats.turns grows if
+ * its thread lives.  Any thread; returns at once. */
+void engine_poke(struct engine *e);
+
 /* End what is left with FINISH_CANCELLED, send every request home, join the
  * thread and free.  Call mailbox_drain() afterwards for the last messages.  NULL is fine. */
 void engine_destroy(struct engine *e);
@@ -102,6 +106,7 @@ struct engine_stats {
     uint32_t kv_block_tokens;        /* of one block */
     uint64_t steps, step_ns;         /* count and time spent in steps */
     uint64_t step_sizes[STEP_SIZES], step_rows; /* steps by size; tokens of all of them */
+    uint64_t turns;                  /* of the engine's loop, with a step or without */
     /* Of the time from each step's results (or from waking up) to the next step's: what
      * was not spent waiting for the device.  All of it on the CPU back end. */
     uint64_t step_host_ns;

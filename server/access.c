@@ -1,5 +1,7 @@
 #include "server/access.h"
 
+#include <arpa/inet.h>
+#include <stdio.h>
 #include <string.h>
 #include <strings.h>
 
@@ -31,6 +33,36 @@ bool access_key_ok(const struct config_list *keys, const char *header, uint32_t 
         if (same_secret(keys->items[i], header, n) && n > 0)
             *key = (uint32_t)i + 1;
     return *key > 0;
+}
+
+/* An address or localhost, with or without a port. */
+static bool needs_no_name_server(const char *host)
+{
+    unsigned char address[sizeof(struct in6_addr)];
+    char name[64];
+    bool brackets = *host == '[';
+    size_t n = strcspn(host + brackets, brackets ? "]" : ":");
+    const char *rest = host + brackets + n;
+
+    if (n >= sizeof name || (brackets && *rest++ != ']') || (*rest && *rest != ':'))
+        return false;
+    snprintf(name, sizeof name, "%.*s", (int)n, host + brackets);
+    return strcasecmp(name, "localhost") == 0 ||
+           inet_pton(brackets ? AF_INET6 : AF_INET, name, address) == 1;
+}
+
+bool access_is_own_page(const struct config_list *keys, const char *origin, const char *host)
+{
+    static const char *const schemes[] = { "http://", "https://" };   /* the latter: of a proxy */
+
+    if (!origin || !host || (keys->n == 0 && !needs_no_name_server(host)))
+        return false;
+    for (size_t i = 0; i < sizeof schemes / sizeof schemes[0]; i++) {
+        size_t n = strlen(schemes[i]);
+        if (strncasecmp(origin, schemes[i], n) == 0 && strcasecmp(origin + n, host) == 0)
+            return true;
+    }
+    return false;
 }
 
 bool access_origin_ok(const struct config_list *allowed, const char *origin)

@@ -18,6 +18,11 @@
  * it is, from 1; 0: none. */
 bool access_key_ok(const struct config_list *keys, const char *header, uint32_t *key);
 
+/* origin and host: the value of Origin and of Host.  Is it a page of this very server?  A name
+ * proves nothing, because whoever owns it may point it here once his page is loaded; so Host has
+ * to be an address or localhost, unless keys are asked for, which such a page does not have. */
+bool access_is_own_page(const struct config_list *keys, const char *origin, const char *host);
+
 /* origin: the value of Origin, or NULL. */
 bool access_origin_ok(const struct config_list *allowed, const char *origin);
 

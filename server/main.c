@@ -52,7 +52,7 @@ int main(int argc, char **argv)
     case CONFIG_CHECK:     code = print(config_print, &cfg); break;
     case CONFIG_VERSION:   code = printf("asynctlsd %s\n", config_version()) < 0; break;
     case CONFIG_CALIBRATE: code = calibrate(&cfg); break;
-    case CONFIG_SERVE:     code = service_run(&cfg); break;
+    case CONFIG_SERVE:     code = service_run(&cfg, environ); break;
     }
     config_fini(&cfg);
     return code;

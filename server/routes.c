@@ -6,6 +6,7 @@
 #include "server/debug_state.h"
 #include "server/key_limits.h"
 #include "server/metrics.h"
+#include "server/page.h"
 #include "server/reply.h"
 #include "server/request_log.h"
 #include "server/service.h"
@@ -187,7 +188,14 @@ static void answer_detokenize(struct service *sv, struct http_exchange *x)
     stream_start(sv, x, STREAM_DETOKENIZE);
 }
 
+static void answer_page(struct service *sv, struct http_exchange *x)
+{
+    (void)sv;
+    page_reply(x);
+}
+
 static const struct route routes[] = {
+    { "/", ROUTE_GET | ROUTE_PUBLIC, answer_page },
     { "/v1/completions", ROUTE_POST | ROUTE_ENGINE, answer_text },
     { "/v1/chat/completions", ROUTE_POST | ROUTE_ENGINE, answer_chat },
     { "/tokenize", ROUTE_POST | ROUTE_ENGINE, answer_tokenize },
@@ -307,6 +315,8 @@ static void on_head(void *arg, struct http_exchange *x)
     const char *method = http_method(x), *origin = http_header(x, "Origin");
     uint32_t key;
 
+    if (access_is_own_page(&sv->cfg->api_keys, origin, http_header(x, "Host")))
+        origin = NULL;
     if (!access_origin_ok(&sv->cfg->allowed_origins, origin)) {
         reply_refusal(x, REFUSE_ORIGIN);
         return;

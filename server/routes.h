@@ -7,8 +7,8 @@ struct service;
 
 /* What answers which path.
  *
- * Before anything else: the Origin of browsers, then the key for all but
- * /health, /ready and, if so configured, /metrics; then path, method and the
+ * Before anything else: the Origin of browsers, then the key for all but the
+ * page at /, /health, /ready and, if so configured, /metrics; then path, method and the
  * state of the service.  All of that is decided on the head, so that a refused
  * body is not collected. */
 struct http_handler routes_handler(struct service *sv);

@@ -91,6 +91,28 @@ static void log_summary(struct service *sv, uint64_t now_ns)
     sv->summary_tokens = s.output_tokens;
 }
 
+/* A watchdog that a timer fed would watch the timer.  While there is work it is fed for steps,
+ * else for turns of the engine's loop, which are asked for here. */
+static void feed_watchdog(struct service *sv, uint64_t now_ns)
+{
+    const unsigned looks = 4;        /* in one interval */
+    struct engine_stats s;
+    char line[80];
+
+    if (!sv->engine || !sv->notifier.watchdog_ns ||
+        now_ns - sv->watched_ns < sv->notifier.watchdog_ns / looks)
+        return;
+    engine_stats(sv->engine, &s);
+    snprintf(line, sizeof line, "%u running, %u waiting%s", s.running, s.waiting,
+             sv->state == SERVICE_READY ? "" : "; stopping");
+    if (s.busy ? s.steps != sv->watched_steps : s.turns != sv->watched_turns)
+        notifier_feed(&sv->notifier, line);
+    sv->watched_steps = s.steps;
+    sv->watched_turns = s.turns;
+    sv->watched_ns = now_ns;
+    engine_poke(sv->engine);
+}
+
 /* ---- leaving */
 
 static void leave(struct service *sv, enum refusal why)
@@ -120,12 +142,15 @@ void service_fail(struct service *sv, const char *why)
     /* The engine sends every request home by itself; this is for those it
      * cannot reach any more. */
     sv->deadline_ns = clock_now_ns() + LEAVE_NS;
+    notifier_set_state(&sv->notifier, "STOPPING=1\nSTATUS=%s", why);
 }
 
 static void drain(struct service *sv)
 {
     log_info("service", "draining: %d completions open, %.0f s at most", sv->n_streams,
              (double)sv->cfg->drain_timeout_ms / 1e3);
+    notifier_set_state(&sv->notifier, "STOPPING=1\nSTATUS=draining: %d completions open",
+                       sv->n_streams);
     sv->state = SERVICE_DRAINING;
     sv->deadline_ns = clock_now_ns() + sv->cfg->drain_timeout_ms * 1000000u;
     http_quiesce(sv->http);
@@ -151,6 +176,8 @@ static void on_tick(uv_timer_t *timer)
     uint64_t now_ns = clock_now_ns();
 
     note_progress(sv, now_ns);
+    feed_watchdog(sv, now_ns);
+    notifier_retry(&sv->notifier);
     log_summary(sv, now_ns);
     http_sweep(sv->http, now_ns);
     stream_tick(sv, now_ns);
@@ -219,7 +246,7 @@ static void take_chat_format(struct service *sv)
         log_warn("service", "no chat with this model: %s (chat-format)", sv->no_chat.text);
 }
 
-static void announce(const struct service *sv)
+static void announce(struct service *sv)
 {
     const char *host = sv->cfg->host, *name = sv->api.model_names[0];
     bool brackets = strchr(host, ':') != NULL;
@@ -231,6 +258,7 @@ static void announce(const struct service *sv)
     log_info("service", "ready: %s serves %s on %s, contexts of up to %u tokens", url, name,
              engine_device_name(sv->engine), sv->api.limits.max_model_len);
     api_write_string(&json_name, name, strlen(name));
+    notifier_set_state(&sv->notifier, "READY=1\nSTATUS=%.80s serves %.120s", url, name);
     printf("ready: %s\n\n"
            "curl -N %s/v1/completions -H 'Content-Type: application/json' \\%s\n"
            "  -d '{\"model\": %s, \"prompt\": \"It was a dark and stormy night\", "
@@ -332,7 +360,7 @@ static void stop(struct service *sv)
     key_limits_destroy(sv->key_limits);
 }
 
-int service_run(const struct config *cfg)
+int service_run(const struct config *cfg, char **env)
 {
     struct service *sv = mem_calloc(1, sizeof *sv);
     struct error err;
@@ -349,10 +377,11 @@ int service_run(const struct config *cfg)
     sv->api.grammars = grammar_cache_create();
     start_handles(sv);
     sv->summary_ns = clock_now_ns();
-    if (start_http(sv, &err) != ST_OK) {
+    if (notifier_open(&sv->notifier, env, &err) != ST_OK || start_http(sv, &err) != ST_OK) {
         log_error("service", "%s", err.text);
         sv->exit_code = EXIT_CONFIG;
     } else {
+        notifier_set_state(&sv->notifier, "STATUS=loading %.200s", cfg->engine.model_dir);
         sv->loading = true;
         sv->load.data = sv;
         ASSERT(uv_queue_work(&sv->loop, &sv->load, on_load, on_loaded) == 0);
@@ -360,6 +389,7 @@ int service_run(const struct config *cfg)
     }
     stop(sv);
     int code = sv->exit_code;
+    notifier_close(&sv->notifier);
     log_info("service", "ended with exit code %d", code);
     mem_free(sv);
     return code;

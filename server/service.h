@@ -6,6 +6,7 @@
 #include "server/api.h"
 #include "server/config.h"
 #include "server/http.h"
+#include "server/notifier.h"
 
 #include <stdbool.h>
 #include <stdint.h>
@@ -63,10 +64,14 @@ struct service {
     uint64_t seen_steps, progress_ns;/* when the engine was last seen to move or idle */
     uint64_t summary_ns, summary_tokens;
     bool shrug;                      /* a stall has been logged */
+
+    struct notifier notifier;        /* to a service manager that listens */
+    uint64_t watched_steps, watched_turns, watched_ns; /* when the watchdog was last thought of */
 };
 
-/* Runs until the end; the process's exit code. */
-int service_run(const struct config *cfg);
+/* Runs until the end; the process's exit code.  env as main has it: where a service manager
+ * listens. */
+int service_run(const struct config *cfg, char **env);
 
 /* Work is waiting and no step has ended for stall-timeout. */
 bool service_stalled(struct service *sv);

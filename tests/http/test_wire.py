@@ -151,7 +151,7 @@ class Wire(Case):
     # ---- routes and methods
 
     def test_routes(self):
-        for path in ("/", "/v1", "/v1/", "/v1/completions/", "/v1/completion", "//v1/completions",
+        for path in ("/index.html", "//", "/v1", "/v1/", "/v1/completions/", "/v1/completion", "//v1/completions",
                      "/V1/completions", "/v1/%6dodels", "/v1/models/", "/v1/models/other",
                      "/v1/models/%zz", "/health/x", "/../health", "/v1/chat",
                      "/v1/chat/completions/"):
