@@ -336,12 +336,15 @@ def options_of(config):
 def haystack_of(args, client, lengths):
     """The prose: a file's, or the model's own, kept beside the results to go on with."""
     kept = args.text or (args.out and args.out.with_suffix(".txt"))
-    if kept and kept.exists():
-        text = kept.read_text()
+    if args.text or (kept and kept.exists()):
+        try:
+            text = kept.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as e:
+            sys.exit(f"evaluate: {kept} cannot be read: {e}")
     else:
         text = write_text(client, max(lengths), args.seed)
         if kept:
-            kept.write_text(text)
+            kept.write_text(text, encoding="utf-8")
     sample = text[:20000]
     haystack = Haystack(text, count_tokens(client, sample) * len(text) / len(sample))
     if haystack.tokens_of(text) < max(lengths):
@@ -363,11 +366,11 @@ def tasks_of(args):
 def arguments():
     ap = argparse.ArgumentParser(description=__doc__,
                                  formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument("--asynctlsd", default=str(ROOT / "build" / "asynctlsd"))
-    ap.add_argument("--model", default=str(ROOT / "models" / "asynctlsd-books-9m"))
+    ap.add_argument("--asynctlsd", help="the program (build/asynctlsd)")
+    ap.add_argument("--model", help="its model (models/asynctlsd-books-9m)")
     ap.add_argument("--url", help="a running server, instead of starting some")
     ap.add_argument("--as-served", action="store_true",
-                    help="with --url: do not ask for a kind of attention")
+                    help="with --url: do not ask for full or sparse attention")
     ap.add_argument("--tokens", help=f"lengths of contexts ({LENGTHS})")
     ap.add_argument("--tasks", help=f"of {', '.join(ALL_TASKS)} (all)")
     ap.add_argument("--configs", help="numbers of kept tokens, and published (1024,published)")
@@ -381,12 +384,15 @@ def arguments():
     ap.add_argument("--seed", type=int, default=1)
     ap.add_argument("options", nargs="*", metavar="-- OPTION", help="for the server, after --")
     args = ap.parse_args()
-    usual = {"tokens": LENGTHS, "samples": 25, "configs": "1024,published"}
-    for name, value in (QUICK if args.quick else usual).items():
+    if args.url and (args.options or args.quick or args.configs or args.model or args.asynctlsd):
+        ap.error("with --url no server is started: --asynctlsd, --model, --configs, --quick and "
+                 "options of the server say nothing")
+    usual = {"asynctlsd": str(ROOT / "build" / "asynctlsd"),
+             "model": str(ROOT / "models" / "asynctlsd-books-9m"),
+             "tokens": LENGTHS, "samples": 25, "configs": "1024,published"}
+    for name, value in (usual | QUICK if args.quick else usual).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if args.url and (args.options or args.quick):
-        ap.error("--quick and options of the server are for a server that is started here")
     if args.as_served and not args.url:
         ap.error("--as-served needs --url")
     if args.samples < 1 or args.parallel < 1:

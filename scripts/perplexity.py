@@ -76,7 +76,12 @@ def main():
     ap.add_argument("--parts", type=int, default=1, help="parts of the text to show by themselves")
     ap.add_argument("--json", action="store_true", help="with ids and log-probabilities")
     args = ap.parse_args()
-    text = args.text.read_text()
+    if args.tokens is not None and args.tokens < 2:
+        ap.error("--tokens is at least 2")
+    try:
+        text = args.text.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        sys.exit(f"perplexity: {args.text} cannot be read: {e}")
     ids, logprobs = from_transformers(args.reference, text, args.tokens) if args.reference else \
         from_server(args.url, text, args.tokens)
     if not 1 <= args.parts <= len(logprobs):

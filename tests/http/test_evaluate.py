@@ -149,7 +149,7 @@ class Evaluate(Case):
                 (("--tasks", "needles"), "there is no task 'needles' here"),
                 (("--chat", "--tasks", "border"), "there is no task 'border' here"),
                 (("--tokens", "100"), "whole numbers of at least 2048"),
-                (("--tokens", "9000"), "the text has"), (("--quick",), "started here"),
+                (("--tokens", "9000"), "the text has"), (("--text", "none"), "cannot be read"), (("--quick",), "no server is started"),
                 (("--samples", "0"), "at least 1")):
             with self.subTest(more):
                 done = self.evaluate(*more)
