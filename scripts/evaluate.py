@@ -93,13 +93,15 @@ class Results:
     def __init__(self, path, settings):
         self.path, self.lines = path, []
         if path and path.exists():
-            with path.open() as f:
-                # An interrupted line is the last and has no end.
-                whole = [json.loads(line) for line in f if line.endswith("\n")]
-            if whole and whole[0] != settings:
-                sys.exit(f"evaluate: {path} has results of other settings ({whole[0]}); "
+            # An interrupted line is the last and has no end.
+            whole = path.read_text().split("\n")[:-1]
+            try:
+                found, *self.lines = [json.loads(line) for line in whole] or [settings]
+            except ValueError:
+                sys.exit(f"evaluate: {path} is not a file of results")
+            if found != settings:
+                sys.exit(f"evaluate: {path} has results of other settings ({found}); "
                          "name another file")
-            self.lines = whole[1:]
         if path:
             path.write_text("".join(json.dumps(x) + "\n" for x in [settings, *self.lines]))
         self.known = {self.key(line) for line in self.lines}

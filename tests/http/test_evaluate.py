@@ -138,6 +138,8 @@ class Evaluate(Case):
         other = self.evaluate(*run, "--seed", "2")
         self.assertNotEqual(other.returncode, 0)
         self.assertIn("has results of other settings", other.stderr)
+        other = self.evaluate(*run[:-1], str(self.text))
+        self.assertIn("is not a file of results", other.stderr)
 
     def test_conversation_of_another_server(self):
         done = self.evaluate("--chat", "--as-served", "--tasks", "multiquery")
