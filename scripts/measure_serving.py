@@ -1,11 +1,14 @@
 #!/usr/bin/env python3
-"""Start-up time and throughput of the server with a small model, over HTTP.
+"""Start-up time and throughput of the server with a small model, over HTTP, and what a streamed
+token costs beside the model: time of the loop's threads, which do HTTP, JSON and text.
 
     measure_serving.py [asynctlsd] [model folder]
 """
 import json
+import os
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from pathlib import Path
@@ -22,6 +25,36 @@ def complete(**body):
     with urllib.request.urlopen(request) as answer:
         usage = json.load(answer)["usage"]
     return usage["completion_tokens"] / (time.time() - began)
+
+
+def loop_seconds(pid):
+    """Of the threads called loop."""
+    ticks = 0
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        name, _, rest = (task / "stat").read_text().partition("(")[2].rpartition(")")
+        if name == "loop":
+            fields = rest.split()
+            ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def read_stream(path, body):
+    request = urllib.request.Request(f"http://127.0.0.1:{PORT}{path}", json.dumps(body).encode(),
+                                     {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request) as answer:
+        while answer.read(1 << 16):
+            pass
+
+
+def streamed_token_us(pid, path, body, streams=16, tokens=1000):
+    body = dict(body, stream=True, ignore_eos=True, temperature=0.8, max_tokens=tokens)
+    threads = [threading.Thread(target=read_stream, args=(path, body)) for _ in range(streams)]
+    before = loop_seconds(pid)
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    return (loop_seconds(pid) - before) / (streams * tokens) * 1e6
 
 
 def main():
@@ -42,6 +75,11 @@ def main():
         many = [complete(prompt="The old house", max_tokens=500, ignore_eos=True, temperature=0.8, n=16)
                 for _ in range(3)]
         print(f"16 choices together, sampled: {max(many):.0f} tokens/s")
+        us = streamed_token_us(server.pid, "/v1/completions", {"prompt": "The old house"})
+        print(f"the loop's time for a streamed token, 16 streams: {us:.1f} us")
+        us = streamed_token_us(server.pid, "/v1/chat/completions",
+                               {"messages": [{"role": "user", "content": "The old house"}]})
+        print(f"the same of a chat: {us:.1f} us")
     finally:
         server.terminate()
         server.wait()
