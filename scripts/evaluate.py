@@ -25,6 +25,7 @@ import argparse
 import hashlib
 import json
 import math
+import signal
 import sys
 import urllib.error
 import urllib.request
@@ -414,6 +415,8 @@ def numbers(text, least, what):
 
 def main():
     args = arguments()
+    # Ended from outside, it ends the server that it started.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     tasks, lengths = tasks_of(args), numbers(args.tokens, MIN_TOKENS, "--tokens")
     if args.url:
         configs = [AS_SERVED] if args.as_served else [FULL, "sparse"]
