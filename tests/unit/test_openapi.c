@@ -1,5 +1,6 @@
 #include "server/api_parse.h"
 #include "server/openapi.h"
+#include "server/reply.h"
 #include "server/routes.h"
 
 #include <check.h>
@@ -153,6 +154,32 @@ START_TEST(bodies_are_those_schemas)
 }
 END_TEST
 
+/* ---- errors */
+
+static bool has_value(const cJSON *schema, const char *want)
+{
+    const cJSON *v, *list = get(schema, "enum");
+
+    cJSON_ArrayForEach(v, list)
+        if (want ? cJSON_IsString(v) && strcmp(v->valuestring, want) == 0 : cJSON_IsNull(v))
+            return true;
+    return false;
+}
+
+START_TEST(every_refusal)
+{
+    const cJSON *schema = get(get(get(document, "components"), "schemas"), "Error");
+    const cJSON *members = get(get(get(schema, "properties"), "error"), "properties");
+    struct api_error err;
+
+    for (int why = REFUSE_LOADING; why <= REFUSE_STRUCTURE; why++) {
+        refusal_error(&err, why, NULL);
+        ck_assert_msg(has_value(get(members, "type"), err.type), "the type of: %s", err.message);
+        ck_assert_msg(has_value(get(members, "code"), err.code), "the code of: %s", err.message);
+    }
+}
+END_TEST
+
 TCase *openapi_case(void)
 {
     TCase *tc = tcase_create("openapi");
@@ -161,5 +188,6 @@ TCase *openapi_case(void)
     tcase_add_test(tc, every_route_and_no_other);
     tcase_add_loop_test(tc, every_field_and_no_other, 0, N_BODIES);
     tcase_add_loop_test(tc, bodies_are_those_schemas, 0, N_BODIES);
+    tcase_add_test(tc, every_refusal);
     return tc;
 }
