@@ -271,9 +271,9 @@ static enum status read_number(struct api_parse *p, const struct api_field *f,
     if (!isfinite(value) || value < f->min || value > f->max ||
         (f->above_min && value <= f->min))
         return refuse_range(p, f, v);
-    /* Below the smallest float a value would turn into the zero that is out. */
+    /* What is too small for a float would turn into the bound that is out. */
     if (f->above_min && (float)value <= (float)f->min)
-        return refuse_range(p, f, v);
+        value = (double)nextafterf((float)f->min, INFINITY);
     *out = value;
     return ST_OK;
 }

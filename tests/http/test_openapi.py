@@ -14,7 +14,7 @@ from daemon import NAME, PATIENCE, Case, Daemon, events
 
 KEY = {"Authorization": "Bearer secret"}
 # Small, so that no generated request asks for much; with a key, so that every route is there.
-OPTIONS = {"api_key": "secret", "max_model_len": 128, "max_choices": 4}
+OPTIONS = {"api_key": "secret", "max_model_len": 128, "max_choices": 2}
 TOOL = {"type": "function", "function": {"name": "look", "parameters": {
     "type": "object", "properties": {"at": {"enum": ["x", "y"]}}, "required": ["at"]}}}
 MESSAGES = [{"role": "user", "content": "Where is the old house?"}]
@@ -128,7 +128,7 @@ class Document(Case):
     def test_answers_and_events(self):
         text, chat = "/v1/completions", "/v1/chat/completions"
         requests = [
-            (text, {"prompt": ["It was", "The"], "n": 2, "max_tokens": 6, "logprobs": 2, "echo": True}),
+            (text, {"prompt": ["It was", "The"], "max_tokens": 6, "logprobs": 2, "echo": True}),
             (text, {"prompt": "It was", "max_tokens": 6, "stop_token_ids": list(range(16))}),
             (text, {"prompt": "It was", "guided_choice": ["far", "near"]}),
             (chat, {"messages": MESSAGES, "max_tokens": 6}),
@@ -152,7 +152,7 @@ class Document(Case):
     def test_state(self):
         """While something runs, which generated requests do not wait for."""
         with self.d.connect() as s:
-            data = json.dumps({"prompt": "It was", "max_tokens": 120, "ignore_eos": True, "n": 4,
+            data = json.dumps({"prompt": "It was", "max_tokens": 120, "ignore_eos": True, "n": 2,
                                "stream": True}).encode()
             s.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: t\r\nAuthorization: Bearer secret\r\n"
                       b"Content-Length: %d\r\n\r\n" % len(data) + data)
@@ -184,7 +184,8 @@ class Generated(unittest.TestCase):
     described, and what the document forbids has to be refused."""
 
     def test_server_does_what_it_says(self):
-        with tempfile.TemporaryDirectory() as folder, Daemon(**OPTIONS) as d:
+        with tempfile.TemporaryDirectory() as folder, \
+                Daemon(chat_format="qwen2.5", **dict(OPTIONS, max_model_len=384)) as d:
             path = Path(folder, "openapi.json")
             path.write_text(json.dumps(closed(fetch(d))))
             # Fields limit each other in ways that a schema does not say, so what it allows may
@@ -193,7 +194,7 @@ class Generated(unittest.TestCase):
                 [sys.executable, "-m", "schemathesis.cli", "run", str(path), "--url", d.url,
                  "-H", "Authorization: " + KEY["Authorization"], "--checks", "all",
                  "--exclude-checks", "positive_data_acceptance", "--warnings", "off",
-                 "--phases", "examples,coverage,fuzzing", "--max-examples", "24", "--seed", "1",
+                 "--phases", "examples,coverage,fuzzing", "--max-examples", "16", "--seed", "1",
                  "--request-timeout", str(20 * PATIENCE), "--generation-database", "none",
                  "--no-color"], cwd=folder, capture_output=True, text=True, timeout=120 * PATIENCE)
             self.assertEqual(run.returncode, 0, run.stdout[-6000:] + run.stderr[-2000:])
