@@ -62,8 +62,9 @@ $B/kernels/cuda/two_level.cu.o: SPILLS :=
 $B/kernels/cpu/avx512_%.o: ISA := -O3 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni -mavx512bf16 -mfma -mf16c
 $B/kernels/cpu/avx2_%.o: ISA := -O3 -mavx2 -mfma -mf16c
 
-# The page is included by the assembler, which tells make nothing of it.
+# What the assembler includes it tells make nothing of.
 $B/server/page.o build-fuzz/server/page.o: server/page.html
+$B/server/openapi.o build-fuzz/server/openapi.o: server/openapi.json
 
 # Test programs: tests/<kind>/test_<name>.c holds `TCase *<name>_case(void)`;
 # the list is made from the file names, so a test cannot be forgotten.

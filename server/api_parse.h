@@ -7,7 +7,8 @@
 
 #include <cjson/cJSON.h>
 
-/* What the files behind the parsers of api.h share; nobody else includes it. */
+/* What the files behind the parsers of api.h share; nobody else includes it but the test that
+ * compares the fields with server/openapi.json. */
 
 /* Whose body it is, a bit each. */
 enum api_endpoint { API_TEXT = 1, API_CHAT = 2, API_TOKENIZE = 4, API_DETOKENIZE = 8 };
@@ -34,6 +35,26 @@ struct api_fields {
     bool want_logprobs, parallel_calls, generate, return_strings;
 };
 
+enum api_field_kind {
+    FIELD_INT,    /* int64_t */
+    FIELD_NUMBER, /* double */
+    FIELD_SEED,   /* any 64-bit integer; seed and has_seed */
+    FIELD_BOOL,   /* bool */
+    FIELD_STRING, /* struct api_value */
+    FIELD_ANY,    /* struct api_value, read by its own function later */
+    FIELD_IGNORED /* a string or an object that changes nothing */
+};
+
+/* A field that is honoured, and where it goes in struct api_fields. */
+struct api_field {
+    const char *name;
+    enum api_field_kind kind;
+    size_t offset;
+    double min, max; /* inclusive */
+    bool above_min;  /* min itself is out */
+    unsigned where;  /* enum api_endpoint; 0: completions, text and chat */
+};
+
 struct api_parse {
     enum api_endpoint endpoint;
     const struct api_context *cx;
@@ -55,6 +76,9 @@ int api_quotable_bytes(const char *s);
 /* api_parse_fields.c: fill p->fields from the members of root, in one pass. */
 enum status api_read_fields(struct api_parse *p, const cJSON *root,
                             const struct json_scan *scan, const char *body) MUST_USE;
+
+const struct api_field *api_field_table(size_t *n);
+bool api_field_is_of(const struct api_field *f, enum api_endpoint endpoint);
 
 /* api_parse_prompt.c: p->out->prompts.  max_tokens must be checked before. */
 enum status api_read_prompts(struct api_parse *p) MUST_USE;

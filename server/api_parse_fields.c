@@ -5,29 +5,11 @@
 
 /* ---- fields that are honoured */
 
-enum field_kind {
-    FIELD_INT,    /* int64_t */
-    FIELD_NUMBER, /* double */
-    FIELD_BOOL,   /* bool */
-    FIELD_STRING, /* struct api_value */
-    FIELD_ANY,    /* struct api_value, read by its own function later */
-    FIELD_IGNORED /* a string or an object that changes nothing */
-};
-
-struct field {
-    const char *name;
-    enum field_kind kind;
-    size_t offset;
-    double min, max; /* inclusive */
-    bool above_min;  /* min itself is out */
-    unsigned where;  /* enum api_endpoint; 0: completions, text and chat */
-};
-
 #define AT(member) .offset = offsetof(struct api_fields, member)
 
 /* clang-format off */
 /* Bounds that depend on each other or on a limit are checked in api_parse.c. */
-static const struct field fields[] = {
+static const struct api_field fields[] = {
     { .name = "model", .kind = FIELD_STRING, AT(model),
       .where = API_TEXT | API_CHAT | API_TOKENIZE | API_DETOKENIZE },
     { .name = "prompt", .kind = FIELD_ANY, AT(prompt), .where = API_TEXT | API_TOKENIZE },
@@ -51,6 +33,7 @@ static const struct field fields[] = {
     { .name = "frequency_penalty", .kind = FIELD_NUMBER, AT(frequency), .min = -2, .max = 2 },
     { .name = "repetition_penalty", .kind = FIELD_NUMBER, AT(repetition), .max = 10,
       .above_min = true },
+    { .name = "seed", .kind = FIELD_SEED },
     { .name = "logit_bias", .kind = FIELD_ANY, AT(bias) },
     { .name = "stop", .kind = FIELD_ANY, AT(stop) },
     { .name = "stop_token_ids", .kind = FIELD_ANY, AT(stop_ids) },
@@ -189,9 +172,15 @@ static const struct missing *find_missing(const struct api_parse *p, const char 
     return FIND_IN(missing, name);
 }
 
-static bool is_here(const struct api_parse *p, unsigned where)
+bool api_field_is_of(const struct api_field *f, enum api_endpoint endpoint)
 {
-    return p->endpoint & (where ? where : API_TEXT | API_CHAT);
+    return endpoint & (f->where ? f->where : API_TEXT | API_CHAT);
+}
+
+const struct api_field *api_field_table(size_t *n)
+{
+    *n = sizeof fields / sizeof fields[0];
+    return fields;
 }
 
 static bool has_nothing(const cJSON *v)
@@ -230,7 +219,7 @@ static enum status check_missing(struct api_parse *p, const struct missing *m, c
 
 /* ---- reading */
 
-static enum status refuse_range(struct api_parse *p, const struct field *f,
+static enum status refuse_range(struct api_parse *p, const struct api_field *f,
                                 const struct api_value *v)
 {
     int shown = v->text_bytes < 40 ? (int)v->text_bytes : 40;
@@ -259,7 +248,7 @@ static bool exact_integer(int64_t *out, const struct api_value *v)
     return true;
 }
 
-static enum status read_int(struct api_parse *p, const struct field *f,
+static enum status read_int(struct api_parse *p, const struct api_field *f,
                             const struct api_value *v, int64_t *out)
 {
     int64_t value;
@@ -272,7 +261,7 @@ static enum status read_int(struct api_parse *p, const struct field *f,
     return ST_OK;
 }
 
-static enum status read_number(struct api_parse *p, const struct field *f,
+static enum status read_number(struct api_parse *p, const struct api_field *f,
                                const struct api_value *v, double *out)
 {
     double value = v->tree->valuedouble;
@@ -282,9 +271,9 @@ static enum status read_number(struct api_parse *p, const struct field *f,
     if (!isfinite(value) || value < f->min || value > f->max ||
         (f->above_min && value <= f->min))
         return refuse_range(p, f, v);
-    /* Below the smallest float a value would turn into the zero that is out. */
+    /* What is too small for a float would turn into the bound that is out. */
     if (f->above_min && (float)value <= (float)f->min)
-        return refuse_range(p, f, v);
+        value = (double)nextafterf((float)f->min, INFINITY);
     *out = value;
     return ST_OK;
 }
@@ -299,7 +288,7 @@ static enum status read_seed(struct api_parse *p, const struct api_value *v)
     return ST_OK;
 }
 
-static enum status read_field(struct api_parse *p, const struct field *f,
+static enum status read_field(struct api_parse *p, const struct api_field *f,
                               const struct api_value *v)
 {
     void *at = (char *)&p->fields + f->offset;
@@ -309,6 +298,8 @@ static enum status read_field(struct api_parse *p, const struct field *f,
         return read_int(p, f, v, at);
     case FIELD_NUMBER:
         return read_number(p, f, v, at);
+    case FIELD_SEED:
+        return read_seed(p, v);
     case FIELD_BOOL:
         if (!cJSON_IsBool(v->tree))
             return api_refuse(p, f->name, "'%s' must be true or false.", f->name);
@@ -334,10 +325,8 @@ static enum status read_member(struct api_parse *p, const struct api_value *v)
 {
     const char *name = v->tree->string;
 
-    if (strcmp(name, "seed") == 0 && is_here(p, 0))
-        return cJSON_IsNull(v->tree) ? ST_OK : read_seed(p, v);
     for (size_t i = 0; i < sizeof fields / sizeof fields[0]; i++)
-        if (strcmp(name, fields[i].name) == 0 && is_here(p, fields[i].where))
+        if (strcmp(name, fields[i].name) == 0 && api_field_is_of(&fields[i], p->endpoint))
             return cJSON_IsNull(v->tree) ? ST_OK : read_field(p, &fields[i], v);
     const struct missing *m = find_missing(p, name);
     if (m)

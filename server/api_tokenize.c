@@ -13,14 +13,27 @@ static enum status refuse_size(struct api_parse *p, const char *param)
                       p->cx->limits.max_json_values);
 }
 
+/* What only says how a conversation is written. */
+static enum status refuse_chat_fields(struct api_parse *p)
+{
+    const struct api_fields *f = &p->fields;
+    const char *name = f->messages.tree          ? "messages"
+                       : f->tools.tree           ? "tools"
+                       : f->template_kwargs.tree ? "chat_template_kwargs"
+                       : f->enable_thinking.tree ? "enable_thinking"
+                                                 : NULL;
+
+    return name ? api_refuse(p, name, "'prompt' and '%s' exclude each other.", name) : ST_OK;
+}
+
 static enum status encode(struct api_parse *p, struct token_list *list)
 {
     const cJSON *prompt = p->fields.prompt.tree;
     size_t limit = p->cx->limits.max_json_values;
     int flags = p->fields.add_special ? TOKENIZE_ADD_SPECIAL : 0;
 
-    if (prompt && p->fields.messages.tree)
-        return api_refuse(p, "prompt", "'prompt' and 'messages' exclude each other.");
+    if (prompt)
+        TRY(refuse_chat_fields(p));
     if (p->fields.messages.tree)
         return api_read_conversation(p, list, limit);
     if (!cJSON_IsString(prompt))

@@ -6,6 +6,7 @@
 #include "server/debug_state.h"
 #include "server/key_limits.h"
 #include "server/metrics.h"
+#include "server/openapi.h"
 #include "server/page.h"
 #include "server/reply.h"
 #include "server/request_log.h"
@@ -194,6 +195,12 @@ static void answer_page(struct service *sv, struct http_exchange *x)
     page_reply(x);
 }
 
+static void answer_openapi(struct service *sv, struct http_exchange *x)
+{
+    (void)sv;
+    reply_json(x, openapi_text());
+}
+
 static const struct route routes[] = {
     { "/", ROUTE_GET | ROUTE_PUBLIC, answer_page },
     { "/v1/completions", ROUTE_POST | ROUTE_ENGINE, answer_text },
@@ -205,15 +212,29 @@ static const struct route routes[] = {
     { "/health", ROUTE_GET | ROUTE_PUBLIC | ROUTE_PROBE, answer_health },
     { "/ready", ROUTE_GET | ROUTE_PUBLIC | ROUTE_PROBE, answer_ready },
     { "/version", ROUTE_GET, answer_version },
+    { "/openapi.json", ROUTE_GET, answer_openapi },
     { "/metrics", ROUTE_GET | ROUTE_PROBE, answer_metrics },
     { "/debug/state", ROUTE_GET | ROUTE_KEYED, answer_debug_state },
 };
+
+enum { N_ROUTES = sizeof routes / sizeof routes[0] };
+
+bool routes_facts(size_t i, struct route_facts *out)
+{
+    if (i >= N_ROUTES)
+        return false;
+    *out = (struct route_facts){ .path = routes[i].path,
+                                 .post = routes[i].flags & ROUTE_POST,
+                                 .prefix = routes[i].flags & ROUTE_PREFIX,
+                                 .is_public = routes[i].flags & ROUTE_PUBLIC };
+    return true;
+}
 
 static const struct route *find_route(const struct service *sv, const char *path)
 {
     unsigned absent = sv->cfg->api_keys.n == 0 ? ROUTE_KEYED : 0;
 
-    for (size_t i = 0; i < sizeof routes / sizeof routes[0]; i++) {
+    for (size_t i = 0; i < N_ROUTES; i++) {
         const struct route *r = &routes[i];
         size_t n = strlen(r->path);
         if (r->flags & absent)

@@ -3,6 +3,9 @@
 
 #include "server/http.h"
 
+#include <stdbool.h>
+#include <stddef.h>
+
 struct service;
 
 /* What answers which path.
@@ -12,5 +15,15 @@ struct service;
  * state of the service.  All of that is decided on the head, so that a refused
  * body is not collected. */
 struct http_handler routes_handler(struct service *sv);
+
+/* Route number i, for the test that compares them with server/openapi.json; false: there is
+ * none. */
+struct route_facts {
+    const char *path;
+    bool post;               /* else GET */
+    bool prefix;             /* something follows the path */
+    bool is_public;          /* needs no key */
+};
+bool routes_facts(size_t i, struct route_facts *out);
 
 #endif

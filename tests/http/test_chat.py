@@ -448,7 +448,9 @@ class Tokenize(Case):
     def test_refusals(self):
         self.bad("/tokenize", {}, "prompt")
         self.bad("/tokenize", {"prompt": ["x"]}, "prompt")
-        self.bad("/tokenize", {"prompt": "x", "messages": ASK}, "prompt")
+        for name, value in (("messages", ASK), ("tools", []), ("enable_thinking", False),
+                            ("chat_template_kwargs", {"date_string": "x"})):
+            self.bad("/tokenize", {"prompt": "x", name: value}, name)
         self.bad("/tokenize", {"prompt": "x", "temperature": 1}, "temperature")
         self.bad("/tokenize", {"prompt": "x", "seed": 1}, "seed")
         self.bad("/tokenize", {"prompt": "x", "guided_regex": "a"}, "guided_regex")

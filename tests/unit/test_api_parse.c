@@ -237,7 +237,6 @@ static const struct refusal refusals[] = {
       "'temperature' must be between 0 and 2, not 1e400." },
     { P "\"temperature\":\"1\"}", "temperature", "'temperature' must be a number." },
     { P "\"top_p\":0}", "top_p", "'top_p' must be greater than 0 and at most 1, not 0." },
-    { P "\"top_p\":1e-60}", "top_p", "'top_p' must be greater than 0 and at most 1, not 1e-60." },
     { P "\"top_p\":1.01}", "top_p", "'top_p' must be greater than 0 and at most 1, not 1.01." },
     { P "\"min_p\":1.5}", "min_p", "'min_p' must be between 0 and 1, not 1.5." },
     { P "\"min_p\":-0.5}", "min_p", "'min_p' must be between 0 and 1, not -0.5." },
@@ -636,6 +635,17 @@ START_TEST(every_field_arrives)
 }
 END_TEST
 
+/* They are above zero, so they may not become it. */
+START_TEST(numbers_too_small_for_a_float)
+{
+    struct api_completion *c = accept(P "\"top_p\":1e-60,\"repetition_penalty\":5e-324}");
+
+    ck_assert(c->template.top_p > 0 && c->template.top_p < 1e-44f);
+    ck_assert(c->template.repetition > 0 && c->template.repetition < 1e-44f);
+    api_completion_free(c);
+}
+END_TEST
+
 START_TEST(streams_may_ask_for_usage)
 {
     struct api_completion *c = accept(
@@ -864,6 +874,7 @@ TCase *api_parse_case(void)
     tcase_add_test(tc, the_model_has_defaults_of_its_own);
     tcase_add_test(tc, null_is_absent);
     tcase_add_test(tc, every_field_arrives);
+    tcase_add_test(tc, numbers_too_small_for_a_float);
     tcase_add_test(tc, streams_may_ask_for_usage);
     tcase_add_test(tc, seeds_keep_all_their_bits);
     tcase_add_test(tc, harmless_values_are_let_through);
