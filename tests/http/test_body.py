@@ -41,7 +41,7 @@ WRONG = [
     ("n", {"n": 65, "prompt": ["a", "b"]}), ("best_of", {"best_of": 100, "prompt": ["a", "b"]}),
     ("temperature", {"temperature": -0.1}), ("temperature", {"temperature": 2.01}),
     ("temperature", {"temperature": "1"}), ("temperature", {"temperature": [1]}),
-    ("top_p", {"top_p": 0}), ("top_p", {"top_p": 1.1}), ("top_p", {"top_p": 1e-60}),
+    ("top_p", {"top_p": 0}), ("top_p", {"top_p": 1.1}),
     ("top_k", {"top_k": -2}), ("top_k", {"top_k": 1.5}), ("top_k", {"top_k": 1 << 40}),
     ("min_p", {"min_p": -0.1}), ("min_p", {"min_p": 1.1}),
     ("presence_penalty", {"presence_penalty": 2.1}),
