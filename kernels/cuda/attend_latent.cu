@@ -231,26 +231,35 @@ void launch_rows(struct stream *s, const arguments &a, int seqs, int most_rows)
                  a);
 }
 
-}
-
-void latent::queue_attend(struct stream *s, const struct attend_dense_args *args)
+/* What both operations have. */
+template <typename T>
+arguments arguments_of(const T *args)
 {
     arguments a = {};
 
-    if (!stream_enter(s) || args->seqs == 0)
-        return;
     a.out = (__nv_bfloat16 *)args->out;
     a.q = (const __nv_bfloat16 *)args->q;
     a.kv = (const __nv_bfloat16 *)args->kv;
     a.table = args->table;
-    a.n_tokens = args->n_tokens;
-    a.first_row = args->first_row;
-    a.n_rows = args->n_rows;
     a.parts = (float *)args->scratch;
     a.q_stride = args->q_stride;
     a.heads = args->heads;
     a.max_blocks = args->max_blocks;
     a.scale = args->scale * LOG2_E;
+    return a;
+}
+
+}
+
+void latent::queue_attend(struct stream *s, const struct attend_dense_args *args)
+{
+    arguments a = arguments_of(args);
+
+    if (!stream_enter(s) || args->seqs == 0)
+        return;
+    a.n_tokens = args->n_tokens;
+    a.first_row = args->first_row;
+    a.n_rows = args->n_rows;
     /* Each passes over the other's sequences. */
     if (s->be->hopper)
         launch_row<5, CONTEXT>(s, "attend_dense", a, args->seqs, args->max_n_tokens);
@@ -267,23 +276,14 @@ void latent::queue_attend(struct stream *s, const struct attend_dense_args *args
 void latent::queue_attend_selected(struct stream *s, const struct attend_selected_args *args,
                                    const bf16 *const *rows)
 {
-    arguments a = {};
+    arguments a = arguments_of(args);
 
     if (!stream_enter(s) || args->seqs == 0)
         return;
-    a.out = (__nv_bfloat16 *)args->out;
-    a.q = (const __nv_bfloat16 *)args->q;
-    a.kv = (const __nv_bfloat16 *)args->kv;
-    a.table = args->table;
     a.chosen = args->chosen;
     a.n_chosen = args->n_chosen;
     a.rows = (const __nv_bfloat16 *const *)rows;
-    a.parts = (float *)args->scratch;
-    a.q_stride = args->q_stride;
-    a.heads = args->heads;
-    a.max_blocks = args->max_blocks;
     a.keep_tokens = args->keep_tokens;
-    a.scale = args->scale * LOG2_E;
     if (rows)
         launch_row<3, ADDRESSED>(s, "attend_two_level", a, args->seqs, args->keep_tokens);
     else

@@ -6,6 +6,42 @@
 /* Thread-block clusters: where a block is in its own, barriers of shared memory, and stores to
  * the shared memory of other blocks that arrive at those.  From compute capability 9.0 on. */
 
+enum { MOST_SHARED = 227 * 1024 }; /* bytes of a thread block, of compute capability 9.0 */
+
+static __host__ __device__ inline int round_up(int n, int to)
+{
+    return (n + to - 1) / to * to;
+}
+
+/* Of n things each thread block of a cluster has so many, the last ones fewer. */
+static __host__ __device__ inline int share_of(int n, int size)
+{
+    return (n + size - 1) / size;
+}
+
+/* A launch of clusters in a row, which may start early (launch_early() in cuda.cuh); the attributes
+ * are pointed to, so it stays where it is. */
+struct cluster_launch {
+    cudaLaunchConfig_t config;
+    cudaLaunchAttribute attributes[2];
+};
+
+static inline void configure_clusters(struct cluster_launch *l, int clusters, int cluster,
+                                      int threads, size_t shared_bytes)
+{
+    *l = {};
+    l->attributes[0].id = cudaLaunchAttributeClusterDimension;
+    l->attributes[0].val.clusterDim.x = cluster;
+    l->attributes[0].val.clusterDim.y = l->attributes[0].val.clusterDim.z = 1;
+    l->attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    l->attributes[1].val.programmaticStreamSerializationAllowed = 1;
+    l->config.gridDim = dim3(clusters * cluster);
+    l->config.blockDim = dim3(threads);
+    l->config.dynamicSmemBytes = shared_bytes;
+    l->config.attrs = l->attributes;
+    l->config.numAttrs = 2;
+}
+
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 
 static __device__ __forceinline__ int cluster_rank()

@@ -26,7 +26,6 @@ struct heads_product {
     __nv_bfloat16 *out;
     const __nv_bfloat16 *x;
     const void *weight;
-    enum dtype weight_type;
     int rows, in_dim, out_dim, out_stride, out_head_stride, x_stride, x_head_stride;
     size_t weight_stride;
 };
@@ -163,7 +162,6 @@ void cuda_linear_heads(struct stream *s, const struct linear_heads_args *a)
     p.out = (__nv_bfloat16 *)a->out;
     p.x = (const __nv_bfloat16 *)a->x;
     p.weight = a->weight;
-    p.weight_type = a->weight_type;
     p.rows = a->rows;
     p.in_dim = a->in_dim;
     p.out_dim = a->out_dim;

@@ -252,5 +252,53 @@ static __device__ __forceinline__ int choose_top(int *out, const unsigned *keys,
     return listed;
 }
 
+/* Of a context's blocks, in shared memory. */
+struct block_lists {
+    int *kept, *records, *blocks;   /* [keep_blocks] numbers; ids in index and kv */
+    unsigned *block_keys;           /* [max_blocks] */
+    int *ids, *kv_ids;              /* [max_blocks] the tables */
+};
+
+/* The kept blocks from the filter's keys in global memory, ascending, with their ids; how many.
+ * Bins are clear, before and after; keys and tables are not needed any more. */
+template <int THREADS>
+static __device__ __forceinline__ int choose_kept(const block_lists &r, const unsigned *keys,
+                                                  int n_blocks, int keep, counts *c)
+{
+    border b;
+
+#pragma unroll 4
+    for (int i = threadIdx.x; i < n_blocks; i += THREADS)
+        r.block_keys[i] = __ldcg(keys + i);
+    __syncthreads();
+    b.key = find_border(r.block_keys, n_blocks, keep, &b.equal, c);
+    int n_kept = list_chosen(r.kept, r.block_keys, 0, n_blocks, n_blocks, b, c);
+    __syncthreads();
+#pragma unroll 1
+    for (int i = threadIdx.x; i < n_kept; i += THREADS) {
+        r.records[i] = r.ids[r.kept[i]];
+        r.blocks[i] = r.kv_ids[r.kept[i]];
+    }
+    clear_bins(c);
+    __syncthreads();
+    return n_kept;
+}
+
+/* The border of the `keep` best of the tokens of kept blocks. */
+static __device__ __forceinline__ border find_token_border(const unsigned *keys, int n, int keep,
+                                                           counts *c)
+{
+    border b;
+
+    /* No estimate of a token is much above the best of the filter's of its block, which is among
+     * the largest but for the forced blocks. */
+    unsigned largest = c->largest;
+    if (largest > POSITIVE)
+        b.key = find_border_below(keys, n, keep, largest + BINADE, &b.equal, c);
+    else
+        b.key = find_border(keys, n, keep, &b.equal, c);
+    return b;
+}
+
 }
 #endif

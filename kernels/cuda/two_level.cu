@@ -56,7 +56,6 @@ enum {
     MAX_CLUSTER = 8,             /* 16 would not find room in every GPC */
     HALF = BLOCK_TOKENS / 2,     /* tokens of a record that a warp scores at a time */
     DEPTH = 3,                   /* of those halves a warp has on their way or in use */
-    MOST_SHARED = 227 * 1024,
     LINE = 128,                  /* bytes that are asked of memory at once */
 };
 
@@ -73,12 +72,9 @@ struct __align__(LINE) shared {
 };
 
 /* The arrays behind it.  What the stages after one another need lies in the same place. */
-struct arrays {
-    int *kept, *records, *blocks;               /* [keep_blocks] numbers; ids in index and kv */
+struct arrays : block_lists {                   /* keys and tables of these: stage 1 */
     int *list;                                  /* [token_part] rows of K and V to attend to */
     unsigned *token_keys;                       /* [keep_blocks, BLOCK_TOKENS] */
-    unsigned *block_keys;                       /* [max_blocks]  stage 1 */
-    int *ids, *kv_ids;                          /* [max_blocks]  stage 1: the tables */
     unsigned char *ahead;                       /* [WARPS, DEPTH] halves of records  stage 2 */
     unsigned char *rows;                        /* [WARPS, TILE] rows of K and V  stage 3 */
     /* With hot rows. */
@@ -92,17 +88,6 @@ template <int DIM>
 constexpr int row_bytes = 4 * DIM;              /* K and V of a token */
 template <int DIM>
 constexpr int half_bytes = HALF * (2 + DIM / 4);
-
-__host__ __device__ inline int round_up(int n, int to)
-{
-    return (n + to - 1) / to * to;
-}
-
-/* Kept blocks of each thread block of a cluster, the last ones fewer. */
-__host__ __device__ inline int share_of(int n_kept, int size)
-{
-    return (n_kept + size - 1) / size;
-}
 
 /* Chosen tokens of so many kept blocks at most. */
 __host__ __device__ inline int most_chosen(const two_level &a, int n_blocks)
@@ -559,49 +544,6 @@ __device__ __forceinline__ void prepare(const two_level &a, shared<DIM> *sh, con
     }
 }
 
-/* The kept blocks from the filter's keys, ascending, with their ids; how many. */
-template <int DIM>
-__device__ __forceinline__ int choose_blocks(const two_level &a, shared<DIM> *sh,
-                                             const arrays &r, const unsigned *keys,
-                                             int n_blocks)
-{
-    border b;
-
-#pragma unroll 4
-    for (int i = threadIdx.x; i < n_blocks; i += THREADS)
-        r.block_keys[i] = __ldcg(keys + i);
-    __syncthreads();
-    b.key = find_border(r.block_keys, n_blocks, a.keep_blocks, &b.equal, &sh->count);
-    int n_kept = list_chosen(r.kept, r.block_keys, 0, n_blocks, n_blocks, b, &sh->count);
-    __syncthreads();
-#pragma unroll 1
-    for (int i = threadIdx.x; i < n_kept; i += THREADS) {
-        r.records[i] = r.ids[r.kept[i]];
-        r.blocks[i] = r.kv_ids[r.kept[i]];
-    }
-    clear_bins(&sh->count);
-    __syncthreads();             /* the keys and ids are not needed any more */
-    return n_kept;
-}
-
-/* The border of the keep_tokens best of all tokens. */
-template <int DIM>
-__device__ __forceinline__ border find_token_border(const two_level &a, shared<DIM> *sh,
-                                                    const arrays &r, int n_keys)
-{
-    border b;
-
-    /* No estimate of a token is much above the best of the filter's of its block, which is
-     * among the largest but for the forced blocks. */
-    unsigned largest = sh->count.largest;
-    if (largest > POSITIVE)
-        b.key = find_border_below(r.token_keys, n_keys, a.keep_tokens, largest + BINADE,
-                                  &b.equal, &sh->count);
-    else
-        b.key = find_border(r.token_keys, n_keys, a.keep_tokens, &b.equal, &sh->count);
-    return b;
-}
-
 /* The tokens of this block's kept blocks [first, end) that are among the keep_tokens best of
  * all; how many.  r.list gets their rows of K and V, counted from the head's first row. */
 template <int DIM>
@@ -609,7 +551,7 @@ __device__ __forceinline__ int choose_tokens(const two_level &a, shared<DIM> *sh
                                              const arrays &r, int n_kept, int first, int end)
 {
     int n_keys = n_kept * BLOCK_TOKENS;
-    border b = find_token_border<DIM>(a, sh, r, n_keys);
+    border b = find_token_border(r.token_keys, n_keys, a.keep_tokens, &sh->count);
 
     int n = list_chosen(r.list, r.token_keys, first * BLOCK_TOKENS, end * BLOCK_TOKENS, n_keys,
                         b, &sh->count);
@@ -644,7 +586,7 @@ __device__ __forceinline__ int resolve_tokens(const two_level &a, shared<DIM> *s
                                               const struct hot_rows &hot_rows, hot_share *h)
 {
     int n_keys = n_kept * BLOCK_TOKENS;
-    border b = find_token_border<DIM>(a, sh, r, n_keys);
+    border b = find_token_border(r.token_keys, n_keys, a.keep_tokens, &sh->count);
 
     hot::clear_seen(r.seen, h->head.n);
     int n_all = list_chosen((int *)r.all, r.token_keys, 0, n_keys, n_keys, b, &sh->count);
@@ -708,7 +650,8 @@ __device__ __forceinline__ void attend_unit(const two_level &a, const struct hot
      * before the first is. */
     asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
     wait_for_inputs();
-    int n_kept = choose_blocks<DIM>(a, sh, r, a.keys + (size_t)unit * a.max_blocks, n_blocks);
+    int n_kept = choose_kept<THREADS>(r, a.keys + (size_t)unit * a.max_blocks, n_blocks,
+                                      a.keep_blocks, &sh->count);
     int share = share_of(n_kept, size), first = min(rank * share, n_kept);
     int end = min(first + share, n_kept);
     score_tokens<DIM, TILES>(a, sh, r, kv_head, n, first, end);
@@ -758,23 +701,6 @@ size_t shared_bytes(const two_level &a, int cluster, int rows_per_head)
     return sizeof(shared<DIM>) + lay_out<DIM, HOT>(&r, NULL, a, cluster, rows_per_head);
 }
 
-/* Room for two attributes. */
-void configure(cudaLaunchConfig_t *config, cudaLaunchAttribute *attributes, int clusters,
-               int cluster, size_t bytes)
-{
-    *config = {};
-    attributes[0].id = cudaLaunchAttributeClusterDimension;
-    attributes[0].val.clusterDim.x = cluster;
-    attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
-    attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[1].val.programmaticStreamSerializationAllowed = 1;
-    config->gridDim = dim3(clusters * cluster);
-    config->blockDim = dim3(THREADS);
-    config->dynamicSmemBytes = bytes;
-    config->attrs = attributes;
-    config->numAttrs = 2;
-}
-
 /* As many thread blocks a cluster as let all clusters run at the same time: those of one
  * must find room in one part of the GPU, so this is less than their number says.  0 where
  * there is not enough shared memory. */
@@ -783,8 +709,7 @@ int choose_cluster(struct stream *s, const two_level &a, int units)
 {
     cluster_choice *known = &s->clusters;
     const cluster_choice wanted = { DIM, TILES, units, a.max_blocks, a.keep_blocks, 0 };
-    cudaLaunchConfig_t config;
-    cudaLaunchAttribute attributes[2];
+    struct cluster_launch launch;
 
     if (known->size && known->dim == DIM && known->tiles == TILES && known->units == units &&
         known->max_blocks == a.max_blocks && known->keep_blocks == a.keep_blocks)
@@ -798,9 +723,9 @@ int choose_cluster(struct stream *s, const two_level &a, int units)
         stream_check(s, cudaFuncSetAttribute(attend_two_level<DIM, TILES>,
                                              cudaFuncAttributeMaxDynamicSharedMemorySize,
                                              (int)bytes), "attend_two_level");
-        configure(&config, attributes, units, size, bytes);
+        configure_clusters(&launch, units, size, THREADS, bytes);
         stream_check(s, cudaOccupancyMaxActiveClusters(&fit, attend_two_level<DIM, TILES>,
-                                                       &config), "attend_two_level");
+                                                       &launch.config), "attend_two_level");
         if (fit >= units || (size == 1 && !known->size))
             return known->size = size;
     }
@@ -820,17 +745,16 @@ template <typename... P>
 void launch_both(struct stream *s, const two_level &a, const struct attend_two_level_args *args,
                  int clusters, int cluster, size_t bytes, void (*kernel)(two_level, P...), P... p)
 {
-    cudaLaunchConfig_t config;
-    cudaLaunchAttribute attributes[2];
+    struct cluster_launch launch;
 
     queue_filter(s, a, args->shape.head_dim, args->max_n_tokens);
     if (args->lagged)
         queue_lag_keys(s, args, a.keys, after_keys(a));
     stream_check(s, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                          (int)bytes), "attend_two_level");
-    configure(&config, attributes, clusters, cluster, bytes);
-    config.stream = s->cu;
-    stream_check(s, cudaLaunchKernelEx(&config, kernel, a, p...), "attend_two_level");
+    configure_clusters(&launch, clusters, cluster, THREADS, bytes);
+    launch.config.stream = s->cu;
+    stream_check(s, cudaLaunchKernelEx(&launch.config, kernel, a, p...), "attend_two_level");
 }
 
 template <int DIM, int TILES>

@@ -32,7 +32,6 @@ using namespace latent;
 enum {
     COLUMNS = MOST_HEADS,
     MAX_CLUSTER = 8,
-    MOST_SHARED = 227 * 1024,
     HALF_ROW = D / 2,            /* hot_rows.cuh's DIM, which has rows of K and V */
     AHEAD = 8,                   /* records that are scored at a time */
     PIECE_STRIDE = SLICE + 4,    /* floats of a head's sums of a warp and a gap */
@@ -69,10 +68,9 @@ struct __align__(128) shared {
 };
 
 /* The arrays behind it. */
-struct arrays {
+struct arrays : block_lists {      /* keys and tables of these: stage 1 */
     float *acc;                    /* [size - 1, WARPS / size, piece] of what this block finishes
                                       the others' sums, the next rank's first */
-    int *kept, *records, *blocks;  /* [keep_blocks] numbers; ids in index and kv */
     unsigned *token_keys;          /* [keep_blocks, BLOCK_TOKENS] */
     unsigned *all;                 /* [keep_tokens] chosen: numbers of keys, then rows of kv or,
                                       with hot rows, places */
@@ -80,20 +78,8 @@ struct arrays {
     int *missing;                  /* of this block's share; */
     uint16_t *into;                /* the row that a missing one gets */
     unsigned char *tiles;          /* [DEPTH] of stage 3, and what is needed before: */
-    unsigned *block_keys;          /* [max_blocks]  stage 1 */
-    int *ids, *kv_ids;             /* [max_blocks]  stage 1: the tables */
     unsigned char *records_ahead;  /* [AHEAD] records  stage 2 */
 };
-
-__host__ __device__ inline int round_up(int n, int to)
-{
-    return (n + to - 1) / to * to;
-}
-
-__host__ __device__ inline int share_of(int n, int size)
-{
-    return (n + size - 1) / size;
-}
 
 /* Floats of a warp's sums. */
 __host__ __device__ inline int piece_of(const two_level &a)
@@ -168,30 +154,6 @@ __device__ __forceinline__ void prepare(const two_level &a, shared *sh, const ar
     }
 }
 
-/* The kept blocks, ascending, with their ids; how many. */
-__device__ __forceinline__ int choose_blocks(const two_level &a, shared *sh, const arrays &r,
-                                             const unsigned *keys, int n_blocks)
-{
-    border b;
-
-#pragma unroll 4
-    for (int i = threadIdx.x; i < n_blocks; i += THREADS)
-        r.block_keys[i] = __ldcg(keys + i);
-    copy_wait<0>();              /* the queries, for the next stage */
-    publish_to_products();
-    __syncthreads();
-    b.key = find_border(r.block_keys, n_blocks, a.keep_blocks, &b.equal, &sh->count);
-    int n_kept = list_chosen(r.kept, r.block_keys, 0, n_blocks, n_blocks, b, &sh->count);
-    __syncthreads();
-    for (int i = threadIdx.x; i < n_kept; i += THREADS) {
-        r.records[i] = r.ids[r.kept[i]];
-        r.blocks[i] = r.kv_ids[r.kept[i]];
-    }
-    clear_bins(&sh->count);
-    __syncthreads();             /* the keys and ids are not needed any more */
-    return n_kept;
-}
-
 /* ---- stage 2 */
 
 /* Keys of this warp's tokens of a record in shared memory. */
@@ -262,16 +224,7 @@ __device__ __forceinline__ int choose_tokens(const two_level &a, shared *sh, con
                                              int n_kept)
 {
     int n_keys = n_kept * BLOCK_TOKENS;
-    border b;
-
-    /* No estimate of a token is much above the best of the filter's of its block, which is among
-     * the largest but for the forced blocks. */
-    unsigned largest = sh->count.largest;
-    if (largest > POSITIVE)
-        b.key = find_border_below(r.token_keys, n_keys, a.keep_tokens, largest + BINADE, &b.equal,
-                                  &sh->count);
-    else
-        b.key = find_border(r.token_keys, n_keys, a.keep_tokens, &b.equal, &sh->count);
+    border b = find_token_border(r.token_keys, n_keys, a.keep_tokens, &sh->count);
     int n = list_chosen((int *)r.all, r.token_keys, 0, n_keys, n_keys, b, &sh->count);
     __syncthreads();
     return n;
@@ -493,7 +446,10 @@ __device__ __forceinline__ void attend_sequence(const two_level &a,
      * first is. */
     asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
     wait_for_inputs();
-    int n_kept = choose_blocks(a, sh, r, a.keys + (size_t)seq * a.max_blocks, n_blocks);
+    copy_wait<0>();              /* the queries, for the next stage */
+    publish_to_products();
+    int n_kept = choose_kept<THREADS>(r, a.keys + (size_t)seq * a.max_blocks, n_blocks,
+                                      a.keep_blocks, &sh->count);
     int each = share_of(n_kept, size), first = min(rank * each, n_kept);
     int end = min(first + each, n_kept);
     score_tokens(a, sh, r, n, first, end);
@@ -546,31 +502,13 @@ size_t shared_bytes(const two_level &a, int cluster, int rows_per_head)
     return bytes <= MOST_SHARED ? bytes : 0;
 }
 
-/* Room for two attributes. */
-void configure(cudaLaunchConfig_t *config, cudaLaunchAttribute *attributes, int clusters,
-               int cluster, size_t bytes)
-{
-    *config = {};
-    attributes[0].id = cudaLaunchAttributeClusterDimension;
-    attributes[0].val.clusterDim.x = cluster;
-    attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
-    attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[1].val.programmaticStreamSerializationAllowed = 1;
-    config->gridDim = dim3(clusters * cluster);
-    config->blockDim = dim3(THREADS);
-    config->dynamicSmemBytes = bytes;
-    config->attrs = attributes;
-    config->numAttrs = 2;
-}
-
 /* As many thread blocks a cluster as let all clusters run at the same time; 0 where there is not
  * enough shared memory.  With hot rows the same, for the same bits. */
 int choose_cluster(struct stream *s, const two_level &a, int seqs)
 {
     cluster_choice *known = &s->clusters;
     const cluster_choice wanted = { D, 0, seqs, a.max_blocks, a.keep_blocks, 0 };
-    cudaLaunchConfig_t config;
-    cudaLaunchAttribute attributes[2];
+    struct cluster_launch launch;
 
     if (known->size && known->dim == D && known->units == seqs &&
         known->max_blocks == a.max_blocks && known->keep_blocks == a.keep_blocks)
@@ -584,8 +522,8 @@ int choose_cluster(struct stream *s, const two_level &a, int seqs)
         stream_check(s, cudaFuncSetAttribute(attend_two_level,
                                              cudaFuncAttributeMaxDynamicSharedMemorySize,
                                              (int)bytes), "attend_two_level");
-        configure(&config, attributes, seqs, size, bytes);
-        stream_check(s, cudaOccupancyMaxActiveClusters(&fit, attend_two_level, &config),
+        configure_clusters(&launch, seqs, size, THREADS, bytes);
+        stream_check(s, cudaOccupancyMaxActiveClusters(&fit, attend_two_level, &launch.config),
                      "attend_two_level");
         if (fit >= seqs || size == 1)
             return known->size = size;
@@ -612,8 +550,7 @@ void launch_both(struct stream *s, const two_level &a, const struct attend_two_l
                  int cluster, size_t bytes, void (*kernel)(two_level, P...), P... p)
 {
     struct block_filter_args filter = {};
-    cudaLaunchConfig_t config;
-    cudaLaunchAttribute attributes[2];
+    struct cluster_launch launch;
 
     filter.q = args->q;
     filter.q_stride = args->q_stride;
@@ -635,9 +572,9 @@ void launch_both(struct stream *s, const two_level &a, const struct attend_two_l
                        (int32_t *)args->scratch + after_keys(args));
     stream_check(s, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                          (int)bytes), "attend_two_level");
-    configure(&config, attributes, args->seqs, cluster, bytes);
-    config.stream = s->cu;
-    stream_check(s, cudaLaunchKernelEx(&config, kernel, a, p...), "attend_two_level");
+    configure_clusters(&launch, args->seqs, cluster, THREADS, bytes);
+    launch.config.stream = s->cu;
+    stream_check(s, cudaLaunchKernelEx(&launch.config, kernel, a, p...), "attend_two_level");
 }
 
 }

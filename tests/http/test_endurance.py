@@ -10,7 +10,7 @@ import time
 import unittest
 from contextlib import closing
 
-from daemon import ON_CPU, PATIENCE, Daemon
+from daemon import ON_CPU, PATIENCE, Daemon, read_to_end
 
 IDLE = 2000
 QUESTION = {"prompt": "The old house", "max_tokens": 20, "temperature": 0, "ignore_eos": True}
@@ -20,17 +20,6 @@ def cpu_seconds(pid):
     """User and system time of all its threads."""
     fields = open(f"/proc/{pid}/stat").read().rsplit(")", 1)[1].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-def rest_of(s):
-    """Until the other side is gone, however it went."""
-    data = b""
-    try:
-        while piece := s.recv(65536):
-            data += piece
-    except ConnectionError:
-        pass
-    return data
 
 
 def resident_bytes(pid):
@@ -76,7 +65,7 @@ class Killed(unittest.TestCase):
         stream = d.post_raw(dict(QUESTION, max_tokens=4000, stream=True))
         self.assertTrue(d.wait_until(lambda: d.gauge("num_requests_running") == 1))
         d.kill()
-        data = rest_of(stream)
+        data = read_to_end(stream)
         self.assertNotIn(b"[DONE]", data)
         self.assertFalse(data.endswith(b"0\r\n\r\n"))
         with Daemon(port=d.port) as again:
