@@ -18,7 +18,7 @@ static const unsigned POSITIVE = 0x81000000u; /* keys of normal positive floats 
 
 /* Per-block memory of the functions below. */
 struct __align__(16) counts {
-    int bins[BINS];
+    int bins[BINS + 4];          /* and one for what is below all */
     int warp[2][MAX_WARPS][3];   /* two sets by turns save a barrier a round */
     unsigned low[MAX_WARPS], high[MAX_WARPS], border, largest;
     int chosen[MAX_WARPS];

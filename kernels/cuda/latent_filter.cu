@@ -2,10 +2,10 @@
  * operation of its own of the tokens of kept blocks.
  *
  * The coarse filter reads 76 bytes a token, 7.5 MB a sequence of 98,304: 1.6 us at 4.6 TB/s.  All
- * groups of four warps share the blocks of all contexts evenly; each copies its next records to
- * shared memory while it scores one.  From 8,192 to 131,072 tokens at batch 8 its time grows as
- * though it read 1.6 TB/s of an H100's 3.2: 18 products a block, whose 24 columns seem to take as
- * long as 64 would (710 cycles a block and multiprocessor). */
+ * warps share the blocks of all contexts evenly; each copies its next record to shared memory
+ * while it scores one.  With 8 sequences of 131,072 tokens it takes 24 us more than copies without
+ * a score do (H100): some 1,200 instructions a block, a fifth of them products, which wait for each
+ * other.  Fewer warps with more tokens at a time, and so more registers, take longer. */
 
 #include "kernels/cuda/latent_scores.cuh"
 
@@ -13,7 +13,7 @@ namespace {
 
 using namespace latent;
 
-enum { GROUPS = 4, THREADS = GROUPS * GROUP, DEPTH = 4, SCORE_WARPS = 4 };
+enum { WARPS = 16, THREADS = WARPS * WARP, DEPTH = 2, ROW_TILES = 2, SCORE_WARPS = 4 };
 
 struct filter {
     const __nv_bfloat16 *q;
@@ -45,44 +45,42 @@ __global__ void __launch_bounds__(8 * WARP) make_queries(queries *made, const __
 }
 
 struct memory {
-    queries q;
-    unsigned best[GROUPS][4];    /* of each warp's tokens */
-    __align__(16) unsigned char ring[GROUPS][DEPTH][FILTER_BYTES];
+    operands q;
+    __align__(16) unsigned char ring[WARPS][DEPTH][FILTER_BYTES];
 };
 
-/* Of the index block `id`, where there is one, by a group. */
+/* Of the index block `id`, where there is one, by a warp. */
 __device__ __forceinline__ void start_record(const filter &a, int id, unsigned to, bool there)
 {
     enum { COPIES = FILTER_BYTES / 16 };
-    int first = threadIdx.x % GROUP;
+    int lane = threadIdx.x % WARP;
 
     if (there) {
-        const uint8_t *from = a.index + (size_t)id * a.block_bytes + a.layout.scale;
+        const uint8_t *from = a.index + (size_t)id * a.block_bytes + a.layout.scale + lane * 16;
+        to += lane * 16;
 #pragma unroll
-        for (int i = 0; i < COPIES; i += GROUP)
-            if (i + GROUP <= COPIES || first < COPIES % GROUP)
-                copy_16(to + (i + first) * 16, from + (i + first) * 16);
+        for (int i = 0; i < COPIES; i += WARP)
+            if (i + WARP <= COPIES || lane < COPIES % WARP)
+                copy_16(to + i * 16, from + i * 16);
     }
     copy_commit();               /* one group a record, empty or not, for copy_wait() */
 }
 
-/* The key of the best of this warp's tokens; those from `left` on are not there. */
-__device__ __forceinline__ unsigned score_record(unsigned record, int left, const query_side &q,
-                                                 const queries *all)
+/* The key of the best of a block's tokens; those from `left` on are not there. */
+__device__ __forceinline__ unsigned score_record(unsigned record, int left, const operands *q)
 {
-    int token = threadIdx.x % GROUP / WARP * 16 + threadIdx.x % WARP / 4;
-    unsigned signs = record + BLOCK_TOKENS * SCALE_BYTES + token * TOKEN_BYTES;
-    quarter sign[2] = { load_quarter(signs), load_quarter(signs + 8 * TOKEN_BYTES) };
-    float2 scale[2] = { load_scales(record + token * SCALE_BYTES),
-                        load_scales(record + (token + 8) * SCALE_BYTES) };
-    int d[2][TILES][4];
+    float top = -INFINITY;
 
-    sum_bits(d, all, [&](int half, int step, int i) {
-        return word_of(sign[half], step) & 0x01010101u << i;
-    });
-    float best = token < left ? best_of(d, 0, scale[0], q) : -INFINITY;
-    best = fmaxf(best, token + 8 < left ? best_of(d, 1, scale[1], q) : -INFINITY);
-    return __reduce_max_sync(0xffffffffu, key_of(best));
+#pragma unroll 1
+    for (int first = 0; first < BLOCK_TOKENS; first += 16 * ROW_TILES) {
+        float best[2 * ROW_TILES];
+        score_rows<ROW_TILES, false>(best, record, first, q);
+#pragma unroll
+        for (int i = 0; i < 2 * ROW_TILES; i++)
+            top = fmaxf(top, first + 8 * i + (int)threadIdx.x % WARP / 4 < left ? best[i]
+                                                                               : -INFINITY);
+    }
+    return __reduce_max_sync(0xffffffffu, key_of(top));
 }
 
 /* Grid: parts of a context, sequences. */
@@ -90,16 +88,16 @@ __global__ void __launch_bounds__(THREADS, 1) score_blocks(filter a)
 {
     extern __shared__ __align__(128) unsigned char shared[];
     memory *m = (memory *)shared;
-    int group = group_number(), warp = threadIdx.x % GROUP / WARP, seq = blockIdx.y;
+    int warp = threadIdx.x / WARP, seq = blockIdx.y;
 
     /* Lengths and tables come from the host, and of the index this step writes only each
      * context's last block: all else is read while the kernel before this one ends. */
     int n_tokens = a.n_tokens[seq], n_blocks = (n_tokens + BLOCK_TOKENS - 1) / BLOCK_TOKENS;
-    int parts = gridDim.x * GROUPS, part = blockIdx.x * GROUPS + group;
+    int parts = gridDim.x * WARPS, part = blockIdx.x * WARPS + warp;
     int first = (int)((int64_t)n_blocks * part / parts);
     int n = (int)((int64_t)n_blocks * (part + 1) / parts) - first;
     const int32_t *table = a.table + (size_t)seq * a.max_blocks + first;
-    unsigned ring = shared_address(m->ring[group]);
+    unsigned ring = shared_address(m->ring[warp]);
     bool has_last = first + n == n_blocks;
     auto id_of = [&](int k) { return k < n ? table[k] : 0; };
     if (!has_last)
@@ -111,7 +109,7 @@ __global__ void __launch_bounds__(THREADS, 1) score_blocks(filter a)
     let_next_start();
     if (n_tokens == 0)
         return;
-    start_queries(&m->q, a.made + seq);
+    start_operands<false>(&m->q, a.made + seq);
     if (has_last)                /* the queries are part of the first record's group */
 #pragma unroll 1
         for (int k = 0; k < DEPTH - 1; k++)
@@ -119,10 +117,7 @@ __global__ void __launch_bounds__(THREADS, 1) score_blocks(filter a)
     copy_commit();
     int next_id = id_of(DEPTH - 1);  /* is there before it is wanted */
     copy_wait<0>();
-    publish_to_products();
     __syncthreads();
-    query_side q;
-    load_query_side(&q, &m->q, 2, 1);
     unsigned at = ring, free = ring + (DEPTH - 1) * FILTER_BYTES;
     unsigned *keys = a.keys + (size_t)seq * a.max_blocks + first;
 #pragma unroll 1
@@ -130,17 +125,12 @@ __global__ void __launch_bounds__(THREADS, 1) score_blocks(filter a)
         start_record(a, next_id, free, k + DEPTH - 1 < n);
         next_id = id_of(k + DEPTH);
         copy_wait<DEPTH - 1>();
-        group_barrier();         /* the record is there */
-        unsigned best = score_record(at, n_tokens - (first + k) * BLOCK_TOKENS, q, &m->q);
+        __syncwarp();            /* the record is there */
+        unsigned key = score_record(at, n_tokens - (first + k) * BLOCK_TOKENS, &m->q);
         if (threadIdx.x % WARP == 0)
-            m->best[group][warp] = best;
-        group_barrier();         /* and has been left by all */
-        if (threadIdx.x % GROUP == 0) {
-            const unsigned *b = m->best[group];
-            unsigned key = max(max(b[0], b[1]), max(b[2], b[3]));
             keys[k] = always_kept(first + k, n_tokens, a.sink_tokens, a.recent_tokens)
                           ? (unsigned)FORCED_KEY : key;
-        }
+        __syncwarp();            /* all have read it: another takes its place next */
         free = at;
         at = at == ring + (DEPTH - 1) * FILTER_BYTES ? ring : at + FILTER_BYTES;
     }
@@ -183,6 +173,15 @@ __global__ void __launch_bounds__(SCORE_WARPS * WARP) score_bounds(filter a)
         a.keys[(size_t)seq * a.max_blocks + block] =
             always_kept(block, n, a.sink_tokens, a.recent_tokens) ? (unsigned)FORCED_KEY
                                                                   : key_of(best);
+}
+
+/* Start copying those of a sequence to shared memory; commit, and wait, and synchronise before they
+ * are read. */
+__device__ __forceinline__ void start_queries(queries *to, const queries *from)
+{
+    static_assert(sizeof *to % 16 == 0, "whole pieces");
+    for (int i = threadIdx.x; i < (int)sizeof *to / 16; i += blockDim.x)
+        copy_16(shared_address(to) + i * 16, (const char *)from + i * 16);
 }
 
 /* Tokens of kept blocks: a thread block a block, a thread a token. */
@@ -275,8 +274,8 @@ void latent::queue_scores(struct stream *s, const struct block_filter_args *args
         return;
     }
     a.made = made;
-    int most = (blocks + GROUPS - 1) / GROUPS, parts = s->be->info.sm_count / args->seqs;
-    parts = parts < 1 ? 1 : parts < most ? parts : most;
+    int parts = s->be->info.sm_count / args->seqs;
+    parts = parts < 1 ? 1 : parts < blocks ? parts : blocks;
     launch_early(s, "block_filter", score_blocks, dim3(parts, args->seqs), THREADS,
                  sizeof(memory), a);
 }

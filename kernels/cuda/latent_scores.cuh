@@ -6,21 +6,19 @@
 #include "kernels/cuda/mma.cuh"
 #include "kernels/cuda/rotate.cuh"
 
-#include <type_traits>
-
-/* Scores of the rotated index of latent rows (kernels/latent.h) with int8 tensor cores, by four
- * neighbouring warps, a group, together: a block's 64 tokens at a time, 16 of them each warp's.
+/* Scores of the rotated index of latent rows (kernels/latent.h) with int8 tensor cores, by a
+ * warp, some tiles of 16 tokens at a time: an operand of the queries is loaded once for all.
  *
- * A product has the tokens as rows, their bits as the left operand, and the queries' 8-bit values
- * as columns, a head each.  As in two_level.cuh the order of channels in a product is free: a
+ * A product has 16 tokens as rows, their bits or two-bit codes as the left operand, and the
+ * queries' 8-bit values as columns, a head each.  The order of channels in a product is free: a
  * thread takes the bits of its quarter of a token as they lie, four words of the latent part and
  * half a word of the rope part, and bits i and i + 1, or those four further, of each byte of a
- * word are a step's values, 0 and 2^i; the right operand has the values divided by that.  Sums are
- * exact.
+ * word are a step's values, 0 and 2^i; the right operand has the values divided by that.  Sums
+ * are exact.
  *
- * Hopper's own products take the queries from shared memory.  With mma.sync, the queries in
- * registers and 8 or 12 warps, 8 sequences of 131,072 tokens took 94 us instead of 89, both
- * kernels. */
+ * Hopper's own products, of four warps together with the queries in shared memory, took longer:
+ * their 24 columns take as long as 64 would.  Bits that say where operands are, as in
+ * two_level.cuh, are no gain with three tiles of columns to a left operand. */
 
 namespace latent {
 
@@ -32,7 +30,6 @@ enum {
     OPERANDS = 8 * WORDS + 4,    /* words of a thread's right operand to a tile of columns, two a */
     STEPS = OPERANDS / 2,        /* step, */
     LATENT_STEPS = 8 * WORDS / 2,    /* these of the latent part */
-    GROUP = 4 * WARP,            /* threads */
     TOKEN_BYTES = D / 8,         /* of a bit plane */
     SCALE_BYTES = 4,             /* of a token: two scales */
     PLANE_BYTES = BLOCK_TOKENS * TOKEN_BYTES,
@@ -40,9 +37,9 @@ enum {
     SELECT_BYTES = FILTER_BYTES + PLANE_BYTES,                 /* and what the selection reads */
 };
 
-/* The queries of a sequence. */
+/* The queries of a sequence; a lane's right operands of two steps are one load. */
 struct __align__(16) queries {
-    unsigned right[TILES][OPERANDS][WARP];
+    unsigned right[TILES][STEPS / 2][WARP][4];
     float unit[2][MOST_HEADS];   /* of the latent part, the rope part */
     int sum[2][MOST_HEADS];      /* of the values */
 };
@@ -50,11 +47,6 @@ struct __align__(16) queries {
 /* The float 3 * 2^22: added to an integer of up to 22 bits and a sign it is a float that differs
  * from it by as much. */
 static const int MAGIC = 0x4b400000;
-
-static __device__ __forceinline__ float sum_of(int d)
-{
-    return __int_as_float(d) - __int_as_float(MAGIC);
-}
 
 /* Where channel d of head h lies in the right operand. */
 static __device__ __forceinline__ signed char *digit_at(queries *to, int h, int d)
@@ -64,7 +56,7 @@ static __device__ __forceinline__ signed char *digit_at(queries *to, int h, int 
     int byte = part ? e % (P / 4) / 4 : e % 32 / 8;
     int word = part ? 8 * WORDS + e % 4 : e % (L / 4) / 32 * 8 + e % 8;
 
-    return (signed char *)&to->right[h / 8][word][h % 8 * 4 + thread] + byte;
+    return (signed char *)&to->right[h / 8][word / 4][h % 8 * 4 + thread][word % 4] + byte;
 }
 
 /* Part `part` of a query, rotated, as 8-bit values; by a warp. */
@@ -96,206 +88,186 @@ static __device__ __forceinline__ void make_part(queries *to, const __nv_bfloat1
     }
 }
 
-/* Start copying those of a sequence to shared memory; commit, and wait, and synchronise before they
- * are read. */
-static __device__ __forceinline__ void start_queries(queries *to, const queries *from)
-{
-    static_assert(sizeof *to % 16 == 0, "whole pieces");
-    for (int i = threadIdx.x; i < (int)sizeof *to / 16; i += blockDim.x)
-        copy_16(shared_address(to) + i * 16, (const char *)from + i * 16);
-}
-
-/* What a thread holds of the queries; columns of results are heads 8 t + 2 (lane % 4) + i.  Of
- * a sum over bits, or codes, S the share in a score is S * twice[part] - all[part], times the
- * token's scale. */
-struct query_side {
-    float twice[2][TILES][2], all[2][TILES][2];
+/* The queries as scores take them, in shared memory. */
+struct __align__(16) operands {
+    unsigned right[TILES][STEPS / 2][WARP][4];
+    float unit[2][MOST_HEADS];   /* what one of a sum is worth, and */
+    float offset[2][MOST_HEADS]; /* what is added to a sum's worth */
+    int start[4];                /* of sums: MAGIC; out of memory, because the compiler makes a
+                                    constant again for every product */
 };
 
-static __device__ __forceinline__ void load_query_side(query_side *q, const queries *from,
-                                                       float twice, float all)
+/* Start copying; commit, and wait, and synchronise before they are read.  CODES: for codes. */
+template <bool CODES>
+static __device__ __forceinline__ void start_operands(operands *to, const queries *from)
+{
+#pragma unroll 2
+    for (int i = threadIdx.x; i < (int)sizeof to->right / 16; i += blockDim.x)
+        copy_16(shared_address(to->right) + i * 16, (const char *)from->right + i * 16);
+    if (threadIdx.x < 4)
+        to->start[threadIdx.x] = MAGIC;
+    int part = threadIdx.x / MOST_HEADS, h = threadIdx.x % MOST_HEADS;
+    if (part < 2) {              /* of bits 2 sum - all, of codes half of 2 sum - 3 all */
+        float unit = from->unit[part][h];
+        to->unit[part][h] = (CODES ? 1.0f : 2.0f) * unit;
+        to->offset[part][h] = (CODES ? -1.5f : -1.0f) * (float)from->sum[part][h] * unit;
+    }
+}
+
+/* A sum's worth. */
+static __device__ __forceinline__ float worth(int sum, float unit, float offset)
+{
+    return (__int_as_float(sum) - __int_as_float(MAGIC)) * unit + offset;
+}
+
+/* A word of each of a thread's tokens: 16 m + lane / 4 of tile m of M, and the eighth after. */
+template <int M, bool CODES>
+struct words {
+    unsigned sign[M][2], agree[CODES ? M : 1][2];
+
+    /* Of bits i of the lower (upper) half of each byte, of a thread's token of tile m. */
+    __device__ __forceinline__ unsigned left(int m, int half, int upper, int i) const
+    {
+        unsigned v = sign[m][half];
+
+        if constexpr (CODES) {
+            unsigned w = agree[m][half]; /* a code is 2 sign + agree: of -3, -1, 1, 3 */
+            return ((upper ? v >> 3 : v << 1) & 0x02020202u << i) |
+                   ((upper ? w >> 4 : w) & 0x01010101u << i);
+        }
+        return (upper ? v >> 4 : v) & 0x01010101u << i;
+    }
+};
+
+static __device__ __forceinline__ unsigned load_rope(unsigned token)
+{
+    unsigned short rope;
+
+    asm volatile("ld.shared.u16 %0, [%1];"
+                 : "=h"(rope) : "r"(token + L / 8 + 2 * (threadIdx.x % 4)) : "memory");
+    unsigned v = rope;           /* each nibble starts a byte */
+    return (v & 0xf) | (v & 0xf0) << 4 | (v & 0xf00) << 8 | (v & 0xf000) << 12;
+}
+
+/* Words w, of the latent part, or WORDS, the rope part, of tokens whose signs are at `signs`. */
+template <int M, bool CODES>
+static __device__ __forceinline__ void load_words(words<M, CODES> *to, unsigned signs, int w)
+{
+    auto load = [&](unsigned token) {
+        return w == WORDS ? load_rope(token)
+                          : load_shared_32(token + 4 * (WORDS * (threadIdx.x % 4) + w));
+    };
+
+#pragma unroll
+    for (int i = 0; i < 2 * M; i++) {
+        unsigned token = signs + 8 * i * TOKEN_BYTES;
+        to->sign[i / 2][i % 2] = load(token);
+        if constexpr (CODES)
+            to->agree[i / 2][i % 2] = ~(to->sign[i / 2][i % 2] ^ load(token + PLANE_BYTES));
+    }
+}
+
+static __device__ __forceinline__ void mma_int8(int (&d)[4], const unsigned (&a)[4], unsigned b0,
+                                                unsigned b1, const int (&c)[4])
+{
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%10, %11, %12, %13};"
+        : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(c[0]), "r"(c[1]),
+          "r"(c[2]), "r"(c[3]));
+}
+
+/* The products of steps first to first + N, which a word of each token is good for.  FIRST: of a
+ * part, whose sums begin with start. */
+template <int N, bool FIRST, int M, bool CODES>
+static __device__ __forceinline__ void add_words(int (&d)[M][TILES][4],
+                                                 const words<M, CODES> &w, const operands *q,
+                                                 int first, const int (&start)[4])
 {
     int lane = threadIdx.x % WARP;
 
 #pragma unroll
-    for (int t = 0; t < TILES; t++)
-#pragma unroll
-        for (int i = 0; i < 2; i++)
-#pragma unroll
-            for (int part = 0; part < 2; part++) {
-                int head = 8 * t + lane % 4 * 2 + i;
-                float unit = from->unit[part][head];
-                q->twice[part][t][i] = twice * unit;
-                q->all[part][t][i] = all * (float)from->sum[part][head] * unit;
-            }
-}
-
-/* A thread's quarter of a token's bits. */
-struct quarter { unsigned word[WORDS], rope; };
-
-static __device__ __forceinline__ quarter load_quarter(unsigned token)
-{
-    int c = threadIdx.x % 4;
-    unsigned short rope;
-    quarter q;
-
-    static_assert(WORDS == 4, "two loads of two words");
-    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];"
-                 : "=r"(q.word[0]), "=r"(q.word[1]) : "r"(token + 16 * c) : "memory");
-    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];"
-                 : "=r"(q.word[2]), "=r"(q.word[3]) : "r"(token + 16 * c + 8) : "memory");
-    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(rope) : "r"(token + L / 8 + 2 * c) : "memory");
-    unsigned v = rope;           /* each nibble starts a byte */
-    q.rope = (v & 0xf) | (v & 0xf0) << 4 | (v & 0xf00) << 8 | (v & 0xf000) << 12;
-    return q;
-}
-
-/* The token's two scales. */
-static __device__ __forceinline__ float2 load_scales(unsigned at)
-{
-    unsigned v;
-
-    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(at) : "memory");
-    return unpack_bf16(v);
-}
-
-/* The word that a step's bits are in, shifted so that these are in the lower half of each byte. */
-static __device__ __forceinline__ unsigned word_of(const quarter &q, int step)
-{
-    if (step >= LATENT_STEPS)
-        return q.rope;
-    return step % 4 < 2 ? q.word[step / 4] : q.word[step / 4] >> 4;
-}
-
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-/* Where a step's right operand lies: matrices of 8 heads by 16 values, 128 bytes apart along the
- * values and OPERANDS of them along the heads. */
-static __device__ __forceinline__ uint64_t right_of(const queries *q, int step)
-{
-    enum { MATRIX = 8 * 16 };
-    uint64_t at = shared_address(q->right) + step * 2 * MATRIX;
-
-    return (at & 0x3ffff) >> 4 | (uint64_t)(MATRIX >> 4) << 16 |
-           (uint64_t)(OPERANDS * MATRIX >> 4) << 32;
-}
-
-static __device__ __forceinline__ void multiply(int (&d)[TILES][4], const unsigned (&a)[4],
-                                                uint64_t right)
-{
-    static_assert(TILES == 3, "the instruction's 24 columns");
-    asm volatile("{\n\t.reg .pred p;\n\tsetp.eq.u32 p, 0, 0;\n\t"
-                 "wgmma.mma_async.sync.aligned.m64n24k32.s32.s8.s8 "
-                 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11}, {%12, %13, %14, %15}, %16, "
-                 "p;\n\t}"
-                 : "+r"(d[0][0]), "+r"(d[0][1]), "+r"(d[0][2]), "+r"(d[0][3]), "+r"(d[1][0]),
-                   "+r"(d[1][1]), "+r"(d[1][2]), "+r"(d[1][3]), "+r"(d[2][0]), "+r"(d[2][1]),
-                   "+r"(d[2][2]), "+r"(d[2][3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(right));
-}
-
-template <typename T>
-static __device__ __forceinline__ void pin(T &v)
-{
-    if constexpr (std::is_array<T>::value)
-#pragma unroll
-        for (auto &part : v)
-            pin(part);
-    else
-        asm volatile("" : "+r"(v) : : "memory");
-}
-#else
-static __device__ __forceinline__ void mma_int8(int (&d)[4], const unsigned (&a)[4], unsigned b0,
-                                                unsigned b1)
-{
-    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-        "{%8, %9}, {%0, %1, %2, %3};"
-        : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-#endif
-
-/* Sums over a group's tokens for all heads, of the latent part and of the rope part.
- * part(half, step, i): bits i of the half-bytes of a step's word, of token lane / 4 or the eighth
- * after it; the values of a step are those of two i.  Half of the steps at a time: their words take
- * registers until the products are done. */
-template <typename F>
-static __device__ __forceinline__ void sum_bits(int (&d)[2][TILES][4], const queries *q,
-                                                const F &part)
-{
-    enum { AT_ONCE = STEPS / 2 };
-    unsigned left[AT_ONCE][4];
-
-#pragma unroll
-    for (int p = 0; p < 2; p++)
+    for (int pair = 0; pair < N / 2; pair++) {
+        uint4 b[TILES];
 #pragma unroll
         for (int t = 0; t < TILES; t++)
+            b[t] = *(const uint4 *)q->right[t][first / 2 + pair][lane];
 #pragma unroll
-            for (int i = 0; i < 4; i++)
-                d[p][t][i] = MAGIC;
+        for (int step = 0; step < 2; step++)
 #pragma unroll
-    for (int first = 0; first < STEPS; first += AT_ONCE) {
+            for (int m = 0; m < M; m++) {
+                unsigned left[4];
 #pragma unroll
-        for (int k = 0; k < 4 * AT_ONCE; k++)
-            left[k / 4][k % 4] = part(k % 2, first + k / 4, (first + k / 4) % 2 * 2 + k % 4 / 2);
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-        pin(d);                  /* what products take is in its registers before the fence */
-        pin(left);
-        asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+                for (int i = 0; i < 4; i++)
+                    left[i] = w.left(m, i % 2, pair, step * 2 + i / 2);
 #pragma unroll
-        for (int i = 0; i < AT_ONCE; i++)
-            multiply(d[first + i >= LATENT_STEPS], left[i], right_of(q, first + i));
-        asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-        asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-#else
-#pragma unroll
-        for (int i = 0; i < AT_ONCE; i++)
-#pragma unroll
-            for (int t = 0; t < TILES; t++)
-                mma_int8(d[first + i >= LATENT_STEPS][t], left[i],
-                         q->right[t][2 * (first + i)][threadIdx.x % WARP],
-                         q->right[t][2 * (first + i) + 1][threadIdx.x % WARP]);
-#endif
+                for (int t = 0; t < TILES; t++) {
+                    unsigned b0 = step ? b[t].z : b[t].x, b1 = step ? b[t].w : b[t].y;
+                    if (FIRST && pair == 0 && step == 0)
+                        mma_int8(d[m][t], left, b0, b1, start);
+                    else
+                        mma_int8(d[m][t], left, b0, b1, d[m][t]);
+                }
+            }
     }
 }
 
-/* The best score over the heads that a thread has of its token `half`, 0 or 1. */
-static __device__ __forceinline__ float best_of(const int (&d)[2][TILES][4], int half,
-                                                float2 scale, const query_side &q)
+/* Scores of 16 M tokens of a record in shared memory, from token `first` on: best[i] is the largest
+ * over the heads of lane % 4 of token first + 8 i + lane / 4. */
+template <int M, bool CODES>
+static __device__ __forceinline__ void score_rows(float (&best)[2 * M], unsigned record, int first,
+                                                  const operands *q)
 {
-    float best = -INFINITY;
+    int lane = threadIdx.x % WARP, c = lane % 4;
+    unsigned scales = record + (first + lane / 4) * SCALE_BYTES;
+    unsigned signs = record + BLOCK_TOKENS * SCALE_BYTES + (first + lane / 4) * TOKEN_BYTES;
+    int d[M][TILES][4];
+    float rope[M][TILES][4];
+    words<M, CODES> w;
+    int start[4];
 
 #pragma unroll
-    for (int t = 0; t < TILES; t++)
+    for (int i = 0; i < 4; i++)
+        start[i] = ((const volatile int *)q->start)[i];
+    static_assert(LATENT_STEPS == 4 * WORDS && STEPS - LATENT_STEPS == 2, "steps of a word");
+    load_words(&w, signs, WORDS);
+    add_words<2, true>(d, w, q, LATENT_STEPS, start);
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
-            float x = sum_of(d[0][t][2 * half + i]) * q.twice[0][t][i] - q.all[0][t][i];
-            float y = sum_of(d[1][t][2 * half + i]) * q.twice[1][t][i] - q.all[1][t][i];
-            best = fmaxf(best, x * scale.x + y * scale.y);
+    for (int t = 0; t < TILES; t++) {
+        float2 unit = *(const float2 *)&q->unit[1][8 * t + 2 * c];
+        float2 offset = *(const float2 *)&q->offset[1][8 * t + 2 * c];
+#pragma unroll
+        for (int m = 0; m < M; m++)
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                rope[m][t][i] = worth(d[m][t][i], i % 2 ? unit.y : unit.x,
+                                      i % 2 ? offset.y : offset.x);
+    }
+    load_words(&w, signs, 0);
+    add_words<4, true>(d, w, q, 0, start);
+#pragma unroll 1
+    for (int i = 1; i < WORDS; i++) {
+        load_words(&w, signs, i);
+        add_words<4, false>(d, w, q, 4 * i, start);
+    }
+    float2 scale[2 * M];
+#pragma unroll
+    for (int i = 0; i < 2 * M; i++) {
+        scale[i] = unpack_bf16(load_shared_32(scales + 8 * i * SCALE_BYTES));
+        best[i] = -INFINITY;
+    }
+#pragma unroll
+    for (int t = 0; t < TILES; t++) {
+        float2 unit = *(const float2 *)&q->unit[0][8 * t + 2 * c];
+        float2 offset = *(const float2 *)&q->offset[0][8 * t + 2 * c];
+#pragma unroll
+        for (int i = 0; i < 4 * M; i++) { /* head i % 2 of token i / 2 */
+            float x = worth(d[i / 4][t][i % 4], i % 2 ? unit.y : unit.x,
+                            i % 2 ? offset.y : offset.x);
+            best[i / 2] = fmaxf(best[i / 2], x * scale[i / 2].x +
+                                             rope[i / 4][t][i % 4] * scale[i / 2].y);
         }
-    return best;
-}
-
-/* This thread's group, in a way that shows the compiler that its warps go the same way. */
-static __device__ __forceinline__ int group_number()
-{
-    return __shfl_sync(0xffffffffu, threadIdx.x / GROUP, 0);
-}
-
-/* The threads of a group have come here; what they wrote before is seen by all, copies to shared
- * memory that they waited for included. */
-static __device__ __forceinline__ void group_barrier()
-{
-    static_assert(GROUP == 128, "as the barrier has it");
-    asm volatile("bar.sync %0, 128;" : : "r"(group_number() + 1) : "memory");
-}
-
-/* What ordinary stores and copies by threads have written to shared memory may be read by
- * products after the next barrier. */
-static __device__ __forceinline__ void publish_to_products()
-{
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-#endif
+    }
 }
 
 }

@@ -15,6 +15,14 @@ static __device__ __forceinline__ unsigned shared_address(const void *p)
     return (unsigned)__cvta_generic_to_shared(p);
 }
 
+static __device__ __forceinline__ unsigned load_shared_32(unsigned at)
+{
+    unsigned v;
+
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(at) : "memory");
+    return v;
+}
+
 static __device__ __forceinline__ void mma_bf16(float (&d)[4], const unsigned (&a)[4],
                                                 unsigned b0, unsigned b1)
 {

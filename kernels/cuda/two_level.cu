@@ -26,12 +26,12 @@
  * without, hence the same bits; for that the cluster has the size that it would have without.
  *
  * At batch 1 all of this is latency: some 2,400 instructions a warp one after the other,
- * three trips to memory and two to the other blocks.  Measured on an H100 behind the filter
- * of 98,304 tokens with 512 threads, us: choosing blocks 3.6, scoring 1.5, exchange 0.8,
- * choosing tokens 3.2, attention 4.5 (4 MB of rows at random places), sums 1.3.  At batch 8
- * attention reads memory at its rate.
+ * three trips to memory and two to the other blocks.  Measured on an H200 behind the filter
+ * of 98,304 tokens, us: choosing blocks 2.5, scoring 1.9, exchange 0.6, choosing tokens 2.7,
+ * attention 3.3 (4 MB of rows at random places), sums 1.2.  At batch 8 attention, 9.5, reads
+ * memory at its rate.
  *
- * Tried on an H100, us at 98,304 tokens and batch 1, 4 and 8; this one takes 25, 44, 72:
+ * Tried on an H100, us at 98,304 tokens and batch 1, 4 and 8, where this one took 25, 44, 72:
  *   all in one kernel with cluster barriers   35, 64, 90   clusters of eight leave half of
  *                                                          the GPU idle at batch 1
  *   two launches, everything unrolled         31, 60, 98
@@ -175,21 +175,23 @@ __device__ __forceinline__ void score_half(const two_level &a, const arrays &r,
     int lane = threadIdx.x % WARP;
     int position = r.kept[half / 2] * BLOCK_TOKENS + half % 2 * HALF + lane / 4 * 2;
     uint2 *keys = (uint2 *)(r.token_keys + half * HALF) + lane / 4;
-    unsigned sign[HALF / 8], agree[HALF / 8];
+    unsigned sign[HALF / TILE][DIM / 64], agree[HALF / TILE][DIM / 64];
 
     load_plane<DIM, HALF>(sign, at + 2 * HALF);
     load_plane<DIM, HALF>(agree, at + 2 * HALF + HALF * DIM / 8);
 #pragma unroll
-    for (int i = 0; i < HALF / 8; i++)
-        agree[i] = ~(sign[i] ^ agree[i]);
+    for (int tile = 0; tile < HALF / TILE; tile++)
+#pragma unroll
+        for (int i = 0; i < DIM / 64; i++)
+            agree[tile][i] = ~(sign[tile][i] ^ agree[tile][i]);
 #pragma unroll
     for (int tile = 0; tile < HALF / TILE; tile++) {
         float2 scale = scales_at(at, tile);
         float sum[TILES][2], agrees[TILES][2];
         float score[2] = { -INFINITY, -INFINITY };
         unsigned key[2];
-        sum_bits<DIM, TILES>(sum, sign + 2 * tile, q);
-        sum_bits<DIM, TILES>(agrees, agree + 2 * tile, q);
+        sum_bits<DIM, TILES>(sum, sign[tile], q);
+        sum_bits<DIM, TILES>(agrees, agree[tile], q);
 #pragma unroll
         for (int i = 0; i < 2; i++) {
 #pragma unroll
@@ -517,23 +519,28 @@ __device__ void finish(const two_level &a, shared<DIM> *sh, __nv_bfloat16 *out, 
 
 /* ---- */
 
-/* What does not come from the filter: queries, barriers, block ids. */
+/* What does not come from the filter: queries, barriers, block ids.  Wait for the copies before
+ * these are read. */
 template <int DIM, int TILES>
 __device__ __forceinline__ void prepare(const two_level &a, shared<DIM> *sh, const arrays &r,
                                         const __nv_bfloat16 *q, const int32_t *index_table,
                                         const int32_t *kv_table, int n_blocks)
 {
-#pragma unroll 4
+#pragma unroll 1
     for (int i = threadIdx.x; i < n_blocks; i += THREADS) {
-        r.ids[i] = index_table[i];
-        r.kv_ids[i] = kv_table[i];
+        copy_4(shared_address(r.ids + i), index_table + i);
+        copy_4(shared_address(r.kv_ids + i), kv_table + i);
     }
 #pragma unroll 1
     for (int i = threadIdx.x; i < ROWS * DIM / 2; i += THREADS) {
         int head = i / (DIM / 2), d = i % (DIM / 2) * 2;
-        *(unsigned *)&sh->query[head][d] =
-            head < a.group ? *(const unsigned *)(q + head * DIM + d) : 0;
+        unsigned *to = (unsigned *)&sh->query[head][d];
+        if (head < a.group)
+            copy_4(shared_address(to), q + head * DIM + d);
+        else
+            *to = 0;
     }
+    copy_commit();
     load_digits<DIM, TILES>(&sh->index, q, a.group);
     clear_bins(&sh->count);
     if (threadIdx.x == 0) {
@@ -553,13 +560,10 @@ __device__ __forceinline__ int choose_tokens(const two_level &a, shared<DIM> *sh
     int n_keys = n_kept * BLOCK_TOKENS;
     border b = find_token_border(r.token_keys, n_keys, a.keep_tokens, &sh->count);
 
-    int n = list_chosen(r.list, r.token_keys, first * BLOCK_TOKENS, end * BLOCK_TOKENS, n_keys,
-                        b, &sh->count);
-    __syncthreads();
-#pragma unroll 1
-    for (int i = threadIdx.x; i < n; i += THREADS)
-        r.list[i] = r.blocks[r.list[i] / BLOCK_TOKENS] * a.kv_heads * BLOCK_TOKENS +
-                    r.list[i] % BLOCK_TOKENS;
+    int n = each_chosen(r.token_keys, first * BLOCK_TOKENS, end * BLOCK_TOKENS, n_keys, b,
+                        &sh->count, [&](int i, int key) {
+        r.list[i] = r.blocks[key / BLOCK_TOKENS] * a.kv_heads * BLOCK_TOKENS + key % BLOCK_TOKENS;
+    });
     __syncthreads();
     return n;
 }
@@ -635,8 +639,10 @@ __device__ __forceinline__ void attend_unit(const two_level &a, const struct hot
     shared<DIM> *sh = (shared<DIM> *)memory;
     arrays r;
 
-    /* The next kernel does not start before this one ends: the output projection beside it made
-     * a step of Qwen3-8B 0.8 ms longer at batch 1 and 1.2 ms at batch 8, 98,304 tokens. */
+    /* The next kernel does not start before this one ends, not even beside its last sums, which
+     * would make the operator alone 2 us shorter.  Thread blocks of the output projection all go to
+     * the multiprocessors that have room and stay there: a step of Qwen3-8B, 98,304 tokens, took 30
+     * us a layer longer at batch 1 and 40 at batch 8. */
     int n = a.n_tokens[seq], n_blocks = (n + BLOCK_TOKENS - 1) / BLOCK_TOKENS;
     if (n == 0) {                /* padding: the whole cluster leaves */
         wait_for_inputs();
@@ -650,6 +656,7 @@ __device__ __forceinline__ void attend_unit(const two_level &a, const struct hot
      * before the first is. */
     asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
     wait_for_inputs();
+    copy_wait<0>();
     int n_kept = choose_kept<THREADS>(r, a.keys + (size_t)unit * a.max_blocks, n_blocks,
                                       a.keep_blocks, &sh->count);
     int share = share_of(n_kept, size), first = min(rank * share, n_kept);

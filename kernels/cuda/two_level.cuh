@@ -8,18 +8,20 @@
 /* Shared by the two kernels of two-level attention: their arguments, and scores of index
  * keys with int8 tensor cores.
  *
- * A product has 16 tokens as rows, their bits as the left operand, and the queries as
- * columns: a rotated query is split into two digits, 256 high + low, the columns 2h and
- * 2h + 1 of head h.  A sum over a plane's bits is then exact, and
- *   sum x[d] (bit ? 1 : -1) = 2 sum_{bit} x[d] - sum x[d].
- * The order of channels in a product is free, so each thread takes the bits of its part
- * of the token as they lie: word & 0x01010101 << i is the left operand for bit i of each
- * byte, with values 0 and 2^i instead of 0 and 1.  The digits make up for that: they hold
- * x / 2^i, rounded, so x has 13 to 16 bits; shifting the word once by four covers the
- * other bits.
+ * A product has 16 tokens as rows and the queries as columns: a rotated query is split into
+ * two digits, 256 high + low, the columns 2h and 2h + 1 of head h.
  *
- * In a tile of 16 tokens row r of a product's upper half is token 2r and row r of the
- * lower half token 2r + 1, so that the scales of a thread's two tokens are one word. */
+ * The bits of the tokens are not operands but say where operands are.  In a sparse product the
+ * left operand has two values in every four of a row, and a nibble of metadata says at which
+ * places.  All values are 1 here, a channel is two places, of which the right operand has -x and
+ * x, and the metadata, made of the bits by one instruction for 16 channels, picks one: a sum is
+ *   sum_d (bit[d] ? x[d] : -x[d])
+ * and exact.  Bits as values of an ordinary product, 0 and 2^i by masks, took 16 instructions a
+ * tile where this takes 6, of a unit that does one in two cycles.
+ *
+ * The order of channels in a product is free, so each thread takes the bits of its half of a
+ * token as they lie.  In a tile of 16 tokens row r of a product's upper half is token 2r and row
+ * r of the lower half token 2r + 1, so that the scales of a thread's two tokens are one word. */
 
 namespace two {
 
@@ -44,23 +46,34 @@ struct two_level {
     float softmax_scale;         /* times log2(e) */
 };
 
-/* Shared memory: the right operand of scores. */
+/* Shared memory: the right operand of scores.  Lane l has four words of each step's, two of each
+ * half of the token: column l / 4, and of half i / 2 nibbles 4 (i % 2) + l % 4, -x and x of both
+ * channels of a nibble.  Step s takes the even bits (odd ones where s is odd) of a thread's word
+ * s / 2. */
 template <int DIM>
 struct __align__(16) queries {
-    signed char digits[2 * ROWS * DIM];
-    float unit[ROWS];
-    int start[ROWS];             /* MAGIC less half the sum of a query's values */
+    enum { STEPS = DIM / 32 };
+    unsigned right[ROWS / 4][STEPS][WARP][4];
+    float unit[ROWS];            /* half of what one is worth */
+    int start[4];                /* of a product: 0 and MAGIC, twice */
+    unsigned upper;              /* what metadata has in every nibble */
 };
 
 /* The float 3 * 2^22: added to an integer of up to 22 bits and a sign it is a float that
  * differs from it by as much, which is how sums become floats: a conversion takes longer. */
 static const int MAGIC = 0x4b400000;
 
+/* v as two digits, a byte each. */
+static __device__ __forceinline__ void split_digits(int v, unsigned *high, unsigned *low)
+{
+    int h = (v + 128) >> 8;
+
+    *high = h & 0xff;
+    *low = (v - 256 * h) & 0xff;
+}
+
 /* Warp h loads and rotates head h and makes its digits; of a head that the group does not
- * have it makes a copy of the first, which changes no maximum.  The right operand of step j
- * lies in chunks 2j and 2j + 1 of 16 channels; a chunk holds 8 columns (four heads), then
- * the next 8, 16 bytes each.  Chunk b, byte 4c + m is channel 32c + 8m + b (of 64 channels:
- * 16c + 4m + b): bit b of byte m of word c of a plane. */
+ * have it makes a copy of the first, which changes no maximum. */
 template <int DIM, int TILES>
 static __device__ __forceinline__ void load_digits(queries<DIM> *to, const __nv_bfloat16 *q,
                                                    int group)
@@ -77,31 +90,38 @@ static __device__ __forceinline__ void load_digits(queries<DIM> *to, const __nv_
     top = warp_max(top);
     float unit = top > 0 ? top * (1.0f / MOST_DIGITS) : 1;
     float per_unit = __fdividef(1, unit);
-    int sum = 0;
 #pragma unroll
-    for (int i = 0; i < DIM / WARP; i++) {
-        int d = lane + WARP * i, c = d / (DIM / 4), m = d % (DIM / 4) / (DIM / 16);
-        int bit = d % (DIM / 16), weight = 1 << bit % 4;
-        int v = __float2int_rn(x[i] * per_unit * (1.0f / (float)weight)), high = (v + 128) >> 8;
-        signed char *at = to->digits + bit * 128 * TILES + h / 4 * 128 + h % 4 * 32 + 4 * c + m;
-        at[0] = (signed char)high;
-        at[16] = (signed char)(v - 256 * high);
-        sum += v * weight;
+    for (int word = 0; word < DIM / WARP; word++) { /* channel 32 word + lane */
+        enum { WORDS = DIM / 64 };  /* of half a token */
+        int v = __float2int_rn(x[word] * per_unit), nibble = lane / 4;
+        unsigned plus[2], minus[2];
+        split_digits(v, &plus[0], &plus[1]);
+        split_digits(-v, &minus[0], &minus[1]);
+#pragma unroll
+        for (int digit = 0; digit < 2; digit++) {
+            int column = h % 4 * 2 + digit;
+            unsigned *at = &to->right[h / 4][word % WORDS * 2 + lane % 2]
+                                     [column * 4 + nibble % 4][word / WORDS * 2 + nibble / 4];
+            ((unsigned short *)at)[lane % 4 / 2] =
+                (unsigned short)(minus[digit] | plus[digit] << 8);
+        }
     }
-    sum = __reduce_add_sync(0xffffffffu, sum);
-    if (lane == 0) {
-        to->unit[h] = unit;
-        to->start[h] = MAGIC - (sum >> 1);
-    }
+    if (lane == 0)
+        to->unit[h] = unit * 0.5f;
+    /* Constants, out of memory: those that it knows the compiler makes again for every product. */
+    if (h == 0 && lane < 4)
+        to->start[lane] = lane % 2 ? MAGIC : 0;
+    to->upper = 0x88888888u;
 }
 
 /* What a thread holds of the queries: heads 4t + lane % 4, but the right operand, whose
  * columns are lane / 4. */
 template <int DIM, int TILES>
 struct query_side {
-    unsigned right[TILES][DIM / 32][2];
-    int start[TILES];
+    unsigned right[TILES][DIM / 32][4];
     float unit[TILES];
+    int start[4];
+    unsigned upper;
 };
 
 template <int DIM, int TILES>
@@ -110,97 +130,74 @@ static __device__ __forceinline__ void load_query_side(query_side<DIM, TILES> *q
 {
     int lane = threadIdx.x % WARP;
 
+    q->upper = *(const volatile unsigned *)&from->upper;
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        q->start[i] = ((const volatile int *)from->start)[i];
 #pragma unroll
     for (int t = 0; t < TILES; t++) {
-        q->start[t] = from->start[4 * t + lane % 4];
         q->unit[t] = from->unit[4 * t + lane % 4];
 #pragma unroll
-        for (int chunk = 0; chunk < DIM / 16; chunk++)
-            q->right[t][chunk / 2][chunk % 2] =
-                *(const unsigned *)&from->digits[(chunk * TILES + t) * 128 + lane / 4 * 16 +
-                                                 lane % 4 * 4];
-    }
-}
-
-static __device__ __forceinline__ unsigned load_shared_32(unsigned at)
-{
-    unsigned v;
-
-    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(at) : "memory");
-    return v;
-}
-
-static __device__ __forceinline__ unsigned load_shared_16(unsigned at)
-{
-    unsigned short v;
-
-    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(at) : "memory");
-    return v;
-}
-
-/* A thread's part of a plane of N tokens: words 2t and 2t + 1 are its quarters of tokens
- * 2 (lane / 4) and 2 (lane / 4) + 1 of tile t. */
-template <int DIM, int N>
-static __device__ __forceinline__ void load_plane(unsigned (&word)[N / 8], unsigned plane)
-{
-    int lane = threadIdx.x % WARP;
-
-    if (DIM == 128) {
-        int row = lane / 16 * 16 + lane % 8 * 2 + lane / 8 % 2; /* that this lane points to */
-        unsigned at = plane + row * 16;
-#pragma unroll
-        for (int i = 0; i < N / 32; i++) {
-            unsigned m[4];
-            load_matrices(m, at + i * 32 * 16);
-#pragma unroll
-            for (int j = 0; j < 4; j++)
-                word[4 * i + j] = m[j];
+        for (int step = 0; step < DIM / 32; step++) {
+            uint4 v = *(const uint4 *)from->right[t][step][lane];
+            q->right[t][step][0] = v.x;
+            q->right[t][step][1] = v.y;
+            q->right[t][step][2] = v.z;
+            q->right[t][step][3] = v.w;
         }
-        return;
-    }
-    /* 16 bits of each token; each nibble starts a byte. */
-    unsigned at = plane + lane / 4 * 16 + lane % 4 * 2;
-#pragma unroll
-    for (int i = 0; i < N / 8; i++) {
-        unsigned v = load_shared_16(at + i / 2 * 128 + i % 2 * 8);
-        word[i] = (v & 0xf) | (v & 0xf0) << 4 | (v & 0xf00) << 8 | (v & 0xf000) << 12;
     }
 }
 
-static __device__ __forceinline__ void mma_bits(int (&d)[4], const unsigned (&a)[4],
-                                                const unsigned (&b)[2], int c0, int c1, int c2,
-                                                int c3)
+/* A thread's part of a plane of N tokens: of each tile half (lane / 2 % 2) of the bits of token
+ * 2 (lane / 4) + lane % 2. */
+template <int DIM, int N>
+static __device__ __forceinline__ void load_plane(unsigned (&word)[N / TILE][DIM / 64],
+                                                  unsigned plane)
 {
-    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-        "{%8, %9}, {%10, %11, %12, %13};"
-        : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(c0), "r"(c1),
-          "r"(c2), "r"(c3));
+    int lane = threadIdx.x % WARP, token = lane / 4 * 2 + lane % 2;
+    unsigned at = plane + token * (DIM / 8) + lane / 2 % 2 * (DIM / 16);
+
+#pragma unroll
+    for (int tile = 0; tile < N / TILE; tile++)
+        if constexpr (DIM == 128)
+            asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];"
+                         : "=r"(word[tile][0]), "=r"(word[tile][1])
+                         : "r"(at + tile * TILE * (DIM / 8)) : "memory");
+        else
+            word[tile][0] = load_shared_32(at + tile * TILE * (DIM / 8));
 }
 
-/* Sums over the set bits of a tile, less half the sum over all: head 4t + lane % 4 and the
- * tokens of `word`.  At most half the sum of all magnitudes, which is below 2^21. */
+/* Of the left operand's rows lane 4g + c has the places of row g, or g + 8 where c is odd, in the
+ * first half of the right operand's rows, or the second where c is 2 or 3. */
+static __device__ __forceinline__ void mma_picked(int (&d)[4], unsigned places,
+                                                  const unsigned (&b)[4], const int (&c)[4])
+{
+    const unsigned ones = 0x01010101;
+
+    asm("mma.sp::ordered_metadata.sync.aligned.m16n8k64.row.col.s32.s8.s8.s32 "
+        "{%0, %1, %2, %3}, {%4, %4, %4, %4}, {%5, %6, %7, %8}, {%9, %10, %11, %12}, %13, 0x0;"
+        : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+        : "r"(ones), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), "r"(c[0]), "r"(c[1]), "r"(c[2]),
+          "r"(c[3]), "r"(places));
+}
+
+/* Sums over a tile: head 4t + lane % 4 and tokens 2 (lane / 4) and the next.  Below 2^22. */
 template <int DIM, int TILES>
-static __device__ __forceinline__ void sum_bits(float (&sum)[TILES][2], const unsigned *word,
+static __device__ __forceinline__ void sum_bits(float (&sum)[TILES][2],
+                                                const unsigned (&word)[DIM / 64],
                                                 const query_side<DIM, TILES> &q)
 {
     int d[TILES][4];
 
 #pragma unroll
     for (int step = 0; step < DIM / 32; step++) {
-        unsigned left[4];
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            unsigned bits = step < 2 ? word[i] : word[i] >> 4;
-            left[i] = bits & 0x01010101u << 2 * (step % 2);
-            left[2 + i] = bits & 0x02020202u << 2 * (step % 2);
-        }
+        unsigned places = (word[step / 2] >> step % 2 & 0x55555555u) | q.upper;
 #pragma unroll
         for (int t = 0; t < TILES; t++)
             if (step == 0)
-                mma_bits(d[t], left, q.right[t][0], 0, q.start[t], 0, q.start[t]);
+                mma_picked(d[t], places, q.right[t][0], q.start);
             else
-                mma_bits(d[t], left, q.right[t][step], d[t][0], d[t][1], d[t][2], d[t][3]);
+                mma_picked(d[t], places, q.right[t][step], d[t]);
     }
 #pragma unroll
     for (int t = 0; t < TILES; t++)

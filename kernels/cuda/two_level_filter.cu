@@ -7,12 +7,12 @@
  * of the GPU share the blocks of all contexts evenly; each copies its next DEPTH records
  * to shared memory while it scores one.
  *
- * With more than a few sequences time is the memory's (2.7 TB/s of an H100's 3.1 at pieces
- * of 1,152 bytes) and nearly that of instructions, about 180 to a block: keep them out of
- * the loop.  Lost: bulk copies (60 instructions to start two), a word a load instead of
- * matrices, scales and heads that are asked about token by token, and fewer than three
- * thread blocks a multiprocessor (both kernels, 8 sequences of 98,304 tokens: 84 us with
- * two instead of 72). */
+ * With more than a few sequences time is the memory's: on an H100 it takes no longer than
+ * copies without any score do, 2.5 TB/s of 3.1 with 8 sequences of 98,304 tokens.  Neither bulk
+ * copies nor all KV heads of a block in one thread block make these faster.  A score is some 160
+ * instructions a block.  Lost: a word a load instead of two, scales and heads that are asked
+ * about token by token, and fewer than three thread blocks a multiprocessor (both kernels, 8
+ * sequences of 98,304 tokens: 84 us with two instead of 72). */
 
 #include "kernels/cuda/two_level.cuh"
 
@@ -84,7 +84,7 @@ template <int DIM, int TILES, bool PARTIAL>
 __device__ __forceinline__ unsigned score_record(unsigned record, int left,
                                                  const query_side<DIM, TILES> &q)
 {
-    unsigned word[BLOCK_TOKENS / 8];
+    unsigned word[BLOCK_TOKENS / TILE][DIM / 64];
     float best[TILES];
 
     load_plane<DIM, BLOCK_TOKENS>(word, record + 2 * BLOCK_TOKENS);
@@ -92,7 +92,7 @@ __device__ __forceinline__ unsigned score_record(unsigned record, int left,
     for (int tile = 0; tile < BLOCK_TOKENS / TILE; tile++) {
         float2 scale = scales_at(record, tile);
         float sum[TILES][2];
-        sum_bits<DIM, TILES>(sum, word + 2 * tile, q);
+        sum_bits<DIM, TILES>(sum, word[tile], q);
         int token = tile * TILE + threadIdx.x % WARP / 4 * 2;
 #pragma unroll
         for (int t = 0; t < TILES; t++) {

@@ -10,10 +10,9 @@
  *   3  each attends to an equal share of the list, all heads at once (latent_tile.cuh), and sends
  *      each block the sums of some channels, which that block finishes
  *
- * At batch 1 all of this is latency.  With mma.sync for scores and 256 threads, as now, an H100
- * took, behind the filter of 98,304 tokens, us: choosing blocks 4.7, scoring 6.2, choosing tokens
- * 6.9, attention 7.9, sums 4.3; scores, attention and sums have become shorter since, both kernels
- * 43 instead of 55.  512 threads: 41, but full attention with the same code is 7 % slower.
+ * At batch 1 all of this is latency.  Measured on an H200 behind the filter of 98,304 tokens, us:
+ * choosing blocks 3.6, scoring 4.7, exchange 0.7, choosing tokens 4.3, attention 7.3, sums 4.8.
+ * With 512 threads full attention with the same code is 7 % slower.
  *
  * With hot rows (HOT) every block looks up all chosen tokens, so that all know the same, and
  * fetches and keeps the missing rows of its own share. */
@@ -33,7 +32,6 @@ enum {
     COLUMNS = MOST_HEADS,
     MAX_CLUSTER = 8,
     HALF_ROW = D / 2,            /* hot_rows.cuh's DIM, which has rows of K and V */
-    AHEAD = 8,                   /* records that are scored at a time */
     PIECE_STRIDE = SLICE + 4,    /* floats of a head's sums of a warp and a gap */
 };
 
@@ -58,7 +56,7 @@ struct two_level {
 
 struct __align__(128) shared {
     union {                      /* one after the other */
-        queries made;
+        operands scores;
         work<COLUMNS> attend;
     };
     float2 all[MAX_CLUSTER][COLUMNS]; /* maximum and sum of each block's tokens */
@@ -78,7 +76,7 @@ struct arrays : block_lists {      /* keys and tables of these: stage 1 */
     int *missing;                  /* of this block's share; */
     uint16_t *into;                /* the row that a missing one gets */
     unsigned char *tiles;          /* [DEPTH] of stage 3, and what is needed before: */
-    unsigned char *records_ahead;  /* [AHEAD] records  stage 2 */
+    unsigned char *records_ahead;  /* [WARPS] records  stage 2 */
 };
 
 /* Floats of a warp's sums. */
@@ -111,7 +109,7 @@ __host__ __device__ inline size_t lay_out(arrays *r, unsigned char *base, const 
     r->ids = (int *)(r->block_keys + blocks);
     r->kv_ids = r->ids + blocks;
     r->records_ahead = r->tiles;
-    size_t stage1 = 12 * (size_t)blocks, stage2 = (size_t)AHEAD * SELECT_BYTES;
+    size_t stage1 = 12 * (size_t)blocks, stage2 = (size_t)WARPS * SELECT_BYTES;
     size_t stage3 = (size_t)depth<HOT> * TILE_BYTES;
     size_t sums = sizeof(float) * WARPS * piece_of(a);
     size_t most = stage1 > stage2 ? stage1 : stage2;
@@ -134,16 +132,17 @@ __global__ void attend_two_level_hot(two_level a, struct hot_rows hot)
 
 /* ---- stage 1 */
 
-/* What does not come from the filter: queries, barriers, block ids. */
+/* What does not come from the filter: queries, barriers, block ids.  Wait for the copies before
+ * these are read. */
 __device__ __forceinline__ void prepare(const two_level &a, shared *sh, const arrays &r, int seq,
                                         int n_blocks)
 {
-#pragma unroll 4
+#pragma unroll 1
     for (int i = threadIdx.x; i < n_blocks; i += THREADS) {
-        r.ids[i] = a.index_table[(size_t)seq * a.max_blocks + i];
-        r.kv_ids[i] = a.kv_table[(size_t)seq * a.max_blocks + i];
+        copy_4(shared_address(r.ids + i), a.index_table + (size_t)seq * a.max_blocks + i);
+        copy_4(shared_address(r.kv_ids + i), a.kv_table + (size_t)seq * a.max_blocks + i);
     }
-    start_queries(&sh->made, a.made + seq);
+    start_operands<true>(&sh->scores, a.made + seq);
     copy_commit();
     clear_bins(&sh->count);
     if (threadIdx.x == 0) {
@@ -156,67 +155,48 @@ __device__ __forceinline__ void prepare(const two_level &a, shared *sh, const ar
 
 /* ---- stage 2 */
 
-/* Keys of this warp's tokens of a record in shared memory. */
+/* Keys of the tokens of a record in shared memory, by a warp. */
 __device__ __forceinline__ void score_record(const two_level &a, unsigned *keys, unsigned record,
-                                             int position, int n, const queries *all)
+                                             int position, int n, const operands *q)
 {
-    int token = threadIdx.x % GROUP / WARP * 16 + threadIdx.x % WARP / 4;
-    unsigned signs = record + BLOCK_TOKENS * SCALE_BYTES + token * TOKEN_BYTES;
-    quarter sign[2], agree[2];
-    int d[2][TILES][4];
+    enum { ROW_TILES = BLOCK_TOKENS / 16 };
+    int lane = threadIdx.x % WARP;
+    float best[2 * ROW_TILES];
 
+    score_rows<ROW_TILES, true>(best, record, 0, q);
 #pragma unroll
-    for (int i = 0; i < 2; i++) {
-        sign[i] = load_quarter(signs + 8 * i * TOKEN_BYTES);
-        agree[i] = load_quarter(signs + 8 * i * TOKEN_BYTES + PLANE_BYTES);
-#pragma unroll
-        for (int w = 0; w < WORDS; w++)
-            agree[i].word[w] = ~(sign[i].word[w] ^ agree[i].word[w]);
-        agree[i].rope = ~(sign[i].rope ^ agree[i].rope);
-    }
-    /* A code is 2 sign + agree, which stands for -3, -1, 1, 3. */
-    sum_bits(d, all, [&](int half, int step, int i) {
-        return (word_of(sign[half], step) << 1 & 0x02020202u << i) |
-               (word_of(agree[half], step) & 0x01010101u << i);
-    });
-    query_side q;                /* no sooner: products take the registers */
-    load_query_side(&q, all, 1, 1.5f);
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        float best = best_of(d, i, load_scales(record + (token + 8 * i) * SCALE_BYTES), q);
-        best = fmaxf(best, __shfl_xor_sync(0xffffffffu, best, 1));
-        best = fmaxf(best, __shfl_xor_sync(0xffffffffu, best, 2));
-        int at = token + 8 * i;
+    for (int i = 0; i < 2 * ROW_TILES; i++) {
+        int at = 8 * i + lane / 4;
+        best[i] = fmaxf(best[i], __shfl_xor_sync(0xffffffffu, best[i], 1));
+        best[i] = fmaxf(best[i], __shfl_xor_sync(0xffffffffu, best[i], 2));
         bool forced = always_chosen(position + at, n, a.sink_tokens, a.recent_tokens);
-        if (threadIdx.x % 4 == 0)
-            keys[at] = position + at >= n ? 0 : forced ? (unsigned)FORCED_KEY : key_of(best);
+        if (lane % 4 == 0)
+            keys[at] = position + at >= n ? 0 : forced ? (unsigned)FORCED_KEY : key_of(best[i]);
     }
 }
 
-/* This block's tokens: those of kept blocks [first, end), as many at once as there is room for. */
+/* This block's tokens: those of kept blocks [first, end), a record a warp. */
 __device__ __forceinline__ void score_tokens(const two_level &a, const shared *sh,
                                              const arrays &r, int n, int first, int end)
 {
-    enum { COPIES = SELECT_BYTES / 16, GROUPS = THREADS / GROUP };
-    /* All warps go the same way, which the compiler must see to pair its products. */
-    first = __shfl_sync(0xffffffffu, first, 0);
-    end = __shfl_sync(0xffffffffu, end, 0);
-    for (int from = first; from < end; from += AHEAD) {
-        int m = min(end - from, (int)AHEAD);
-        for (int i = threadIdx.x; i < m * COPIES; i += THREADS) {
-            const uint8_t *record = a.index + (size_t)r.records[from + i / COPIES] *
-                                                  a.index_block_bytes + a.scale;
-            copy_16(shared_address(r.records_ahead) + i * 16, record + i % COPIES * 16);
-        }
+    enum { COPIES = SELECT_BYTES / 16 };
+    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    unsigned record = shared_address(r.records_ahead) + warp * SELECT_BYTES;
+
+#pragma unroll 1
+    for (int k = first + warp; k < end; k += WARPS) {
+        const uint8_t *from = a.index + (size_t)r.records[k] * a.index_block_bytes + a.scale;
+#pragma unroll 5
+        for (int i = lane; i < COPIES; i += WARP)
+            copy_16(record + i * 16, from + i * 16);
         copy_commit();
         copy_wait<0>();
-        __syncthreads();
-        for (int k = group_number(); k < m; k += GROUPS)
-            score_record(a, r.token_keys + (from + k) * BLOCK_TOKENS,
-                         shared_address(r.records_ahead) + k * SELECT_BYTES,
-                         r.kept[from + k] * BLOCK_TOKENS, n, &sh->made);
-        __syncthreads();         /* all have been read: others take their place next */
+        __syncwarp();
+        score_record(a, r.token_keys + k * BLOCK_TOKENS, record, r.kept[k] * BLOCK_TOKENS, n,
+                     &sh->scores);
+        __syncwarp();            /* it has been read: another takes its place next */
     }
+    __syncthreads();
 }
 
 /* All chosen tokens as numbers of keys, ascending, to r.all; how many. */
@@ -446,8 +426,7 @@ __device__ __forceinline__ void attend_sequence(const two_level &a,
      * first is. */
     asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
     wait_for_inputs();
-    copy_wait<0>();              /* the queries, for the next stage */
-    publish_to_products();
+    copy_wait<0>();
     int n_kept = choose_kept<THREADS>(r, a.keys + (size_t)seq * a.max_blocks, n_blocks,
                                       a.keep_blocks, &sh->count);
     int each = share_of(n_kept, size), first = min(rank * each, n_kept);

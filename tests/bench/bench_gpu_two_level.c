@@ -2,9 +2,10 @@
  * beside our own full attention and the time that reading all of K and V takes at the memory's
  * rate.
  *
- *   bench-gpu-two-level [heads] [kv_heads] [head_dim] [lagged]
+ *   bench-gpu-two-level [heads] [kv_heads] [head_dim] [exact|lagged] [tokens] [batch]
  *
- * A head_dim of 576 is that of latent attention: 20 1 576 has the shape of GLM-4.7-Flash.
+ * A head_dim of 576 is that of latent attention: 20 1 576 has the shape of GLM-4.7-Flash.  tokens
+ * and batch: this line of the table alone, for a profiler.
  *
  * Several copies of the pool are used by turns where one would fit the cache.  Lagged, the calls of
  * a graph are steps of the same contexts, each a token longer, and all but the first choose among
@@ -145,6 +146,8 @@ int main(int argc, char **argv)
 {
     static const int batches[] = { 1, 4, 8 };
     static const int lengths[] = { 1024, 2048, 4096, 8192, 16384, 32768, 49152, 98304, 131072 };
+    int only_tokens = argc > 5 ? (int)strtol(argv[5], NULL, 10) : 0;
+    int only_batch = argc > 6 ? (int)strtol(argv[6], NULL, 10) : 0;
     struct bench b = { .heads = argc > 1 ? (int)strtol(argv[1], NULL, 10) : 32,
                        .lags = argc > 4 && strcmp(argv[4], "lagged") == 0 };
 
@@ -167,7 +170,9 @@ int main(int argc, char **argv)
         for (size_t j = 0; j < sizeof lengths / sizeof lengths[0]; j++) {
             b.seqs = batches[i];
             b.n_tokens = lengths[j];
-            measure(&b);
+            if ((!only_tokens || b.n_tokens == only_tokens) &&
+                (!only_batch || b.seqs == only_batch))
+                measure(&b);
         }
     return 0;
 }
