@@ -105,9 +105,9 @@ struct selected_lists {
 
 /* block_filter, token_select and attend_selected in one: what lies between them goes
  * nowhere, or with `lists` there, and then a back end runs the three one after the other even
- * where it has them fused.  With `hot`, a chosen row whose block has no slot in kv_table comes out of hot_rows.h's
- * sets; the result is the same to the last bit as though it were in kv.  With `lagged` tokens are
- * chosen among the blocks of lagged_blocks.h, and this call's go there.
+ * where it has them fused.  With `hot`, a chosen row whose block has no slot in kv_table comes out
+ * of hot_rows.h's sets; the result is the same to the last bit as though it were in kv.  With
+ * `lagged` tokens are chosen among the blocks of lagged_blocks.h, and this call's go there.
  *                                                        tolerance: as the three */
 struct attend_two_level_args {
     void *out;                  /* act [S, H*D] */

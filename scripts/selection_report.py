@@ -34,13 +34,16 @@ follows.
 """
 import argparse
 import json
+import os
 import sys
 from collections import defaultdict, deque
 from pathlib import Path
 
-import numpy as np
+# The products are narrow: several threads for one would mostly wait for each other.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+import numpy as np  # noqa: E402
 
-from evaluate_needles import ROOT, Server, count_tokens, cut_to, write_text
+from evaluate_needles import ROOT, Server, count_tokens, cut_to, write_text  # noqa: E402
 
 HEADER = np.dtype([("magic", "S8")] + [(name, "u4") for name in (
     "version act layers heads kv_heads head_dim latent_dim row_dim block_tokens nth_layer "
@@ -61,9 +64,9 @@ class Dump:
     """records: {layer: {sequence: [(record, offset of its payload)]}}, in order."""
 
     def __init__(self, path):
-        self.bytes = np.memmap(path, np.uint8, "r")
-        if len(self.bytes) < HEADER.itemsize:
+        if Path(path).stat().st_size < HEADER.itemsize:
             raise ValueError("it is no selection dump")
+        self.bytes = np.memmap(path, np.uint8, "r")
         self.header = h = self.bytes[:HEADER.itemsize].view(HEADER)[0]
         if h["magic"] != b"seldump" or h["version"] != VERSION:
             raise ValueError(f"it is no selection dump of version {VERSION}")
@@ -131,6 +134,7 @@ def attention(queries, keys, scale):
 
 def output_error(p, values, chosen):
     """Of each query head: |attention over chosen - attention| / |attention|."""
+    p = p.astype(np.float32)
     full = p @ values
     part = p[:, chosen]
     sparse = part / part.sum(1, keepdims=True) @ values[chosen]
@@ -210,7 +214,7 @@ class Head:
         means.add("recall_blocks", inside[best].mean())
         means.add("recall_tokens", taken[best].mean())
         self._overlap(n, kept, chosen, taken)
-        self._lagged(n, p, mass, best)
+        self._lagged(n, p, mass, inside, best)
         self._hot(step, chosen[chosen < (n - 1) // self.block * self.block])
         self.before.appendleft((n, kept, chosen))
 
@@ -223,12 +227,13 @@ class Head:
             self.means.add(f"again_blocks_{d}", len(kept_now.intersection(blocks.tolist())), len(kept))
             self.means.add(f"again_tokens_{d}", taken[tokens].sum(), len(chosen))
 
-    def _lagged(self, n, p, mass, best):
+    def _lagged(self, n, p, mass, inside, best):
         if not self.before or self.before[0][0] != n - 1:
             return
         _, blocks, tokens = self.before[0]
+        self.means.add("lagged_exact_tokens", mass.mean())     # of the same steps, as the next
+        self.means.add("lagged_exact_blocks", p[:, inside].sum(1).mean())
         inside = in_blocks(np.append(blocks, (n - 1) // self.block), n, self.block)
-        self.means.add("lagged_exact", mass.mean())    # of the same steps
         self.means.add("lagged_tokens", (p[:, tokens].sum(1) + p[:, n - 1]).mean())
         self.means.add("lagged_blocks", p[:, inside].sum(1).mean())
         self.means.add("lagged_recall", inside[best].mean())
@@ -267,7 +272,9 @@ def measure_sequence(dump, records, heads, engine):
     if not steps:
         return
     positions = max(int(record["n"]) for record, _ in steps)
-    rows = np.zeros((dump.kv_heads, positions, dump.row), np.float32)
+    # Apart, because products of what lies scattered take many times as long.
+    keys = np.zeros((dump.kv_heads, positions, dump.dim), np.float32)
+    values = np.zeros((dump.kv_heads, positions, dump.values.stop - dump.values.start), np.float32)
     states = [Head(means, positions, len(steps), int(steps[0][0]["keep_tokens"]), dump.block)
               for means in heads]
     sets = Sets()
@@ -277,14 +284,15 @@ def measure_sequence(dump, records, heads, engine):
             # A step that was cut off may have left rows of tokens that no step is about.
             n = min(int(record["n"]), positions - first)
             if n > 0:
-                rows[:, first:first + n] = dump.rows(record, at)[:, :n]
+                rows = dump.rows(record, at)[:, :n]
+                keys[:, first:first + n] = rows[:, :, :dump.dim]
+                values[:, first:first + n] = rows[:, :, dump.values]
             continue
         step = dump.step(record, at)
         sets.step(step, positions, dump.block)
         for g, state in enumerate(states):
-            context = rows[g, :step.n]
-            p = attention(step.queries[g], context[:, :dump.dim], dump.header["scale"])
-            state.step(step, p, context[:, dump.values], step.kept[g], step.chosen[g])
+            p = attention(step.queries[g], keys[g, :step.n], dump.header["scale"])
+            state.step(step, p, values[g, :step.n], step.kept[g], step.chosen[g])
     for name, n in sets.counts.items():
         engine[name] += n
 
@@ -297,7 +305,7 @@ def summary(means):
         "mass", "best", "blocks", "error", "recall_blocks", "recall_tokens")}
     return {"steps": int(means["mass"][1]), **values, "mass_least": means.least,
             "lagged": {name: means.mean(f"lagged_{name}") for name in
-                       ("exact", "tokens", "blocks", "recall")},
+                       ("exact_tokens", "exact_blocks", "tokens", "blocks", "recall")},
             "again_blocks": by("again_blocks", DISTANCES), "again_tokens": by("again_tokens", DISTANCES),
             "hot": by("hot", SIZES)}
 
@@ -340,10 +348,10 @@ def report(dump):
 
 # ---- a server that writes the file
 
-def record(args):
+def record(args, options):
     if Path(args.dump).exists():
         raise ValueError("it is there already")
-    server = Server(args, ["--selection-dump", args.dump, *args.options])
+    server = Server(args, ["--selection-dump", args.dump, *options])
     try:
         text = args.text.read_text(encoding="utf-8") if args.text else \
             write_text(server, args.record, args.seed)
@@ -381,8 +389,8 @@ def table(head, rows):
 def text_of(r):
     every = r["all"]
     rows = [[str(x["layer"]), str(g), *cells(head)] for x in r["layers"] for g, head in enumerate(x["heads"])]
-    out = [f"{r['sequences']} sequences, {r['layers'][0]['heads'][0]['steps']} sparse steps, contexts of up to "
-           f"{r['longest_context']} tokens; filter {r['filter']}, token-index {r['token_index']}, "
+    out = [f"{r['sequences']} sequences, {r['layers'][0]['heads'][0]['steps']} sparse steps, contexts of "
+           f"up to {r['longest_context']} tokens; filter {r['filter']}, token-index {r['token_index']}, "
            f"selection {r['selection']}{', latent attention' if r['latent'] else ''}\n",
            table("layer|head|mass|least|best|blocks|error|recall, blocks|recall, tokens|lagged, tokens|"
                  "lagged, blocks|again, blocks|again, tokens".split("|"), rows + [["all", "all", *cells(every)]])]
@@ -402,6 +410,7 @@ def plot(r, path):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    import matplotlib.ticker
 
     layers = [x["layer"] for x in r["layers"]]
     figure, axes = plt.subplots(2, 3, figsize=(14, 7.5), layout="constrained")
@@ -432,13 +441,18 @@ def plot(r, path):
     for name, label in (("again_blocks", "blocks"), ("again_tokens", "tokens")):
         x = r["all"][name]
         axes[1][0].plot([int(d) for d in x], list(x.values()), "o-", label=label)
-    finish(axes[1][0], xlabel="steps apart", ylabel="selected again", xscale="log", ylim=(0, 1))
+    powers = matplotlib.ticker.FuncFormatter(lambda x, _: f"{x:g}")
+    finish(axes[1][0], xlabel="steps apart", ylabel="selected again", ylim=(0, 1))
     hot = r["all"]["hot"]
     axes[1][1].plot([int(s) for s in hot], list(hot.values()), "o-", label="ring of hot rows, simulated")
-    finish(axes[1][1], xlabel="rows, times the chosen tokens", ylabel="found", xscale="log", ylim=(0, 1))
-    for name, label, marker in (("exact", "this step's tokens", "o"),
-                                ("tokens", "those of the step before", "x"),
-                                ("blocks", "blocks of the step before", "s")):
+    finish(axes[1][1], xlabel="rows, times the chosen tokens", ylabel="found", ylim=(0, 1))
+    for ax in axes[1][:2]:
+        ax.set_xscale("log", base=2)
+        ax.xaxis.set_major_formatter(powers)
+    for name, label, marker in (("exact_blocks", "this step's blocks", "s"),
+                                ("blocks", "blocks of the step before", "+"),
+                                ("exact_tokens", "this step's tokens", "o"),
+                                ("tokens", "tokens of the step before", "x")):
         by_layer(axes[1][2], lambda head: head["lagged"][name], label, marker)
     finish(axes[1][2], xlabel="layer", ylabel="attention mass", xticks=layers)
     figure.suptitle(f"{r['filter']}, {r['token_index']}, {r['selection']}: contexts of up to "
@@ -447,6 +461,9 @@ def plot(r, path):
 
 
 def main():
+    words, options = sys.argv[1:], []
+    if "--" in words:
+        words, options = words[:words.index("--")], words[words.index("--") + 1:]
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("dump", help="the file of --selection-dump")
     p.add_argument("--record", type=int, metavar="TOKENS", help="have a server write it first")
@@ -455,20 +472,19 @@ def main():
     p.add_argument("--seed", type=int, default=1, help="with --record")
     p.add_argument("--asynctlsd", default=str(ROOT / "build" / "asynctlsd"), help="with --record")
     p.add_argument("--model", default=str(ROOT / "models" / "asynctlsd-books-9m"), help="with --record")
-    p.add_argument("options", nargs="*", metavar="-- OPTION", help="with --record: for the server, after --")
     p.add_argument("--json", help="write all figures to this file")
     p.add_argument("--plot", help="write a PNG to this file (needs matplotlib)")
-    o = p.parse_args()
+    o = p.parse_args(words)
     if o.plot:
         try:
             import matplotlib  # noqa: F401: missing it is better known before than after
         except ImportError:
             p.error("--plot needs matplotlib")
-    if o.options and not o.record:
+    if options and not o.record:
         p.error("options of the server go with --record")
     try:
         if o.record:
-            record(o)
+            record(o, options)
         r = report(Dump(o.dump))
     except (OSError, ValueError) as e:
         sys.exit(f"selection_report: {o.dump}: {e}")

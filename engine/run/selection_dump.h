@@ -45,7 +45,7 @@ struct selection_header {
 enum { SELECTION_ROWS = 1, SELECTION_STEP = 2 };
 
 /* ROWS  bf16 [G, n, R]               rows of positions first .. first + n - 1, of one block
- * STEP  act  [H * D]                 the query of position first = n - 1, as attention has it,
+ * STEP  act [H * D]                  the query of position first = n - 1, as attention has it,
  *                                    padded to 8 bytes
  *       int32 [G], [G]               how many blocks are kept, tokens chosen
  *       int32 [G, keep_blocks]       blocks that tokens were chosen among, then -1
@@ -57,7 +57,7 @@ struct selection_record {
     uint64_t sequence;               /* numbered as they arrived */
     uint32_t first, n;               /* STEP: the context has n tokens */
     uint32_t keep_blocks, keep_tokens; /* STEP */
-    uint32_t hot_rows;               /* STEP: rows of a head in the sequence's set; 0: it has none */
+    uint32_t hot_rows;               /* STEP: rows of a head in the sequence's set; 0: none */
     uint32_t step;                   /* STEP: number of the engine's step */
     uint64_t bytes;                  /* of the payload, a multiple of 8 */
 };

@@ -204,7 +204,8 @@ static void compare_rows(int layer)
                             (size_t)place.kv * kv_block_bytes(shape);
         for (size_t g = 0; g < (size_t)shape->kv_heads; g++)
             ck_assert_mem_eq((const char *)(r + 1) + g * r->n * row,
-                             block + (g * BLOCK_TOKENS + r->first % BLOCK_TOKENS) * row, r->n * row);
+                             block + (g * BLOCK_TOKENS + r->first % BLOCK_TOKENS) * row,
+                             r->n * row);
     }
     bool there = layer % (int)b.file.header->nth_layer == 0 && !b.plan->layer[layer].dense;
     ck_assert_uint_eq(next, there ? PROMPT + SPARSE_STEPS : 0);
@@ -286,7 +287,11 @@ static struct request *text_request(uint64_t seed, uint32_t n_prompt, uint32_t m
 
 /* ---- what is in it */
 
-static const struct { const char *dir, *layers; uint32_t nth; enum selection selection; } kinds[] = {
+static const struct {
+    const char *dir, *layers;
+    uint32_t nth;
+    enum selection selection;
+} kinds[] = {
     { BUNDLED_MODEL, NULL, 1, SELECTION_EXACT },
     { BUNDLED_MODEL, "0:dense;6:blocks=5,tokens=130", 3, SELECTION_EXACT },
     { BUNDLED_MODEL, NULL, 1, SELECTION_LAGGED },
