@@ -326,6 +326,7 @@ enum status selection_dump_open(struct selection_dump **out, struct model *m,
     struct selection_dump *d = mem_calloc(1, sizeof *d);
 
     *out = NULL;
+    ASSERT(cfg->nth_layer > 0);
     d->path = mem_strdup(cfg->path);
     d->fd = -1;
     d->max_bytes = cfg->max_bytes;
