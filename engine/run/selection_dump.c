@@ -136,31 +136,36 @@ static char *payload(const struct selection_dump *d)
 
 /* ---- records */
 
-/* Where K and V of a block are. */
-static const char *find_block(const struct selection_dump *d, int layer,
-                              const struct model_batch *b, size_t entry)
+/* n rows of each head, from `first` on, of the block that an entry of the tables names: queued,
+ * or where they are in host memory done. */
+static void take_rows(struct selection_dump *d, int layer, const struct model_batch *b,
+                      size_t entry, uint32_t first, uint32_t n)
 {
-    if (b->kv_table[entry] >= 0)
-        return (const char *)kv_pool_kv(d->pool, layer) +
-               (size_t)b->kv_table[entry] * kv_block_bytes(&d->shape);
+    const size_t bytes = n * row_bytes(d), heads = (size_t)d->shape.kv_heads;
+    const size_t stride = BLOCK_TOKENS * row_bytes(d), at = first * row_bytes(d);
+
+    if (b->kv_table[entry] >= 0) {
+        const char *block = (const char *)kv_pool_kv(d->pool, layer) +
+                            (size_t)b->kv_table[entry] * kv_block_bytes(&d->shape);
+        stream_copy_pieces(d->stream, payload(d), bytes, block + at, stride, bytes, heads);
+        return;
+    }
     struct hot_rows hot = hot_sets_layer(d->sets, layer);
-    return (const char *)hot.host + (size_t)b->host_table[entry] * hot.host_stride;
+    const char *block = (const char *)hot.host + (size_t)b->host_table[entry] * hot.host_stride;
+    for (size_t g = 0; g < heads; g++)
+        memcpy(payload(d) + g * bytes, block + g * stride + at, bytes);
 }
 
 static void write_rows(struct selection_dump *d, int layer, const struct model_batch *b,
                        size_t table, const struct unit *u)
 {
-    const size_t row = row_bytes(d), heads = (size_t)d->shape.kv_heads;
-
     for (uint32_t from = u->first; from < u->n_tokens;) {
         uint32_t block = from / BLOCK_TOKENS, end = (block + 1) * BLOCK_TOKENS;
         uint32_t n = (end < u->n_tokens ? end : u->n_tokens) - from;
-        const char *rows = find_block(d, layer, b, table + block);
-        stream_copy_pieces(d->stream, payload(d), n * row,
-                           rows + from % BLOCK_TOKENS * row, BLOCK_TOKENS * row, n * row, heads);
+        take_rows(d, layer, b, table + block, from % BLOCK_TOKENS, n);
         write_record(d, &(struct selection_record){
             .kind = SELECTION_ROWS, .layer = (uint32_t)layer, .sequence = u->sequence,
-            .first = from, .n = n, .bytes = heads * n * row });
+            .first = from, .n = n, .bytes = (size_t)d->shape.kv_heads * n * row_bytes(d) });
         from += n;
     }
 }

@@ -19,9 +19,10 @@ struct stream;
  *   selection_record, its payload        as many as there are, always whole
  *
  * A sequence's step of one layer is a record STEP, behind records ROWS with what of the context's K
- * and V is not in the file yet: all of it before the first step, later a token.  Either all layers
- * of a step are there or none.  Steps that a preemption has computed again are not repeated.  After
- * max_bytes, or when a write fails, the dump ends and says so once; the engine goes on.
+ * and V is not in the file yet: all of it before the first step, later a token.  Steps that a
+ * preemption has computed again are not repeated.  A step that would pass max_bytes is not begun
+ * in any layer; a write that fails may leave a step that not all layers have.  Either way the dump
+ * ends and says so once, and the engine goes on.
  *
  * All is in this machine's byte order; a record begins at a multiple of 8 bytes.  The file is its
  * owner's alone: K and V tell what the text was.
