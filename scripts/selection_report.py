@@ -339,7 +339,7 @@ def report(dump):
         layers.append({"layer": layer, "heads": [summary(means) for means in heads],
                        "engine_hot_rows": engine})
     if not layers:
-        raise ValueError("it has no sparse step: was a context longer than the crossover?")
+        raise ValueError("it has no sparse step: contexts must be longer than the crossover")
     return {"filter": FILTERS[h["filter"]], "token_index": INDEXES[h["index"]],
             "selection": SELECTIONS[h["selection"]], "latent": bool(h["latent_dim"]),
             "longest_context": longest, "sequences": len({s for r in dump.records.values() for s in r}),
@@ -364,6 +364,8 @@ def record(args, options):
         print(f"{answer['usage']['prompt_tokens']} tokens of prompt, {args.steps} steps")
     finally:
         server.stop()
+    if not Path(args.dump).exists():
+        raise ValueError("there was no sparse step: contexts must be longer than the crossover")
 
 
 # ---- what is shown

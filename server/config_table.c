@@ -204,8 +204,8 @@ static const struct option table[] = {
       .help = "Work but no finished step for so long turns /health to 503. 0: never." },
     { .key = "selection-dump", .type = OPTION_TEXT, AT(engine.selection_dump), .initial = "none",
       .help = "File, not there yet, for what sparse steps select, with the queries, keys and "
-              "values of the requests: scripts/selection_report.py judges it. Steps then take "
-              "many times as long." },
+              "values of the requests: scripts/selection_report.py judges it. Sparse "
+              "steps then wait for the disk, and a GPU runs them in parts." },
     { .key = "selection-dump-bytes", .type = OPTION_BYTES, AT(engine.selection_dump_bytes),
       .initial = "4gb", .min = 4096, .max = 64ull << 40,
       .help = "Most that it may become; the disk must have that much. Then no more is written." },

@@ -136,8 +136,8 @@ struct model_selection {
 
 /* Have fn called in each layer that selects, behind its attention; it may wait for the stream.
  * Before model_scratch_bytes() and model_prepare(), which count and lay out the lists.  From then
- * on no step is replayed and the levels run one after the other (attend_two_level_args.lists):
- * slow, and on a GPU scores may differ by rounding from those of fused kernels. */
+ * on no step is replayed and the levels run one after the other (attend_two_level_args.lists),
+ * which is slower, and on a GPU scores may differ by rounding from those of fused kernels. */
 typedef void (*model_watcher)(void *arg, int layer, const struct model_selection *selection);
 void model_watch(struct model *m, model_watcher fn, void *arg);
 

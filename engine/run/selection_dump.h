@@ -27,8 +27,7 @@ struct stream;
  * All is in this machine's byte order; a record begins at a multiple of 8 bytes.  The file is its
  * owner's alone: K and V tell what the text was.
  *
- * Engine thread, which waits for the device and the disk in the middle of its steps: a step that is
- * dumped takes many times as long as others. */
+ * Engine thread, which waits for the device and the disk in the middle of its steps. */
 
 enum { SELECTION_DUMP_VERSION = 1 };
 

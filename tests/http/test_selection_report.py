@@ -283,6 +283,15 @@ class OfAServer(Folder):
         self.check(r, list(range(8)), 40)
         self.assertIn("tokens of prompt, 40 steps", table)
 
+    def test_record_of_nothing(self):
+        """Full attention up to the crossover."""
+        prose = ROOT / "tests" / "texts" / "harbour.txt"
+        done = self.run_report("--record", 300, "--steps", 3, "--text", prose, "--asynctlsd", BINARY, "--",
+                               "--backend", "cpu")
+        self.assertNotEqual(done.returncode, 0)
+        self.assertIn("there was no sparse step", done.stderr)
+        self.assertFalse(self.dump.exists())
+
     def test_refused_at_the_start(self):
         d = Daemon(wait=False, selection_dump=self.folder / "none" / "steps.dump")
         self.assertEqual(d.wait(), 1)
