@@ -55,6 +55,10 @@ struct engine_config {
                                by what that leaves to the pool */
     enum offload_policy offload;
     bool prefix_cache;
+    const char *selection_dump; /* file for what sparse steps select, or NULL; with the next two see
+                                   engine/run/selection_dump.h */
+    uint64_t selection_dump_bytes;
+    uint32_t selection_dump_nth_layer;
     struct progress *progress;  /* of the weights' way to the device, or NULL; outlives the call */
     bool check_invariants;  /* scheduler_check and kv_pool_check after every step; what is free is
                                NaN (kv_pool_poison) */

@@ -430,10 +430,22 @@ static enum status carve_memory(struct engine *e, const struct engine_config *cf
         .select = &e->select,
         .eos = m->eos, .n_eos = m->n_eos, .max_blocks = (uint32_t)limits.max_blocks,
         .only_held = cfg->offload == OFFLOAD_ALWAYS,
-        .packed = mem_calloc(cfg->max_running, sizeof *e->step.packed),
+        .packed = mem_calloc(cfg->max_running, sizeof *e->step.packed), .dump = e->step.dump,
     };
+    if (e->step.dump)
+        selection_dump_use(e->step.dump, e->pool, e->residency.sets);
     log_memory(e, &d.pool, scratch_bytes, &d.sets);
     return ST_OK;
+}
+
+static enum status open_dump(struct engine *e, const struct engine_config *cfg, struct error *err)
+{
+    if (!cfg->selection_dump)
+        return ST_OK;
+    return selection_dump_open(&e->step.dump, e->model, &(struct selection_dump_config){
+        .path = cfg->selection_dump, .max_bytes = cfg->selection_dump_bytes,
+        .nth_layer = cfg->selection_dump_nth_layer, .max_seqs = (int)cfg->max_running,
+        .plan = &e->select, .be = e->be, .stream = e->stream }, err);
 }
 
 /* At least one request, or a share would be none. */
@@ -458,6 +470,7 @@ static enum status engine_load(struct engine *e, const struct engine_config *cfg
     struct kv_shape shape = model_kv_shape(e->model, &cfg->select);
     TRY(plan_selection(e, cfg, &shape, err));
     e->stream = stream_create(e->be);
+    TRY(open_dump(e, cfg, err));
     TRY(carve_memory(e, cfg, &shape, err));
     e->scheduler = scheduler_create(cfg->max_running);
     e->waiting.max_requests = cfg->max_waiting;
@@ -514,6 +527,7 @@ void engine_destroy(struct engine *e)
         stream_destroy(e->stream);
     model_close(e->model);
     hot_sets_destroy(e->residency.sets);
+    selection_dump_close(e->step.dump);
     backend_close(e->be);
     mailbox_destroy(e->inbox);
     mem_free(e->channels);

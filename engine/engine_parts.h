@@ -8,6 +8,7 @@
 #include "engine/model/tokenizer.h"
 #include "engine/run/residency.h"
 #include "engine/run/scheduler.h"
+#include "engine/run/selection_dump.h"
 #include "engine/run/step.h"
 #include "engine/run/waiting_room.h"
 
@@ -60,7 +61,7 @@ struct engine {
     struct kv_pool *pool;
     struct residency_context residency;  /* owns its tier and sets */
     struct scheduler *scheduler;
-    struct step_context step;
+    struct step_context step;            /* with its dump, which the engine owns */
     uint64_t next_order;
     uint32_t seen_cancels;
     uint32_t n_put_back;                 /* preempted and waiting */

@@ -96,10 +96,18 @@ struct attend_selected_args {
     float scale;
 };
 
+/* What lies between the operations, device memory: for whoever looks into a step. */
+struct selected_lists {
+    int32_t *kept, *n_kept;     /* [S, G, keep_blocks], [S, G] the blocks that tokens were chosen
+                                   among, ascending */
+    int32_t *chosen, *n_chosen; /* [S, G, keep_tokens], [S, G] */
+};
+
 /* block_filter, token_select and attend_selected in one: what lies between them goes
- * nowhere.  With `hot`, a chosen row whose block has no slot in kv_table comes out of hot_rows.h's
- * sets; the result is the same to the last bit as though it were in kv.  With `lagged` tokens are
- * chosen among the blocks of lagged_blocks.h, and this call's go there.
+ * nowhere, or with `lists` there, and then a back end runs the three one after the other even
+ * where it has them fused.  With `hot`, a chosen row whose block has no slot in kv_table comes out
+ * of hot_rows.h's sets; the result is the same to the last bit as though it were in kv.  With
+ * `lagged` tokens are chosen among the blocks of lagged_blocks.h, and this call's go there.
  *                                                        tolerance: as the three */
 struct attend_two_level_args {
     void *out;                  /* act [S, H*D] */
@@ -119,6 +127,7 @@ struct attend_two_level_args {
     float scale;
     const struct hot_rows *hot; /* host; NULL: every block has a slot in kv */
     const struct lagged_blocks *lagged; /* host; NULL: tokens of what block_filter keeps */
+    const struct selected_lists *lists; /* host; NULL: nobody wants them */
 };
 
 #ifdef __cplusplus

@@ -202,6 +202,16 @@ static const struct option table[] = {
     { .key = "stall-timeout", .type = OPTION_MS, AT(stall_timeout_ms), .initial = "120s",
       .max = HOUR_MS,
       .help = "Work but no finished step for so long turns /health to 503. 0: never." },
+    { .key = "selection-dump", .type = OPTION_TEXT, AT(engine.selection_dump), .initial = "none",
+      .help = "File, not there yet, for what sparse steps select, with the queries, keys and "
+              "values of the requests: scripts/selection_report.py judges it. Sparse "
+              "steps then wait for the disk, and a GPU runs them in parts." },
+    { .key = "selection-dump-bytes", .type = OPTION_BYTES, AT(engine.selection_dump_bytes),
+      .initial = "4gb", .min = 4096, .max = 64ull << 40,
+      .help = "Most that it may become; the disk must have that much. Then no more is written." },
+    { .key = "selection-dump-nth-layer", .type = OPTION_U32, AT(engine.selection_dump_nth_layer),
+      .initial = "1", .min = 1, .max = 1024,
+      .help = "Which layers are in it: every n-th, from layer 0 on." },
     { .key = "check-invariants", .type = OPTION_BOOL, AT(engine.check_invariants),
       .initial = "no", .help = "Check the scheduler and the KV pool after every step; slow." },
 };

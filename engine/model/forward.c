@@ -276,7 +276,13 @@ static void attend_sparse(struct pass *p, int layer)
         .sink_tokens = cfg->sink_tokens, .recent_tokens = cfg->recent_tokens,
         .max_n_tokens = p->most_sparse_tokens,
         .scale = p->g->score_scale, .hot = p->has_sets ? &hot : NULL,
-        .lagged = lags ? &lagged : NULL });
+        .lagged = lags ? &lagged : NULL,
+        .lists = p->m->watcher ? &p->w->lists : NULL });
+    if (p->m->watcher)
+        p->m->watcher(p->m->watcher_arg, layer, &(struct model_selection){
+            .batch = p->b, .step = p->m->step, .q = queries(p), .q_stride = query_stride(p),
+            .max_blocks = p->m->limits.max_blocks, .keep_blocks = budget->keep_blocks,
+            .keep_tokens = budget->keep_tokens, .lists = p->w->lists });
 }
 
 /* ---- sublayers */

@@ -210,6 +210,19 @@ static void carve_attention(struct step_scratch *s, struct carver *c, const stru
     s->attention = carve(c, dense > sparse ? dense : sparse, 1, 1);
 }
 
+static void carve_lists(struct step_scratch *s, struct carver *c, const struct model *m,
+                        const struct model_limits *l, const struct select_plan *plan)
+{
+    int n = l->max_seqs * m->config.kv_heads;
+
+    if (!m->watcher)
+        return;
+    s->lists = (struct selected_lists){
+        .kept = carve_ints(c, n, plan->max_keep_blocks), .n_kept = carve_ints(c, n, 1),
+        .chosen = carve_ints(c, n, plan->max_keep_tokens), .n_chosen = carve_ints(c, n, 1),
+    };
+}
+
 static size_t carve_device(struct step_scratch *s, struct step_arrays *a, void *base,
                            const struct model *m, const struct model_limits *l,
                            const struct select_plan *plan)
@@ -242,6 +255,7 @@ static size_t carve_device(struct step_scratch *s, struct step_arrays *a, void *
     s->lagged = NULL;
     if (with.lists)
         s->lagged = carve(&c, lagged_lists_bytes(plan, l->max_seqs, g->kv_heads), 1, 1);
+    carve_lists(s, &c, m, l, plan);
     if (!info->host_visible)
         carve_arrays(a, &c, l, with);
     return c.at;
@@ -379,6 +393,13 @@ struct lagged_lists *model_lagged_lists(const struct model *m)
 uint64_t model_waited_ns(const struct model *m)
 {
     return m->waited_ns;
+}
+
+void model_watch(struct model *m, model_watcher fn, void *arg)
+{
+    ASSERT(!m->prepared);
+    m->watcher = fn;
+    m->watcher_arg = arg;
 }
 
 void model_observe(struct model *m, model_observer fn, void *arg)

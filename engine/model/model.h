@@ -122,6 +122,25 @@ typedef void (*model_observer)(void *arg, int layer, const struct model_batch *b
                                const void *q, int q_stride);
 void model_observe(struct model *m, model_observer fn, void *arg);
 
+/* What a layer selected for the sparse sequences of a batch, a row each.  Device memory, there
+ * when what is queued on the step's stream is done. */
+struct model_selection {
+    const struct model_batch *batch;
+    uint32_t step;                   /* as hot rows count them (kernels/hot_rows.h) */
+    const void *q;                   /* as model_observer's */
+    int q_stride;
+    int max_blocks;                  /* width of the batch's tables */
+    int keep_blocks, keep_tokens;    /* of the layer; widths of the lists */
+    struct selected_lists lists;
+};
+
+/* Have fn called in each layer that selects, behind its attention; it may wait for the stream.
+ * Before model_scratch_bytes() and model_prepare(), which count and lay out the lists.  From then
+ * on no step is replayed and the levels run one after the other (attend_two_level_args.lists),
+ * which is slower, and on a GPU scores may differ by rounding from those of fused kernels. */
+typedef void (*model_watcher)(void *arg, int layer, const struct model_selection *selection);
+void model_watch(struct model *m, model_watcher fn, void *arg);
+
 /* Choose index channels: for each layer and KV head the INDEX_CHANNELS_KEPT
  * channels with the largest mean |q| * mean |k| over the tokens given (one
  * context, prefilled dense in a pool of its own).  out is

@@ -52,6 +52,7 @@ struct step_scratch {
     int16_t *channels;           /* [layers, G, INDEX_CHANNELS_KEPT], NULL without */
     void *attention;             /* scratch of attend_dense or attend_two_level */
     void *lagged;                /* memory of the lagged lists, NULL without */
+    struct selected_lists lists; /* of S sequences, with a watcher */
 };
 
 struct replay;                   /* replay.c */
@@ -81,6 +82,8 @@ struct model {
     uint64_t waited_ns;          /* in stream_sync, by model_step */
     model_observer observer;
     void *observer_arg;
+    model_watcher watcher;
+    void *watcher_arg;
 };
 
 /* Sequences with full attention: `from` is the first, in all arrays. */

@@ -263,7 +263,7 @@ bool replay_batch(struct model *m, struct stream *s, struct kv_pool *pool)
     const struct model_batch *b = &m->batch;
     struct replay *r = m->replay;
 
-    if (!r || m->observer || !is_decodes(b) || b->n_staged > 0)
+    if (!r || m->observer || m->watcher || !is_decodes(b) || b->n_staged > 0)
         return false;
     if (!r->pool)
         r->pool = pool;

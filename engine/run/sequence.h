@@ -60,6 +60,7 @@ struct sequence {
     uint32_t n_drops;            /* while it stays, the first n_sealed entries of the table do */
     uint32_t n_held;             /* blocks; n_blocks when ON_DEVICE */
     uint32_t n_stored;           /* blocks that the host tier has been asked to store */
+    uint32_t n_dumped;           /* tokens whose K and V selection_dump.h has */
     enum residency residency;
     int hot_set;                 /* STREAMED, OFFLOADED and RETURNING; else -1 */
     int lagged_slot;             /* from its first sparse step on, with lagged selection; else -1 */

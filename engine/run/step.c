@@ -2,6 +2,7 @@
 
 #include "engine/base/invariant.h"
 #include "engine/kv/lagged_lists.h"
+#include "engine/run/selection_dump.h"
 
 #include <stdlib.h>
 
@@ -163,6 +164,8 @@ static void pack_slice(const struct step_context *cx, struct model_batch *b,
     b->n_tokens[at] = (int32_t)(q->n_computed + s->n_tokens);
     pack_tables(cx, b, q, at);
     pack_lagged(cx, b, s, at);
+    if (cx->dump && slice_is_sparse(s))
+        selection_dump_add(cx->dump, s->seq, at);
     s->first_result = b->logit_rows;
     pack_rows(b, s, b->kv_table + table, b->index_table + table);
     pack_logits(b, s, first_row);
@@ -214,6 +217,8 @@ enum status step_run(const struct step_context *cx, struct step_plan *plan, stru
             b->before_sample = make_masks;
     }
     b->before_sample_arg = &masks;
+    if (cx->dump)
+        selection_dump_begin(cx->dump);
     for (int kind = 0; kind < SLICE_KINDS; kind++) {
         for (uint32_t i = 0; i < plan->n_slices; i++)
             if (kind_of(&plan->slices[i]) == kind)

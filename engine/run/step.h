@@ -22,6 +22,7 @@ struct packed_table {
     bool with_host;              /* its host slots too */
 };
 
+struct selection_dump;
 struct token_trie;
 
 struct step_context {
@@ -36,6 +37,7 @@ struct step_context {
     bool only_held;              /* K and V that are not held are read out of the host tier, once
                                     they are there */
     struct packed_table *packed; /* [max_seqs], zeroed at first */
+    struct selection_dump *dump; /* of the sparse steps, or NULL */
 };
 
 struct step_counts {

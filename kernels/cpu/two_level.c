@@ -49,11 +49,25 @@ size_t cpu_attend_two_level_scratch(const struct kv_shape *shape, int max_seqs, 
         .bytes;
 }
 
+/* What is wanted is written where it is wanted. */
+static void place_lists(struct parts *p, const struct attend_two_level_args *a)
+{
+    const struct selected_lists *lists = a->lists;
+
+    if (!lists)
+        return;
+    *(a->lagged ? &p->from : &p->kept) = lists->kept;
+    *(a->lagged ? &p->n_from : &p->n_kept) = lists->n_kept;
+    p->chosen = lists->chosen;
+    p->n_chosen = lists->n_chosen;
+}
+
 void cpu_attend_two_level(struct stream *s, const struct attend_two_level_args *a)
 {
     struct parts p = carve_parts(a->scratch, &a->shape, a->seqs, a->heads, a->max_blocks,
                                  a->keep_blocks, a->keep_tokens);
 
+    place_lists(&p, a);
     cpu_block_filter(s, &(struct block_filter_args){
         .kept = p.kept, .n_kept = p.n_kept, .q = a->q, .q_stride = a->q_stride,
         .index = a->index, .table = a->index_table, .n_tokens = a->n_tokens,

@@ -1,4 +1,5 @@
-/* Two-level attention in its three operations, where there is no fused kernel; with hot rows
+/* Two-level attention in its three operations, where there is no fused kernel or somebody wants
+ * the lists that lie between them; with hot rows
  * the tokens' rows are found, and fetched, between the last two, and with lagged blocks the
  * lists of blocks are traded between the first two. */
 
@@ -48,6 +49,19 @@ parts carve_parts(void *base, const struct kv_shape *shape, int seqs, int heads,
     return p;
 }
 
+/* What is wanted is written where it is wanted. */
+void place_lists(parts *p, const struct attend_two_level_args *a)
+{
+    const struct selected_lists *lists = a->lists;
+
+    if (!lists)
+        return;
+    *(a->lagged ? &p->from : &p->kept) = lists->kept;
+    *(a->lagged ? &p->n_from : &p->n_kept) = lists->n_kept;
+    p->chosen = lists->chosen;
+    p->n_chosen = lists->n_chosen;
+}
+
 void run_parts(struct stream *s, const struct attend_two_level_args *a)
 {
     parts p = carve_parts(a->scratch, &a->shape, a->seqs, a->heads, a->max_blocks,
@@ -56,6 +70,7 @@ void run_parts(struct stream *s, const struct attend_two_level_args *a)
     struct token_select_args select = {};
     struct attend_selected_args attend = {};
 
+    place_lists(&p, a);
     filter.kept = p.kept;
     filter.n_kept = p.n_kept;
     filter.q = select.q = attend.q = a->q;
@@ -118,8 +133,8 @@ void cuda_attend_two_level(struct stream *s, const struct attend_two_level_args 
 {
     if (!stream_enter(s) || a->seqs == 0)
         return;
-    bool fused = latent::is_latent(&a->shape) ? latent::queue_two_level(s, a)
-                                              : attend_two_level_fused(s, a);
+    bool fused = !a->lists && (latent::is_latent(&a->shape) ? latent::queue_two_level(s, a)
+                                                            : attend_two_level_fused(s, a));
     if (!fused)
         run_parts(s, a);
 }

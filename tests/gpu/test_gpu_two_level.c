@@ -136,20 +136,45 @@ static struct attend_two_level_args arguments(const struct problem *p)
         .scale = s->scale > 0 ? s->scale : 1e-6f };
 }
 
-static void run_cpu(struct problem *p)
+/* lists: wanted, or NULL. */
+static void run_cpu(struct problem *p, const struct selected_lists *lists)
 {
     struct attend_two_level_args a = arguments(p);
     struct stream *stream = stream_create(test_backend("auto"));
 
+    a.lists = lists;
     backend_ops(test_backend("auto"))->attend_two_level(stream, &a);
     stream_destroy(stream);
 }
 
-static void run_gpu(struct problem *p, float *out)
+/* Parts of lists, in the order of the struct's. */
+enum { LIST_PARTS = 4 };
+
+static int32_t **list_part(struct selected_lists *l, int part)
+{
+    int32_t **parts[LIST_PARTS] = { &l->kept, &l->n_kept, &l->chosen, &l->n_chosen };
+
+    return parts[part];
+}
+
+static size_t list_part_bytes(const struct setup *s, int part)
+{
+    const int widths[LIST_PARTS] = { s->keep_blocks, 1, s->keep_tokens, 1 };
+
+    return (size_t)(s->seqs * s->shape.kv_heads * widths[part]) * sizeof(int32_t);
+}
+
+/* lists: in host memory, wanted, or NULL. */
+static void run_gpu(struct problem *p, float *out, struct selected_lists *lists)
 {
     const struct setup *s = &p->s;
     struct attend_two_level_args a = arguments(p);
     size_t n_channels = (size_t)(s->shape.kv_heads * INDEX_CHANNELS_KEPT);
+    struct selected_lists device;
+
+    for (int i = 0; lists && i < LIST_PARTS; i++)
+        *list_part(&device, i) = gpu_put(NULL, list_part_bytes(s, i));
+    a.lists = lists ? &device : NULL;
 
     a.out = gpu_put(NULL, p->q_floats * sizeof(bf16));
     a.q = gpu_put_act(p->q, p->q_floats);
@@ -161,6 +186,8 @@ static void run_gpu(struct problem *p, float *out)
     a.scratch = gpu_put(NULL, p->scratch_bytes);
     gpu_ops()->attend_two_level(gpu_stream(), &a);
     gpu_get_act(out, a.out, p->q_floats);
+    for (int i = 0; lists && i < LIST_PARTS; i++)
+        gpu_get(*list_part(lists, i), *list_part(&device, i), list_part_bytes(s, i));
     gpu_forget();
 }
 
@@ -191,8 +218,8 @@ static void compare(const char *name, const struct setup *s, float tolerance, ui
 
     make_problem(&p, s, seed);
     float *got = mem_alloc(p.q_floats * sizeof *got);
-    run_cpu(&p);
-    run_gpu(&p, got);
+    run_cpu(&p, NULL);
+    run_gpu(&p, got, NULL);
     for (int list = 0; list < s->seqs * s->shape.kv_heads; list++) {
         if (s->n_tokens[list / s->shape.kv_heads] == 0)
             continue;
@@ -362,6 +389,67 @@ START_TEST(latent_rows)
 }
 END_TEST
 
+static int common(const int32_t *a, int n_a, const int32_t *b, int n_b)
+{
+    int n = 0;
+
+    for (int i = 0, j = 0; i < n_a && j < n_b;) {
+        n += a[i] == b[j];
+        int step_a = a[i] <= b[j], step_b = b[j] <= a[i];
+        i += step_a;
+        j += step_b;
+    }
+    return n;
+}
+
+/* Also where kernels are fused there are lists for whoever wants them: the CPU's, but for what
+ * lies at borders, as above, and as many. */
+START_TEST(lists_are_given)
+{
+    struct problem p;
+    struct selected_lists want, got;
+    int n_common = 0, n_all = 0;
+
+    if (!gpu_backend())
+        return;
+    struct setup s = base_setup(_i == 2 ? 20 : 4, _i == 2 ? 1 : 2, _i == 2 ? LATENT_ROW : 64 << _i);
+    s.seqs = 2;
+    s.n_tokens[0] = 3000;
+    s.n_tokens[1] = 1111;
+    s.max_blocks = 50;
+    s.pool_blocks = 80;
+    s.scale = 0.09f;
+    if (_i == 2)
+        s.shape = test_kv_shape(1, LATENT_ROW, 0);
+    make_problem(&p, &s, 60);
+    float *out = mem_alloc(p.q_floats * sizeof *out);
+    for (int i = 0; i < LIST_PARTS; i++) {
+        *list_part(&want, i) = mem_alloc(list_part_bytes(&s, i));
+        *list_part(&got, i) = mem_alloc(list_part_bytes(&s, i));
+    }
+    run_cpu(&p, &want);
+    run_gpu(&p, out, &got);
+    for (int list = 0; list < s.seqs * s.shape.kv_heads; list++) {
+        ck_assert_int_eq(got.n_kept[list], want.n_kept[list]);
+        ck_assert_int_eq(got.n_chosen[list], want.n_chosen[list]);
+        n_common += common(got.kept + list * s.keep_blocks, got.n_kept[list],
+                           want.kept + list * s.keep_blocks, want.n_kept[list]);
+        n_common += common(got.chosen + list * s.keep_tokens, got.n_chosen[list],
+                           want.chosen + list * s.keep_tokens, want.n_chosen[list]);
+        n_all += want.n_kept[list] + want.n_chosen[list];
+        ck_assert_float_le(difference(&s, out, p.out, list), 3e-2f);
+    }
+    printf("lists: %d of %d as on the CPU\n", n_common, n_all);
+    ck_assert_int_ge(n_common, n_all - n_all / 50);
+    for (int i = 0; i < LIST_PARTS; i++) {
+        mem_free(*list_part(&want, i));
+        mem_free(*list_part(&got, i));
+    }
+    mem_free(out);
+    free_problem(&p);
+}
+END_TEST
+
 TCase *gpu_two_level_case(void)
 {
     TCase *c = tcase_create("gpu_two_level");
@@ -373,5 +461,6 @@ TCase *gpu_two_level_case(void)
     tcase_add_loop_test(c, kinds, 0, 4);
     tcase_add_loop_test(c, budgets, 0, 4);
     tcase_add_loop_test(c, latent_rows, 0, 7);
+    tcase_add_loop_test(c, lists_are_given, 0, 3);
     return c;
 }

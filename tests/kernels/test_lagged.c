@@ -45,6 +45,8 @@ struct history {
     void *scratch;
     uint32_t step;
     struct lists model, plain, with_sets; /* the last two are the operation's */
+    bool wants_lists;            /* of the operation, in the next */
+    struct selected_lists selected;
     int n_late, n_dropped;       /* lists that counted; of those, that lost a stored block */
 };
 
@@ -112,6 +114,11 @@ static void start_history(struct history *h, const struct setup *s, uint64_t see
     h->n_kept = nothing(lists * sizeof(int32_t));
     h->chosen = nothing(lists * (size_t)s->keep_tokens * sizeof(int32_t));
     h->n_chosen = nothing(lists * sizeof(int32_t));
+    h->selected = (struct selected_lists){
+        .kept = nothing(lists * (size_t)s->keep_blocks * sizeof(int32_t)),
+        .n_kept = nothing(lists * sizeof(int32_t)),
+        .chosen = nothing(lists * (size_t)s->keep_tokens * sizeof(int32_t)),
+        .n_chosen = nothing(lists * sizeof(int32_t)) };
     h->scratch = nothing(backend_ops(h->be)->attend_two_level_scratch(
         &h->shape, s->seqs, h->heads, MAX_BLOCKS, s->keep_blocks, s->keep_tokens));
     h->model = make_lists(h);
@@ -125,7 +132,8 @@ static void start_history(struct history *h, const struct setup *s, uint64_t see
 static void end_history(struct history *h)
 {
     void *all[] = { h->table, h->kv, h->index, h->q, h->want, h->got, h->kept, h->n_kept,
-                    h->chosen, h->n_chosen, h->scratch };
+                    h->chosen, h->n_chosen, h->scratch, h->selected.kept, h->selected.n_kept,
+                    h->selected.chosen, h->selected.n_chosen };
 
     for (size_t i = 0; i < sizeof all / sizeof all[0]; i++)
         mem_free(all[i]);
@@ -307,7 +315,7 @@ static void run_operation(struct history *h, float *out, const struct lists *lis
         .heads = h->heads, .max_blocks = MAX_BLOCKS, .keep_blocks = s->keep_blocks,
         .keep_tokens = s->keep_tokens, .sink_tokens = s->sinks, .recent_tokens = s->recent,
         .max_n_tokens = longest(h), .scale = 0.1f, .hot = hot,
-        .lagged = lists ? &lagged : NULL });
+        .lagged = lists ? &lagged : NULL, .lists = h->wants_lists ? &h->selected : NULL });
     ck_assert_int_eq(stream_sync(h->stream, NULL), ST_OK);
 }
 
@@ -331,6 +339,24 @@ static void assert_lists(const struct history *h, const struct lists *got)
         ck_assert_int_eq(got->n_tokens[at], h->model.n_tokens[at]);
         ck_assert_int_eq(got->n_kept[at], h->model.n_kept[at]);
         ck_assert_mem_eq(got->kept + at * row, h->model.kept + at * row, row * sizeof(int32_t));
+    }
+}
+
+/* What the operation says it selected, of sequences that are no padding. */
+static void assert_selected(const struct history *h)
+{
+    const struct selected_lists *got = &h->selected;
+    size_t blocks = (size_t)h->s.keep_blocks, tokens = (size_t)h->s.keep_tokens;
+
+    for (size_t list = 0; list < (size_t)h->lists; list++) {
+        if (h->n_tokens[list / (size_t)h->s.kv_heads] == 0)
+            continue;
+        ck_assert_int_eq(got->n_kept[list], h->n_kept[list]);
+        ck_assert_int_eq(got->n_chosen[list], h->n_chosen[list]);
+        ck_assert_mem_eq(got->kept + list * blocks, h->kept + list * blocks,
+                         blocks * sizeof(int32_t));
+        ck_assert_mem_eq(got->chosen + list * tokens, h->chosen + list * tokens,
+                         tokens * sizeof(int32_t));
     }
 }
 
@@ -394,12 +420,40 @@ START_TEST(each_step_is_the_model_s)
         run_operation(&h, h.got, &h.plain, h.kv, h.table, NULL);
         assert_outputs(&h, "lagged");
         assert_lists(&h, &h.plain);
+        h.wants_lists = true;
         run_with_sets(&h);
+        h.wants_lists = false;
         assert_outputs(&h, "lagged, with hot rows");
         assert_lists(&h, &h.with_sets);
+        assert_selected(&h);
     }
     ck_assert_int_gt(h.n_late, STEPS / 2);
     ck_assert(h.n_dropped > 0 || !h.s.drops);
+    end_history(&h);
+}
+END_TEST
+
+/* Without a slot as well the lists are those that pass between the operations, and wanting them
+ * changes nothing. */
+START_TEST(lists_are_what_passes_between_the_operations)
+{
+    struct history h;
+
+    start_history(&h, &setups[_i], 940 + (uint64_t)_i);
+    for (int i = 0; i < h.s.seqs; i++)
+        h.slot[i] = -1;
+    h.s.breaks = false;
+    for (int i = 0; i < 3; i++) {
+        next_step(&h);
+        run_model(&h);
+        h.wants_lists = false;
+        run_operation(&h, h.got, NULL, h.kv, h.table, NULL);
+        assert_outputs(&h, "exact");
+        h.wants_lists = true;
+        run_operation(&h, h.got, NULL, h.kv, h.table, NULL);
+        assert_outputs(&h, "exact, with lists");
+        assert_selected(&h);
+    }
     end_history(&h);
 }
 END_TEST
@@ -470,6 +524,7 @@ TCase *lagged_case(void)
 
     tcase_set_timeout(c, 120);
     tcase_add_loop_test(c, each_step_is_the_model_s, 0, N_SETUPS);
+    tcase_add_loop_test(c, lists_are_what_passes_between_the_operations, 0, N_SETUPS);
     tcase_add_loop_test(c, a_budget_above_the_context_is_exact, 0, 4);
     tcase_add_loop_test(c, the_first_step_is_exact_and_later_ones_are_not, 0, 4);
     tcase_add_test(c, forced_blocks_are_two_stretches);
