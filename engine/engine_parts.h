@@ -31,6 +31,7 @@ struct published_stats {
 
 struct engine {
     /* Constant after create. */
+    uint32_t number;
     struct backend *be;
     struct model *model;
     struct tokenizer *tok;
