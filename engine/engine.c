@@ -6,7 +6,6 @@
 #include "engine/base/mem.h"
 
 #include <errno.h>
-#include <stdio.h>
 #include <string.h>
 #include <unistd.h>
 
@@ -594,10 +593,7 @@ static void step(struct engine *e)
 void *engine_thread(void *arg)
 {
     struct engine *e = arg;
-    char name[16];
 
-    snprintf(name, sizeof name, "engine %u", e->number);
-    pthread_setname_np(pthread_self(), name);
     e->host_from_ns = clock_now_ns();
     while (!atomic_load(&e->stopping)) {
         accept_requests(e);

@@ -483,9 +483,9 @@ enum status engine_create(struct engine **out, const struct engine_config *cfg,
                           struct mailbox *to_loop, struct error *err)
 {
     struct engine *e = mem_calloc(1, sizeof *e);
+    char name[16];
 
     *out = NULL;
-    e->number = cfg->number;
     e->to_loop = to_loop;
     e->wake_fd = eventfd(0, EFD_CLOEXEC);
     ASSERT(e->wake_fd >= 0);
@@ -502,6 +502,8 @@ enum status engine_create(struct engine **out, const struct engine_config *cfg,
         return st;
     }
     e->started = true;
+    snprintf(name, sizeof name, "engine %u", cfg->number);
+    pthread_setname_np(e->thread, name);
     *out = e;
     return ST_OK;
 }

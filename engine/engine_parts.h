@@ -31,7 +31,6 @@ struct published_stats {
 
 struct engine {
     /* Constant after create. */
-    uint32_t number;
     struct backend *be;
     struct model *model;
     struct tokenizer *tok;

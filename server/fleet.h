@@ -15,7 +15,8 @@
  * where one of them computes the prompt; placement.h says to which.  Where that has no room for
  * them the next best is tried.
  *
- * fleet_create(): any thread.  The rest: loop thread. */
+ * fleet_create() and what is constant after it (engines, length, devices): any thread.  The rest:
+ * loop thread. */
 
 struct fleet;
 struct strbuf;
