@@ -23,7 +23,7 @@ struct strbuf;
 
 enum { FLEET_MAX_ENGINES = PLACEMENT_MAX_ENGINES };
 
-/* Loads all engines at a time, a thread for each; slow.  All or none: *err is that of the first
+/* Loads all engines at the same time, a thread for each; slow.  All or none: *err is that of the first
  * that failed.  cfg->backend, number and sharers are not read; to_loop receives the messages of
  * all. */
 enum status fleet_create(struct fleet **out, const struct engine_config *cfg,
