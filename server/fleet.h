@@ -23,9 +23,9 @@ struct strbuf;
 
 enum { FLEET_MAX_ENGINES = PLACEMENT_MAX_ENGINES };
 
-/* Loads all engines at the same time, a thread for each; slow.  All or none: *err is that of the first
- * that failed.  cfg->backend, number and sharers are not read; to_loop receives the messages of
- * all. */
+/* Loads all engines at the same time, a thread for each; slow.  All or none: *err is that of the
+ * first that failed.  cfg->backend, number and sharers are not read; to_loop receives the messages
+ * of all. */
 enum status fleet_create(struct fleet **out, const struct engine_config *cfg,
                          const struct config_list *backends, struct mailbox *to_loop,
                          struct error *err) MUST_USE;
