@@ -132,6 +132,8 @@ test-gpu-http: $B/asynctlsd $B/failing_cuda.so $(VENV)/ready
 	ASYNCTLSD=$B/asynctlsd timeout 300 $(PYTEST) -m unittest discover -v -s tests/gpu_http -p 'test_*.py'
 	$(if $(wildcard /dev/nvidia[0-9]*),BACKEND=cuda:0 ASYNCTLSD=$B/asynctlsd timeout 900 \
 	    $(PYTEST) -m unittest discover -s tests/http -p 'test_*.py')
+	$(if $(wildcard /dev/nvidia1),BACKEND=cuda:0 ENGINES=cuda:0$(comma)cuda:1 ASYNCTLSD=$B/asynctlsd timeout 300 \
+	    $(PYTEST) -m unittest discover -s tests/http -p 'test_engines.py')
 
 # Each target runs for FUZZ_SECONDS from its seeds; crashes are left in build-fuzz.
 FUZZ_SECONDS ?= 10

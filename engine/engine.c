@@ -48,16 +48,22 @@ static void leave_room(struct engine *e, const struct request *req)
     waiting_leave(&e->waiting, req->n_prompt);
 }
 
-enum status engine_submit(struct engine *e, struct request *req)
+/* All or none. */
+static enum status enter_together(struct engine *e, struct request *const *reqs, uint32_t n)
 {
-    ASSERT(!e->n_shares || req->share <= e->n_shares);
-    ASSERT(req->n_prompt > 0 &&
-           (uint64_t)req->n_prompt + req->max_tokens <= e->max_model_len);
-    if (atomic_load(&e->failed))
-        return ST_DEVICE;
-    if (atomic_load(&e->draining))
-        return ST_SHUTDOWN;
-    TRY(enter_room(e, req));
+    for (uint32_t i = 0; i < n; i++) {
+        enum status st = enter_room(e, reqs[i]);
+        if (st == ST_OK)
+            continue;
+        while (i > 0)
+            leave_room(e, reqs[--i]);
+        return st;
+    }
+    return ST_OK;
+}
+
+static void send_in(struct engine *e, struct request *req)
+{
     req->tokens_mail.kind = MSG_TOKENS;
     req->done_mail.kind = MSG_DONE;
     req->tokens_mail.req = req->done_mail.req = req;
@@ -66,6 +72,22 @@ enum status engine_submit(struct engine *e, struct request *req)
     atomic_fetch_add(&e->n_inside, 1);
     /* The letter that will bring it home takes it here as well. */
     mailbox_post(e->inbox, &req->done_mail.node);
+}
+
+enum status engine_submit(struct engine *e, struct request *const *reqs, uint32_t n)
+{
+    for (uint32_t i = 0; i < n; i++) {
+        ASSERT(!e->n_shares || reqs[i]->share <= e->n_shares);
+        ASSERT(reqs[i]->n_prompt > 0 &&
+               (uint64_t)reqs[i]->n_prompt + reqs[i]->max_tokens <= e->max_model_len);
+    }
+    if (atomic_load(&e->failed))
+        return ST_DEVICE;
+    if (atomic_load(&e->draining))
+        return ST_SHUTDOWN;
+    TRY(enter_together(e, reqs, n));
+    for (uint32_t i = 0; i < n; i++)
+        send_in(e, reqs[i]);
     return ST_OK;
 }
 
@@ -572,7 +594,6 @@ void *engine_thread(void *arg)
 {
     struct engine *e = arg;
 
-    pthread_setname_np(pthread_self(), "engine");
     e->host_from_ns = clock_now_ns();
     while (!atomic_load(&e->stopping)) {
         accept_requests(e);

@@ -14,7 +14,7 @@
  *
  * An engine is one device, one model, one thread.  The server hands it
  * requests and gets messages back; it never sees a tensor, a block or a
- * stream.
+ * stream.  A process may have several; they know nothing of each other.
  *
  * A request belongs to the loop thread, then from engine_submit() to the
  * engine, and comes home in MSG_DONE.  The only field both sides may write meanwhile is the
@@ -35,8 +35,11 @@ enum offload_policy { OFFLOAD_AUTO, OFFLOAD_ALWAYS };
 struct engine_config {
     const char *model_dir;  /* borrowed for the duration of engine_create(), as all strings */
     const char *backend;    /* of backend_open() */
+    uint32_t number;        /* of the engine in its process, from 0; its thread has it in its name,
+                               and so have its lines of the log */
     const char *isa;        /* backend.h; NULL auto */
-    int threads;            /* CPU back end; 0: one a core */
+    int threads;            /* CPU back end, all engines that share it together; 0: one a core */
+    uint32_t sharers;       /* engines on the CPU back end, this one included; 0 is 1 */
     uint32_t max_model_len; /* 0: the most that the model and the pool allow */
     uint32_t max_running;   /* sequences in a step */
     uint32_t max_waiting;   /* requests in the waiting room */
@@ -45,7 +48,7 @@ struct engine_config {
     uint32_t share_thousandths; /* how much of both; one request always fits */
     uint32_t step_tokens;   /* token budget of a step; at least max_running + that */
     uint64_t kv_bytes;      /* KV pool with index; 0: on a GPU what the next line leaves, on
-                               the CPU a quarter of its memory */
+                               the CPU its part of a quarter of the memory */
     uint32_t gpu_memory_thousandths; /* of the device's memory, for everything */
     uint64_t host_kv_bytes; /* host tier; 0: none */
     uint32_t offload_sequences; /* that can be without their K and V on the device at a time; 0: as
@@ -59,7 +62,8 @@ struct engine_config {
                                    engine/run/selection_dump.h */
     uint64_t selection_dump_bytes;
     uint32_t selection_dump_nth_layer;
-    struct progress *progress;  /* of the weights' way to the device, or NULL; outlives the call */
+    struct progress *progress;  /* of the weights' way to the device, or NULL; outlives the call,
+                                   and adds up those of several */
     bool check_invariants;  /* scheduler_check and kv_pool_check after every step; what is free is
                                NaN (kv_pool_poison) */
     bool (*before_copy)(void *arg, uint64_t number); /* tests: copy_engine.h; or NULL */
@@ -81,15 +85,18 @@ bool engine_idle(const struct engine *e);
  * its thread lives.  Any thread; returns at once. */
 void engine_poke(struct engine *e);
 
-/* End what is left with FINISH_CANCELLED, send every request home, join the
- * thread and free.  Call mailbox_drain() afterwards for the last messages.  NULL is fine. */
+/* End what is left with FINISH_CANCELLED, send every request home and join the thread; again is
+ * fine.  Call mailbox_drain() afterwards for the last messages: the tokenizer and the model's
+ * numbers are there until engine_destroy(). */
+void engine_stop(struct engine *e);
+/* The same, and free.  NULL is fine. */
 void engine_destroy(struct engine *e);
 
-/* Any thread; never blocks.  ST_BUSY when the waiting room is full (decided
- * now, with everything submitted so far counted), ST_QUOTA when the request's share of it is,
- * ST_SHUTDOWN while draining, ST_DEVICE after the device failed.  On failure the caller still
- * owns req. */
-enum status engine_submit(struct engine *e, struct request *req) MUST_USE;
+/* Hand over n requests, all of them or none.  Any thread; never blocks.  ST_BUSY when the waiting
+ * room is full (decided now, with everything submitted so far counted), ST_QUOTA when the
+ * requests' share of it is, ST_SHUTDOWN while draining, ST_DEVICE after the device failed.  On
+ * failure the caller still owns them. */
+enum status engine_submit(struct engine *e, struct request *const *reqs, uint32_t n) MUST_USE;
 void engine_cancel(struct engine *e, struct request *req);
 
 /* Constant after create. */
@@ -139,6 +146,9 @@ struct engine_sequence {
 };
 /* Those that run, oldest first, out of the same snapshot; room for cfg.max_running is needed. */
 uint32_t engine_sequences(const struct engine *e, struct engine_sequence *out);
+
+/* How many GPUs this program can use here, at least 1; or why there are none. */
+enum status engine_count_gpus(int *out, struct error *err) MUST_USE;
 
 /* Choose index channels for a model from a text (select.h) and write them into
  * its folder; cfg names the model and the device.  Tokens beyond what cfg allows

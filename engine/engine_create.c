@@ -1,6 +1,7 @@
 #include "engine/engine_parts.h"
 
 #include "engine/base/clock.h"
+#include "engine/base/host_limits.h"
 #include "engine/base/invariant.h"
 #include "engine/base/log.h"
 #include "engine/base/mem.h"
@@ -59,10 +60,19 @@ static enum status check_config(const struct engine_config *cfg, struct error *e
     return check_offload(cfg, err);
 }
 
+/* This engine's part of the threads of the CPU back end; alone it leaves a 0 to that. */
+static int threads_of(const struct engine_config *cfg)
+{
+    if (cfg->sharers < 2)
+        return cfg->threads;
+    int part = (cfg->threads ? cfg->threads : host_core_limit()) / (int)cfg->sharers;
+    return part < 1 ? 1 : part;
+}
+
 static enum status open_device(struct engine *e, const struct engine_config *cfg,
                                struct error *err)
 {
-    struct backend_options options = { .threads = cfg->threads, .isa = cfg->isa };
+    struct backend_options options = { .threads = threads_of(cfg), .isa = cfg->isa };
     char path[MAX_PATH_BYTES];
 
     TRY(backend_open(&e->be, cfg->backend, &options, err));
@@ -204,7 +214,7 @@ static enum status pool_bytes(const struct engine *e, const struct engine_config
     const struct device_info *info = backend_info(e->be);
     const struct model_config *m = model_config(e->model);
 
-    *out = cfg->kv_bytes ? cfg->kv_bytes : info->mem_bytes / 4;
+    *out = cfg->kv_bytes ? cfg->kv_bytes : info->mem_bytes / 4 / (cfg->sharers ? cfg->sharers : 1);
     if (cfg->kv_bytes || info->host_visible)
         return ST_OK;
     uint32_t longest = cfg->max_model_len ? cfg->max_model_len : (uint32_t)m->max_position;
@@ -486,6 +496,7 @@ enum status engine_create(struct engine **out, const struct engine_config *cfg,
                           struct mailbox *to_loop, struct error *err)
 {
     struct engine *e = mem_calloc(1, sizeof *e);
+    char name[16];
 
     *out = NULL;
     e->to_loop = to_loop;
@@ -504,20 +515,28 @@ enum status engine_create(struct engine **out, const struct engine_config *cfg,
         return st;
     }
     e->started = true;
+    snprintf(name, sizeof name, "engine %u", cfg->number);
+    pthread_setname_np(e->thread, name);
     *out = e;
     return ST_OK;
+}
+
+void engine_stop(struct engine *e)
+{
+    if (!e->started)
+        return;
+    atomic_store(&e->draining, true);
+    atomic_store(&e->stopping, true);
+    wake_engine(e);
+    pthread_join(e->thread, NULL);
+    e->started = false;
 }
 
 void engine_destroy(struct engine *e)
 {
     if (!e)
         return;
-    if (e->started) {
-        atomic_store(&e->draining, true);
-        atomic_store(&e->stopping, true);
-        wake_engine(e);
-        pthread_join(e->thread, NULL);
-    }
+    engine_stop(e);
     scheduler_destroy(e->scheduler);
     host_tier_destroy(e->residency.tier);
     kv_pool_destroy(e->pool);
@@ -536,6 +555,11 @@ void engine_destroy(struct engine *e)
     mem_free(e->step.packed);
     close(e->wake_fd);
     mem_free(e);
+}
+
+enum status engine_count_gpus(int *out, struct error *err)
+{
+    return backend_count_gpus(out, err);
 }
 
 const struct model_config *engine_model(const struct engine *e)

@@ -58,6 +58,17 @@ enum status backend_open(struct backend **out, const char *name,
     return error_set(err, ST_INVALID, "no device is called '%s': write auto, cpu or cuda:N", name);
 }
 
+enum status backend_count_gpus(int *out, struct error *err)
+{
+    *out = 0;
+#ifdef WITH_CUDA
+    TRY(cuda_count_devices(out, err));
+    return *out > 0 ? ST_OK : error_set(err, ST_UNSUPPORTED, "this machine has no GPU");
+#else
+    return error_set(err, ST_UNSUPPORTED, "this program was built without CUDA");
+#endif
+}
+
 void backend_close(struct backend *be)
 {
     if (be)

@@ -79,6 +79,8 @@ struct backend_ops;    /* kernels/ops.h: one required entry per operation */
 enum status backend_open(struct backend **out, const char *name,
                          const struct backend_options *options, struct error *err) MUST_USE;
 void backend_close(struct backend *be);             /* NULL is fine */
+/* How many devices cuda:N names, at least 1; or why there are none. */
+enum status backend_count_gpus(int *out, struct error *err) MUST_USE;
 const struct device_info *backend_info(const struct backend *be);
 const struct backend_ops *backend_ops(const struct backend *be);
 

@@ -57,6 +57,7 @@ enum status cpu_backend_open(struct backend **out, const struct backend_options 
 /* Defined by kernels/cuda; called only in builds that have it (WITH_CUDA). */
 enum status cuda_backend_open(struct backend **out, int device, struct error *err) MUST_USE;
 bool cuda_device_present(void);  /* a driver that knows a GPU, or cannot say whether */
+enum status cuda_count_devices(int *out, struct error *err) MUST_USE;
 
 #ifdef __cplusplus
 }

@@ -4,6 +4,7 @@
 #include "engine/base/mem.h"
 #include "engine/base/strbuf.h"
 #include "server/config_table.h"
+#include "server/devices.h"
 #include "server/listen.h"
 
 #include <errno.h>
@@ -372,8 +373,9 @@ static enum status complete(struct config *c, struct error *err)
 
     if (!e->model_dir)
         return error_set(err, ST_INVALID, "no model is given: use --model DIR");
-    if (!e->backend || !c->host)
-        return error_set(err, ST_INVALID, "%s cannot be none", e->backend ? "host" : "backend");
+    if (!c->host)
+        return error_set(err, ST_INVALID, "host cannot be none");
+    TRY(devices_validate(&c->backends, err));
     if (e->step_tokens < e->max_running + ENGINE_MIN_PREFILL_TOKENS)
         return error_set(err, ST_INVALID,
                          "step-tokens (%u) is less than max-running (%u) plus %d: every running "

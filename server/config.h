@@ -41,8 +41,10 @@ struct config {
     enum config_action action;
     char *calibrate_text; /* path given to --calibrate */
 
-    /* Ready for engine_create.  Its strings belong to this struct too. */
+    /* Ready for fleet_create, which sets the device of each.  Its strings belong to this struct
+     * too. */
     struct engine_config engine;
+    struct config_list backends;    /* devices.h */
     struct config_list model_names; /* served-model-name; never empty once complete */
 
     enum chat_format chat_format;

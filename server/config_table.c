@@ -25,11 +25,14 @@ static const struct option table[] = {
               "qwen3-thinking, qwen3-instruct, glm-4.7, llama-3, llama-3.1 or llama-3.2. auto: "
               "as its folder's chat template says, if that is one of these; plain: \"User: "
               "text\", for models that were not made for chat; none: no chat." },
-    { .key = "backend", .type = OPTION_TEXT, AT(engine.backend), .initial = "auto",
+    { .key = "backend", .type = OPTION_LIST, AT(backends), .initial = "auto",
       .help = "The device that computes: cpu, cuda:N, or auto: cuda:0 where there is a GPU, "
-              "else cpu." },
+              "else cpu. Several separated by commas, such as cuda:0,cuda:1, or cuda:all for "
+              "every GPU, get an engine each: requests go where their beginning is cached, or "
+              "else where least is to be done. What other options say of memory, waiting and "
+              "running holds for each engine." },
     { .key = "cpu-threads", .type = OPTION_INT, AT(engine.threads), .initial = "0", .max = 1024,
-      .help = "Worker threads of the CPU back end. 0: one a core." },
+      .help = "Worker threads of the CPU back end, divided among its engines. 0: one a core." },
     { .key = "cpu-isa", .type = OPTION_WORD, AT(engine.isa), .initial = "auto",
       .choices = "auto|scalar|avx2|avx512",
       .help = "Vector instructions of the CPU back end. auto: the best that the processor "
@@ -40,8 +43,9 @@ static const struct option table[] = {
               "the model and the KV pool allow." },
     { .key = "kv-cache-bytes", .type = OPTION_BYTES, AT(engine.kv_bytes), .initial = "0",
       .max = 64ull << 40,
-      .help = "Memory of the KV pool with its index. 0: on a GPU what gpu-memory-fraction "
-              "leaves, else a quarter of the machine's or the container's memory." },
+      .help = "Memory of the KV pool with its index, of each engine. 0: on a GPU what "
+              "gpu-memory-fraction leaves, else a quarter of the machine's or the container's "
+              "memory, divided among the engines." },
     { .key = "gpu-memory-fraction", .type = OPTION_SHARE, AT(engine.gpu_memory_thousandths),
       .initial = "0.9", .min = 50, .max = 1000,
       .help = "Share of the GPU's memory that weights, scratch and KV pool take together; "
@@ -53,8 +57,8 @@ static const struct option table[] = {
       .key = "host-kv-bytes", .type = OPTION_BYTES, AT(engine.host_kv_bytes), .initial = "0",
       .max = 64ull << 40,
       .help = "Host memory for keys and values: of sequences that the device has no room for, "
-              "and of finished ones whose prefix may be wanted again. It is pinned, so the "
-              "memlock limit must allow it. 0: no host tier." },
+              "and of finished ones whose prefix may be wanted again. Each engine takes that "
+              "much. It is pinned, so the memlock limit must allow it. 0: no host tier." },
     { .key = "offload", .type = OPTION_CHOICE, AT(engine.offload), .initial = "auto",
       .choices = "auto|always",
       .help = "Which sequences decode out of the host tier. auto: the longest, where the "
@@ -71,17 +75,19 @@ static const struct option table[] = {
 
     { .group = "Scheduling",
       .key = "max-running", .type = OPTION_U32, AT(engine.max_running), .initial = "64",
-      .min = 1, .max = 4096, .help = "Sequences in a step." },
+      .min = 1, .max = 4096, .help = "Sequences in a step of an engine." },
     { .key = "step-tokens", .type = OPTION_U32, AT(engine.step_tokens), .initial = "1024",
       .min = 1, .max = 1u << 17,
       .help = "Tokens computed in a step, decoded and prefilled together; at least "
               "max-running plus 64. Less lets long prompts disturb running streams less." },
     { .key = "max-waiting", .type = OPTION_U32, AT(engine.max_waiting), .initial = "256",
       .min = 1, .max = 1u << 20,
-      .help = "Sequences that may wait; beyond it requests are answered with 429." },
+      .help = "Sequences that may wait for an engine; where all engines have as many, requests "
+              "are answered with 429." },
     { .key = "max-waiting-tokens", .type = OPTION_U64, AT(engine.max_waiting_tokens),
       .initial = "2000000", .min = 1, .max = UINT64_C(1) << 40,
-      .help = "Prompt tokens that may wait; beyond it requests are answered with 429." },
+      .help = "Prompt tokens that may wait for an engine; where all have as many, requests are "
+              "answered with 429." },
 
     { .group = "Two-level attention",
       .key = "filter", .type = OPTION_CHOICE, AT(engine.select.filter), .initial = "coarse",
@@ -132,8 +138,8 @@ static const struct option table[] = {
               "one; beyond it 429, with the time to wait in Retry-After. 0: any number." },
     { .key = "key-waiting-share", .type = OPTION_SHARE, AT(engine.share_thousandths),
       .initial = "1.0", .min = 1, .max = 1000,
-      .help = "Share of max-waiting and of max-waiting-tokens that each API key may take; "
-              "beyond it its requests are answered with 429." },
+      .help = "Share of max-waiting and of max-waiting-tokens that each API key may take, of "
+              "every engine; beyond it its requests are answered with 429." },
     { .key = "cache-per-key", .type = OPTION_BOOL, AT(cache_per_key), .initial = "yes",
       .help = "Let each API key find only what itself left in the prefix cache: how fast an "
               "answer begins then tells nothing about what others asked." },
@@ -205,7 +211,7 @@ static const struct option table[] = {
     { .key = "selection-dump", .type = OPTION_TEXT, AT(engine.selection_dump), .initial = "none",
       .help = "File, not there yet, for what sparse steps select, with the queries, keys and "
               "values of the requests: scripts/selection_report.py judges it. Sparse "
-              "steps then wait for the disk, and a GPU runs them in parts." },
+              "steps then wait for the disk, and a GPU runs them in parts. For one device." },
     { .key = "selection-dump-bytes", .type = OPTION_BYTES, AT(engine.selection_dump_bytes),
       .initial = "4gb", .min = 4096, .max = 64ull << 40,
       .help = "Most that it may become; the disk must have that much. Then no more is written." },

@@ -2,6 +2,7 @@
 #include "engine/base/strbuf.h"
 #include "engine/engine.h"
 #include "server/config.h"
+#include "server/devices.h"
 #include "server/service.h"
 
 #include <stdio.h>
@@ -26,9 +27,11 @@ static void make_help(struct strbuf *out, const struct config *c)
 
 static int calibrate(const struct config *c)
 {
+    struct engine_config cfg = c->engine;
     struct error err;
 
-    if (engine_calibrate(&c->engine, c->calibrate_text, &err) == ST_OK)
+    cfg.backend = devices_first(&c->backends);
+    if (engine_calibrate(&cfg, c->calibrate_text, &err) == ST_OK)
         return 0;
     fprintf(stderr, "asynctlsd: %s\n", err.text);
     return 1;

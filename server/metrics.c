@@ -68,7 +68,7 @@ struct http_route {
 };
 
 struct metrics {
-    struct histogram histograms[N_HISTOGRAMS];
+    struct histogram histograms[FLEET_MAX_ENGINES][N_HISTOGRAMS];
     struct http_route routes[MAX_ROUTES];
     int n_routes;
     struct http_count http[MAX_HTTP];
@@ -79,12 +79,15 @@ struct metrics *metrics_create(void)
 {
     struct metrics *m = mem_calloc(1, sizeof *m);
 
+    for (int i = 0; i < FLEET_MAX_ENGINES; i++) {
+        struct histogram *h = m->histograms[i];
 #define X(name, list, help)                                                          \
     _Static_assert(sizeof list / sizeof list[0] <= MAX_BUCKETS, "too many buckets"); \
-    m->histograms[H_##name].bounds = list;                                           \
-    m->histograms[H_##name].n_bounds = (int)(sizeof list / sizeof list[0]);
-    HISTOGRAMS(X)
+    h[H_##name].bounds = list;                                                       \
+    h[H_##name].n_bounds = (int)(sizeof list / sizeof list[0]);
+        HISTOGRAMS(X)
 #undef X
+    }
     return m;
 }
 
@@ -103,15 +106,10 @@ static void histogram_add(struct histogram *h, double value, uint64_t times)
     h->sum += value * (double)times;
 }
 
-static void observe(struct metrics *m, enum histogram_id id, double value, uint64_t times)
-{
-    histogram_add(&m->histograms[id], value, times);
-}
-
-static void observe_interval(struct metrics *m, enum histogram_id id, uint64_t from, uint64_t to)
+static void observe_interval(struct histogram *h, uint64_t from, uint64_t to)
 {
     if (from && to)
-        observe(m, id, to > from ? (double)(to - from) / 1e9 : 0, 1);
+        histogram_add(h, to > from ? (double)(to - from) / 1e9 : 0, 1);
 }
 
 static struct histogram *duration_of(struct metrics *m, const char *route)
@@ -141,47 +139,61 @@ void metrics_count_http(struct metrics *m, const char *route, int code, double s
     m->http[m->n_http++] = (struct http_count){ route, code, 1 };
 }
 
-void metrics_note_first_token(struct metrics *m, uint64_t arrival_ns, uint64_t now_ns)
+void metrics_note_first_token(struct metrics *m, uint32_t engine, uint64_t arrival_ns,
+                              uint64_t now_ns)
 {
-    observe_interval(m, H_time_to_first_token_seconds, arrival_ns, now_ns);
+    observe_interval(&m->histograms[engine][H_time_to_first_token_seconds], arrival_ns, now_ns);
 }
 
-void metrics_note_tokens(struct metrics *m, uint32_t tokens, uint64_t interval_ns)
+void metrics_note_tokens(struct metrics *m, uint32_t engine, uint32_t tokens,
+                         uint64_t interval_ns)
 {
     if (tokens)
-        observe(m, H_inter_token_latency_seconds, (double)interval_ns / 1e9 / tokens, tokens);
+        histogram_add(&m->histograms[engine][H_inter_token_latency_seconds],
+                      (double)interval_ns / 1e9 / tokens, tokens);
 }
 
-void metrics_note_params(struct metrics *m, uint32_t n, uint32_t max_tokens)
+void metrics_note_params(struct metrics *m, uint32_t engine, uint32_t n, uint32_t max_tokens)
 {
-    observe(m, H_request_params_n, n, 1);
-    observe(m, H_request_params_max_tokens, max_tokens, 1);
+    histogram_add(&m->histograms[engine][H_request_params_n], n, 1);
+    histogram_add(&m->histograms[engine][H_request_params_max_tokens], max_tokens, 1);
 }
 
 void metrics_note_done(struct metrics *m, const struct request *r, uint64_t submitted_ns)
 {
+    struct histogram *h = m->histograms[r->engine];
     uint32_t n_output = atomic_load(&r->n_output);
 
-    observe_interval(m, H_request_queue_time_seconds, submitted_ns, r->admitted_ns);
-    observe_interval(m, H_request_prefill_time_seconds, r->admitted_ns, r->first_token_ns);
+    observe_interval(&h[H_request_queue_time_seconds], submitted_ns, r->admitted_ns);
+    observe_interval(&h[H_request_prefill_time_seconds], r->admitted_ns, r->first_token_ns);
     if (r->finish != FINISH_STOP && r->finish != FINISH_LENGTH)
         return;
-    observe_interval(m, H_e2e_request_latency_seconds, r->arrival_ns, r->last_token_ns);
-    observe_interval(m, H_request_inference_time_seconds, r->admitted_ns, r->last_token_ns);
-    observe_interval(m, H_request_decode_time_seconds, r->first_token_ns, r->last_token_ns);
-    observe(m, H_request_prompt_tokens, r->n_prompt, 1);
-    observe(m, H_request_generation_tokens, n_output, 1);
+    observe_interval(&h[H_e2e_request_latency_seconds], r->arrival_ns, r->last_token_ns);
+    observe_interval(&h[H_request_inference_time_seconds], r->admitted_ns, r->last_token_ns);
+    observe_interval(&h[H_request_decode_time_seconds], r->first_token_ns, r->last_token_ns);
+    histogram_add(&h[H_request_prompt_tokens], r->n_prompt, 1);
+    histogram_add(&h[H_request_generation_tokens], n_output, 1);
     if (n_output > 1)
-        observe(m, H_request_time_per_output_token_seconds,
-                (double)(r->last_token_ns - r->first_token_ns) / 1e9 / (n_output - 1), 1);
-    observe(m, H_request_num_preemptions, r->n_preempted, 1);
+        histogram_add(&h[H_request_time_per_output_token_seconds],
+                      (double)(r->last_token_ns - r->first_token_ns) / 1e9 / (n_output - 1), 1);
+    histogram_add(&h[H_request_num_preemptions], r->n_preempted, 1);
 }
 
 /* ---- printing */
 
+enum { MAX_VALUES = 32 };
+
 struct printer {
     struct strbuf *out;
-    struct strbuf labels;          /* model_name="..." */
+    struct strbuf common;                      /* model_name="..." */
+    struct strbuf labels[FLEET_MAX_ENGINES];   /* the same with engine="..." */
+    const struct metrics_view *view;
+};
+
+/* A sample that every engine has. */
+struct value {
+    const char *name, *type, *help;
+    double value;
 };
 
 static void print_head(struct printer *p, const char *name, const char *type, const char *help)
@@ -194,14 +206,13 @@ static void print_one(struct printer *p, const char *name, const char *type, con
                       double value)
 {
     print_head(p, name, type, help);
-    strbuf_printf(p->out, PREFIX "%s{%s} %.17g\n", name, p->labels.data, value);
+    strbuf_printf(p->out, PREFIX "%s{%s} %.17g\n", name, p->common.data, value);
 }
 
 /* The samples of one histogram; more: further labels, each after a comma. */
-static void print_buckets(struct printer *p, const char *name, const char *more,
-                          const struct histogram *h)
+static void print_buckets(struct printer *p, const char *name, const char *labels,
+                          const char *more, const struct histogram *h)
 {
-    const char *labels = p->labels.data;
     uint64_t n = 0;
 
     for (int i = 0; i < h->n_bounds; i++) {
@@ -216,11 +227,12 @@ static void print_buckets(struct printer *p, const char *name, const char *more,
                   labels, more, h->sum, name, labels, more, (unsigned long long)n);
 }
 
-static void print_histogram(struct printer *p, const char *name, const char *help,
-                            const struct histogram *h)
+static void print_histogram(struct printer *p, const struct metrics *m, enum histogram_id id,
+                            const char *name, const char *help)
 {
     print_head(p, name, "histogram", help);
-    print_buckets(p, name, "", h);
+    for (uint32_t i = 0; i < p->view->n_engines; i++)
+        print_buckets(p, name, p->labels[i].data, "", &m->histograms[i][id]);
 }
 
 static void print_durations(struct printer *p, const struct metrics *m)
@@ -231,25 +243,31 @@ static void print_durations(struct printer *p, const struct metrics *m)
                "End of an exchange's headers to the end of its answer.");
     for (int i = 0; i < m->n_routes; i++) {
         snprintf(more, sizeof more, ",route=\"%s\"", m->routes[i].route);
-        print_buckets(p, "http_request_duration_seconds", more, &m->routes[i].duration);
+        print_buckets(p, "http_request_duration_seconds", p->common.data, more,
+                      &m->routes[i].duration);
     }
 }
 
-/* The engine's own count of its steps by size. */
-static void print_step_sizes(struct printer *p, const struct engine_stats *s)
+/* An engine's own count of its steps by size. */
+static void print_step_sizes(struct printer *p)
 {
     double bounds[STEP_SIZES];
-    struct histogram h = { .bounds = bounds, .n_bounds = STEP_SIZES, .sum = (double)s->step_rows };
     _Static_assert((int)STEP_SIZES <= (int)MAX_BUCKETS, "too many buckets");
 
-    for (int i = 0; i < STEP_SIZES; i++) {
-        bounds[i] = (double)(UINT64_C(1) << i);
-        h.counts[i] = s->step_sizes[i];
+    print_head(p, "iteration_tokens_total", "histogram", "Tokens computed in a step.");
+    for (uint32_t engine = 0; engine < p->view->n_engines; engine++) {
+        const struct engine_stats *s = &p->view->stats[engine];
+        struct histogram h = { .bounds = bounds, .n_bounds = STEP_SIZES,
+                               .sum = (double)s->step_rows };
+        for (int i = 0; i < STEP_SIZES; i++) {
+            bounds[i] = (double)(UINT64_C(1) << i);
+            h.counts[i] = s->step_sizes[i];
+        }
+        print_buckets(p, "iteration_tokens_total", p->labels[engine].data, "", &h);
     }
-    print_histogram(p, "iteration_tokens_total", "Tokens computed in a step.", &h);
 }
 
-static void print_finished(struct printer *p, const struct engine_stats *s)
+static void print_finished(struct printer *p)
 {
     static const struct { enum finish finish; const char *label; } reasons[] = {
         { FINISH_STOP, "stop" }, { FINISH_LENGTH, "length" },
@@ -257,14 +275,15 @@ static void print_finished(struct printer *p, const struct engine_stats *s)
     };
 
     print_head(p, "request_success_total", "counter", "Finished choices by reason.");
-    for (size_t i = 0; i < sizeof reasons / sizeof reasons[0]; i++)
-        strbuf_printf(p->out, PREFIX "request_success_total{%s,finished_reason=\"%s\"} %llu\n",
-                      p->labels.data, reasons[i].label,
-                      (unsigned long long)s->finished[reasons[i].finish]);
+    for (uint32_t e = 0; e < p->view->n_engines; e++)
+        for (size_t i = 0; i < sizeof reasons / sizeof reasons[0]; i++)
+            strbuf_printf(p->out, PREFIX "request_success_total{%s,finished_reason=\"%s\"} %llu\n",
+                          p->labels[e].data, reasons[i].label,
+                          (unsigned long long)p->view->stats[e].finished[reasons[i].finish]);
 }
 
 /* Rows of K and V that offloaded sequences read, by layer. */
-static void print_hot_rows(struct printer *p, const struct engine_stats *s, int layers)
+static void print_hot_rows(struct printer *p)
 {
     static const struct { const char *name, *help; size_t offset; } rows[] = {
         { "hot_row_hits_total", "Rows of offloaded sequences found among their hot rows.",
@@ -274,25 +293,29 @@ static void print_hot_rows(struct printer *p, const struct engine_stats *s, int 
         { "hot_row_resident_total", "Rows of offloaded sequences still in the KV pool.",
           offsetof(struct hot_counts, resident) },
     };
+    const struct metrics_view *v = p->view;
 
     print_head(p, "hot_row_stall_seconds_total", "counter",
                "Time that attention waited for rows of the host tier.");
-    for (int layer = 0; layer < layers; layer++)
-        strbuf_printf(p->out, PREFIX "hot_row_stall_seconds_total{%s,layer=\"%d\"} %.9f\n",
-                      p->labels.data, layer, (double)s->hot[layer].stalled_ns / 1e9);
+    for (uint32_t e = 0; e < v->n_engines; e++)
+        for (int layer = 0; layer < v->layers; layer++)
+            strbuf_printf(p->out, PREFIX "hot_row_stall_seconds_total{%s,layer=\"%d\"} %.9f\n",
+                          p->labels[e].data, layer,
+                          (double)v->stats[e].hot[layer].stalled_ns / 1e9);
     for (size_t i = 0; i < sizeof rows / sizeof rows[0]; i++) {
         print_head(p, rows[i].name, "counter", rows[i].help);
-        for (int layer = 0; layer < layers; layer++)
-            strbuf_printf(p->out, PREFIX "%s{%s,layer=\"%d\"} %llu\n", rows[i].name,
-                          p->labels.data, layer,
-                          (unsigned long long)*(const uint64_t *)(const void *)
-                              ((const char *)&s->hot[layer] + rows[i].offset));
+        for (uint32_t e = 0; e < v->n_engines; e++)
+            for (int layer = 0; layer < v->layers; layer++)
+                strbuf_printf(p->out, PREFIX "%s{%s,layer=\"%d\"} %llu\n", rows[i].name,
+                              p->labels[e].data, layer,
+                              (unsigned long long)*(const uint64_t *)(const void *)
+                                  ((const char *)&v->stats[e].hot[layer] + rows[i].offset));
     }
 }
 
-static void print_host_tier(struct printer *p, const struct engine_stats *s, int layers)
+static int host_tier_values(struct value out[MAX_VALUES], const struct engine_stats *s)
 {
-    const struct { const char *name, *type, *help; double value; } rows[] = {
+    const struct value values[] = {
         { "host_kv_blocks", "gauge", "Blocks of 64 tokens in the host tier.", s->host_blocks },
         { "host_kv_blocks_used", "gauge", "Those of them with blocks of running choices.",
           s->host_blocks_used },
@@ -317,16 +340,16 @@ static void print_host_tier(struct printer *p, const struct engine_stats *s, int
           "Time from asking for a block to its arrival, of all blocks.",
           (double)s->load_wait_ns / 1e9 },
     };
+    _Static_assert(sizeof values / sizeof values[0] <= MAX_VALUES, "too many values");
 
-    for (size_t i = 0; i < sizeof rows / sizeof rows[0]; i++)
-        print_one(p, rows[i].name, rows[i].type, rows[i].help, rows[i].value);
-    print_hot_rows(p, s, layers);
+    memcpy(out, values, sizeof values);
+    return (int)(sizeof values / sizeof values[0]);
 }
 
-static void print_engine(struct printer *p, const struct engine_stats *s)
+static int engine_values(struct value out[MAX_VALUES], const struct engine_stats *s)
 {
     double blocks = s->kv_blocks ? s->kv_blocks : 1;
-    const struct { const char *name, *type, *help; double value; } rows[] = {
+    const struct value values[] = {
         { "num_requests_running", "gauge", "Choices in the batch.", s->running },
         { "num_requests_waiting", "gauge", "Choices in the waiting room.", s->waiting },
         { "waiting_tokens", "gauge", "Prompt tokens in the waiting room.",
@@ -359,21 +382,40 @@ static void print_engine(struct printer *p, const struct engine_stats *s)
           "Time from step to step not spent waiting for the device.",
           (double)s->step_host_ns / 1e9 },
     };
+    _Static_assert(sizeof values / sizeof values[0] <= MAX_VALUES, "too many values");
 
-    for (size_t i = 0; i < sizeof rows / sizeof rows[0]; i++)
-        print_one(p, rows[i].name, rows[i].type, rows[i].help, rows[i].value);
-    print_finished(p, s);
-    print_step_sizes(p, s);
+    memcpy(out, values, sizeof values);
+    return (int)(sizeof values / sizeof values[0]);
+}
+
+/* Sample by sample, each of all engines. */
+static void print_values(struct printer *p,
+                         int (*make)(struct value out[MAX_VALUES], const struct engine_stats *s))
+{
+    struct value values[FLEET_MAX_ENGINES][MAX_VALUES];
+    int n = 0;
+
+    for (uint32_t e = 0; e < p->view->n_engines; e++)
+        n = make(values[e], &p->view->stats[e]);
+    for (int i = 0; i < n; i++) {
+        print_head(p, values[0][i].name, values[0][i].type, values[0][i].help);
+        for (uint32_t e = 0; e < p->view->n_engines; e++)
+            strbuf_printf(p->out, PREFIX "%s{%s} %.17g\n", values[e][i].name, p->labels[e].data,
+                          values[e][i].value);
+    }
 }
 
 /* Constants that others look up by these names to know how full num_gpu_blocks can be. */
-static void print_cache_config(struct printer *p, const struct metrics_view *v)
+static void print_cache_config(struct printer *p)
 {
+    const struct metrics_view *v = p->view;
+
     print_head(p, "cache_config_info", "gauge", "Always 1; the labels tell.");
-    strbuf_printf(p->out, PREFIX "cache_config_info{%s,block_size=\"%u\",num_gpu_blocks=\"%u\","
-                  "enable_prefix_caching=\"%s\"} 1\n", p->labels.data,
-                  v->stats->kv_block_tokens, v->stats->kv_blocks,
-                  v->prefix_cache ? "True" : "False");
+    for (uint32_t e = 0; e < v->n_engines; e++)
+        strbuf_printf(p->out, PREFIX "cache_config_info{%s,block_size=\"%u\","
+                      "num_gpu_blocks=\"%u\",enable_prefix_caching=\"%s\"} 1\n",
+                      p->labels[e].data, v->stats[e].kv_block_tokens, v->stats[e].kv_blocks,
+                      v->prefix_cache ? "True" : "False");
 }
 
 static void add_label_value(struct strbuf *out, const char *s)
@@ -388,36 +430,63 @@ static void add_label_value(struct strbuf *out, const char *s)
     }
 }
 
+/* Of each engine's device; before there are any, without one. */
+static void print_build_info(struct printer *p)
+{
+    const struct metrics_view *v = p->view;
+
+    print_head(p, "build_info", "gauge", "Always 1; the labels tell.");
+    for (uint32_t e = 0; e < v->n_engines || (e == 0 && v->n_engines == 0); e++) {
+        strbuf_printf(p->out, PREFIX "build_info{%s,version=\"%s\",device=\"",
+                      v->n_engines ? p->labels[e].data : p->common.data, v->version);
+        add_label_value(p->out, v->n_engines ? v->devices[e] : "none");
+        strbuf_puts(p->out, "\"} 1\n");
+    }
+}
+
+static void print_engines(struct printer *p, const struct metrics *m)
+{
+    print_values(p, engine_values);
+    print_finished(p);
+    print_step_sizes(p);
+    print_cache_config(p);
+    if (p->view->stats[0].host_tier) {     /* all have one or none */
+        print_values(p, host_tier_values);
+        print_hot_rows(p);
+    }
+#define X(name, list, help) print_histogram(p, m, H_##name, #name, help);
+    HISTOGRAMS(X)
+#undef X
+}
+
+static void make_labels(struct printer *p)
+{
+    strbuf_puts(&p->common, "model_name=\"");
+    add_label_value(&p->common, p->view->model_name);
+    strbuf_puts(&p->common, "\"");
+    for (uint32_t e = 0; e < p->view->n_engines; e++)
+        strbuf_printf(&p->labels[e], "%s,engine=\"%u\"", p->common.data, e);
+}
+
 void metrics_print(const struct metrics *m, struct strbuf *out, const struct metrics_view *v)
 {
-    struct printer p = { .out = out };
+    struct printer p = { .out = out, .view = v };
 
-    strbuf_puts(&p.labels, "model_name=\"");
-    add_label_value(&p.labels, v->model_name);
-    strbuf_puts(&p.labels, "\"");
-    if (v->stats) {
-        print_engine(&p, v->stats);
-        print_cache_config(&p, v);
-    }
-    if (v->stats && v->stats->host_tier)
-        print_host_tier(&p, v->stats, v->layers);
+    make_labels(&p);
+    if (v->n_engines)
+        print_engines(&p, m);
     print_one(&p, "requests_open", "gauge", "Completions whose answer is not finished.",
               v->streams);
     print_one(&p, "requests_parsing", "gauge", "Bodies that are being parsed and tokenised.",
               v->parsing);
-    print_head(&p, "build_info", "gauge", "Always 1; the labels tell.");
-    strbuf_printf(out, PREFIX "build_info{%s,version=\"%s\",device=\"", p.labels.data,
-                  v->version);
-    add_label_value(out, v->device);
-    strbuf_puts(out, "\"} 1\n");
+    print_build_info(&p);
     print_durations(&p, m);
     print_head(&p, "http_requests_total", "counter", "HTTP exchanges; code 0: no answer given.");
     for (int i = 0; i < m->n_http; i++)
         strbuf_printf(out, PREFIX "http_requests_total{%s,route=\"%s\",code=\"%d\"} %llu\n",
-                      p.labels.data, m->http[i].route, m->http[i].code,
+                      p.common.data, m->http[i].route, m->http[i].code,
                       (unsigned long long)m->http[i].n);
-#define X(name, list, help) print_histogram(&p, #name, help, &m->histograms[H_##name]);
-    HISTOGRAMS(X)
-#undef X
-    strbuf_fini(&p.labels);
+    strbuf_fini(&p.common);
+    for (uint32_t e = 0; e < v->n_engines; e++)
+        strbuf_fini(&p.labels[e]);
 }

@@ -1,7 +1,7 @@
 #ifndef SERVER_METRICS_H
 #define SERVER_METRICS_H
 
-#include "engine/engine.h"
+#include "server/fleet.h"
 
 #include <stdbool.h>
 #include <stdint.h>
@@ -22,7 +22,10 @@ struct request;
  *   end to end            arrival .. last token
  *   time per token        decode, by the tokens after the first
  *
- * Loop thread only.  Counters of the engine come from its own snapshot. */
+ * What belongs to a choice or to an engine has the label engine, its number, also where there is
+ * one alone.
+ *
+ * Loop thread only.  Counters of an engine come from its own snapshot. */
 
 struct metrics;
 
@@ -33,23 +36,28 @@ void metrics_destroy(struct metrics *m);       /* NULL is fine */
 void metrics_count_http(struct metrics *m, const char *route, int code, double seconds);
 
 /* The first token of a choice is here; observed at once, not at the end. */
-void metrics_note_first_token(struct metrics *m, uint64_t arrival_ns, uint64_t now_ns);
+void metrics_note_first_token(struct metrics *m, uint32_t engine, uint64_t arrival_ns,
+                              uint64_t now_ns);
 
 /* tokens came together, interval_ns after the ones before. */
-void metrics_note_tokens(struct metrics *m, uint32_t tokens, uint64_t interval_ns);
+void metrics_note_tokens(struct metrics *m, uint32_t engine, uint32_t tokens,
+                         uint64_t interval_ns);
 
 /* A choice is home; r->finish and its times are read. */
 void metrics_note_done(struct metrics *m, const struct request *r, uint64_t submitted_ns);
-void metrics_note_params(struct metrics *m, uint32_t n, uint32_t max_tokens);
+/* A request was let in; engine: of its first choice. */
+void metrics_note_params(struct metrics *m, uint32_t engine, uint32_t n, uint32_t max_tokens);
 
 struct metrics_view {
     const char *model_name;
-    const struct engine_stats *stats;          /* NULL: no engine yet */
-    int layers;                                /* of its model */
+    uint32_t n_engines;                        /* 0: none yet */
+    const struct engine_stats *stats;          /* [n_engines] */
+    const char *const *devices;                /* [n_engines] */
+    int layers;                                /* of their model */
     bool prefix_cache;                         /* is on */
     uint32_t parsing;                          /* requests on their way to the engine */
     int streams;                               /* completions that are not finished */
-    const char *version, *device;
+    const char *version;
 };
 void metrics_print(const struct metrics *m, struct strbuf *out, const struct metrics_view *v);
 

@@ -39,6 +39,8 @@ static void add_ms(struct fields *f, const char *name, uint64_t from_ns, uint64_
 static void add_completion(struct fields *f, const struct request_record *r)
 {
     add_bool(f, "stream", r->stream);
+    if (r->engine >= 0)
+        add_number(f, "engine", r->engine);
     add_number(f, "choices", r->choices);
     add_number(f, "prompt_tokens", (double)r->prompt_tokens);
     add_number(f, "cached_tokens", (double)r->cached_tokens);

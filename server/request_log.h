@@ -7,7 +7,7 @@
 /* One line of the log for each request, when it is over:
  *
  *     ... I loop   http: request request_id=req_5f.. method=POST path=/v1/completions status=200
- *     disconnected=false stream=true choices=1 prompt_tokens=12 cached_tokens=0
+ *     disconnected=false stream=true engine=0 choices=1 prompt_tokens=12 cached_tokens=0
  *     completion_tokens=60 finish=length queue_ms=0.1 ttft_ms=8.2 total_ms=241.0
  *
  * Of the client's text it has the id and the method, both short (request_head.h, http_parts.h).
@@ -25,6 +25,7 @@ struct request_record {
     bool completion;                 /* it reached the engine: */
     bool stream;
     uint32_t choices;
+    int engine;                      /* of the first choice; -1: none took it */
     uint64_t prompt_tokens, cached_tokens, completion_tokens;
     const char *ending;
     uint64_t submitted_ns, admitted_ns, first_token_ns; /* of the choice that had a token first;

@@ -2,6 +2,7 @@
 
 #include "engine/base/clock.h"
 #include "engine/base/invariant.h"
+#include "engine/base/mem.h"
 #include "server/access.h"
 #include "server/debug_state.h"
 #include "server/key_limits.h"
@@ -41,12 +42,9 @@ static void reply_json(struct http_exchange *x, const char *text)
 
 static void answer_health(struct service *sv, struct http_exchange *x)
 {
-    struct engine_stats stats = { 0 };
     struct api_error err;
 
-    if (sv->engine)
-        engine_stats(sv->engine, &stats);
-    if (sv->state == SERVICE_FAILED || stats.failed) {
+    if (sv->state == SERVICE_FAILED || service_device_failed(sv)) {
         refusal_error(&err, REFUSE_FAILED, NULL);
         err.http = 503;
         reply_api_error(x, &err);
@@ -92,21 +90,22 @@ static void answer_version(struct service *sv, struct http_exchange *x)
 
 static void answer_metrics(struct service *sv, struct http_exchange *x)
 {
-    struct engine_stats stats;
-    struct metrics_view view = {
+    const struct fleet *f = sv->fleet;
+    struct engine_stats *stats = f ? fleet_stats(f) : NULL;
+    const char *devices[FLEET_MAX_ENGINES];
+    const struct metrics_view view = {
         .model_name = sv->api.model_names[0], .parsing = (uint32_t)sv->n_parsing,
-        .streams = sv->n_streams, .version = config_version(),
-        .device = sv->engine ? engine_device_name(sv->engine) : "none",
+        .streams = sv->n_streams, .version = config_version(), .devices = devices,
+        .n_engines = f ? fleet_n_engines(f) : 0, .stats = stats,
+        .layers = f ? engine_model(fleet_engine(f, 0))->layers : 0,
+        .prefix_cache = sv->cfg->engine.prefix_cache,
     };
     struct strbuf body = { 0 };
 
-    if (sv->engine) {
-        engine_stats(sv->engine, &stats);
-        view.stats = &stats;
-        view.layers = engine_model(sv->engine)->layers;
-        view.prefix_cache = sv->cfg->engine.prefix_cache;
-    }
+    for (uint32_t i = 0; i < view.n_engines; i++)
+        devices[i] = engine_device_name(fleet_engine(f, i));
     metrics_print(sv->metrics, &body, &view);
+    mem_free(stats);
     http_reply(x, 200, "text/plain; version=0.0.4; charset=utf-8", &body);
 }
 

@@ -33,84 +33,136 @@ enum { EXIT_CONFIG = 1, EXIT_UNDRAINED = 1, EXIT_DEVICE = 3 };
 
 /* ---- progress */
 
-/* Movement is noticed when somebody looks: at every tick and for /health. */
-static void look(struct service *sv, const struct engine_stats *stats, uint64_t now_ns)
+static uint32_t n_engines(const struct service *sv)
 {
-    if (stats->busy && stats->steps == sv->seen_steps)
-        return;
-    sv->seen_steps = stats->steps;
-    sv->progress_ns = now_ns;
-    sv->shrug = false;
+    return sv->fleet ? fleet_n_engines(sv->fleet) : 0;
 }
 
-bool service_stalled(struct service *sv)
+/* Movement is noticed when somebody looks: at every tick and for /health. */
+static void look(struct service *sv, uint32_t engine, struct engine_stats *stats, uint64_t now_ns)
+{
+    struct engine_watch *w = &sv->watches[engine];
+
+    engine_stats(fleet_engine(sv->fleet, engine), stats);
+    if (stats->busy && stats->steps == w->seen_steps)
+        return;
+    w->seen_steps = stats->steps;
+    w->progress_ns = now_ns;
+    w->shrug = false;
+}
+
+bool service_engine_stalled(struct service *sv, uint32_t engine)
 {
     uint64_t limit_ns = sv->cfg->stall_timeout_ms * 1000000u, now_ns = clock_now_ns();
     struct engine_stats stats;
 
-    if (limit_ns == 0 || !sv->engine)
-        return false;
-    engine_stats(sv->engine, &stats);
-    look(sv, &stats, now_ns);
-    return now_ns - sv->progress_ns > limit_ns;
+    look(sv, engine, &stats, now_ns);
+    return limit_ns && now_ns - sv->watches[engine].progress_ns > limit_ns;
+}
+
+bool service_stalled(struct service *sv)
+{
+    for (uint32_t i = 0; i < n_engines(sv); i++)
+        if (service_engine_stalled(sv, i))
+            return true;
+    return false;
+}
+
+bool service_device_failed(const struct service *sv)
+{
+    struct engine_stats stats;
+
+    for (uint32_t i = 0; i < n_engines(sv); i++) {
+        engine_stats(fleet_engine(sv->fleet, i), &stats);
+        if (stats.failed)
+            return true;
+    }
+    return false;
 }
 
 static void note_progress(struct service *sv, uint64_t now_ns)
 {
     struct engine_stats stats;
 
-    if (!sv->engine)
-        return;
-    engine_stats(sv->engine, &stats);
-    look(sv, &stats, now_ns);
-    if (stats.failed)
-        service_fail(sv, "the device failed");
-    if (service_stalled(sv) && !sv->shrug) {
-        sv->shrug = true;
-        log_error("service", "no step for %.0f s with %u running and %u waiting requests",
-                  (double)(now_ns - sv->progress_ns) / 1e9, stats.running, stats.waiting);
+    for (uint32_t i = 0; i < n_engines(sv); i++) {
+        struct engine_watch *w = &sv->watches[i];
+        look(sv, i, &stats, now_ns);
+        if (!service_engine_stalled(sv, i) || w->shrug)
+            continue;
+        w->shrug = true;
+        log_error("service", "engine %u: no step for %.0f s with %u running and %u waiting "
+                  "requests", i, (double)(now_ns - w->progress_ns) / 1e9, stats.running,
+                  stats.waiting);
     }
+    if (service_device_failed(sv))
+        service_fail(sv, "the device failed");
 }
 
 static void log_summary(struct service *sv, uint64_t now_ns)
 {
     const uint64_t interval_ns = 10000000000u;
+    double seconds = (double)(now_ns - sv->summary_ns) / 1e9;
     struct engine_stats s;
 
-    if (!sv->engine || now_ns - sv->summary_ns < interval_ns)
+    if (!sv->fleet || now_ns - sv->summary_ns < interval_ns)
         return;
-    engine_stats(sv->engine, &s);
-    if (s.output_tokens != sv->summary_tokens || s.running + s.waiting > 0)
-        log_info("engine", "%u running, %u waiting, %.1f output tokens/s, KV pool %.1f %% used, "
-                 "%.1f %% cached", s.running, s.waiting,
-                 (double)(s.output_tokens - sv->summary_tokens) /
-                 ((double)(now_ns - sv->summary_ns) / 1e9),
-                 100.0 * s.kv_blocks_pinned / (s.kv_blocks ? s.kv_blocks : 1),
-                 100.0 * s.kv_blocks_cached / (s.kv_blocks ? s.kv_blocks : 1));
+    for (uint32_t i = 0; i < n_engines(sv); i++) {
+        struct engine_watch *w = &sv->watches[i];
+        engine_stats(fleet_engine(sv->fleet, i), &s);
+        if (s.output_tokens != w->summary_tokens || s.running + s.waiting > 0)
+            log_info("service", "engine %u: %u running, %u waiting, %.1f output tokens/s, KV pool "
+                     "%.1f %% used, %.1f %% cached", i, s.running, s.waiting,
+                     (double)(s.output_tokens - w->summary_tokens) / seconds,
+                     100.0 * s.kv_blocks_pinned / (s.kv_blocks ? s.kv_blocks : 1),
+                     100.0 * s.kv_blocks_cached / (s.kv_blocks ? s.kv_blocks : 1));
+        w->summary_tokens = s.output_tokens;
+    }
     sv->summary_ns = now_ns;
-    sv->summary_tokens = s.output_tokens;
 }
 
-/* A watchdog that a timer fed would watch the timer.  While there is work it is fed for steps,
- * else for turns of the engine's loop, which are asked for here. */
+/* Every engine has moved since the watchdog was fed: while there is work for it by steps, else by
+ * turns of its loop. */
+static bool all_moved(const struct service *sv, const struct engine_stats *stats)
+{
+    for (uint32_t i = 0; i < n_engines(sv); i++) {
+        const struct engine_watch *w = &sv->watches[i];
+        if (stats[i].busy ? stats[i].steps == w->watched_steps
+                          : stats[i].turns == w->watched_turns)
+            return false;
+    }
+    return true;
+}
+
+static void feed(struct service *sv, const struct engine_stats *stats)
+{
+    uint32_t running = 0, waiting = 0;
+    char line[80];
+
+    for (uint32_t i = 0; i < n_engines(sv); i++) {
+        sv->watches[i].watched_steps = stats[i].steps;
+        sv->watches[i].watched_turns = stats[i].turns;
+        running += stats[i].running;
+        waiting += stats[i].waiting;
+    }
+    snprintf(line, sizeof line, "%u running, %u waiting%s", running, waiting,
+             sv->state == SERVICE_READY ? "" : "; stopping");
+    notifier_feed(&sv->notifier, line);
+}
+
+/* A watchdog that a timer fed would watch the timer.  The turns that feed it are asked for here. */
 static void feed_watchdog(struct service *sv, uint64_t now_ns)
 {
     const unsigned looks = 4;        /* in one interval */
-    struct engine_stats s;
-    char line[80];
 
-    if (!sv->engine || !sv->notifier.watchdog_ns ||
+    if (!sv->fleet || !sv->notifier.watchdog_ns ||
         now_ns - sv->watched_ns < sv->notifier.watchdog_ns / looks)
         return;
-    engine_stats(sv->engine, &s);
-    snprintf(line, sizeof line, "%u running, %u waiting%s", s.running, s.waiting,
-             sv->state == SERVICE_READY ? "" : "; stopping");
-    if (s.busy ? s.steps != sv->watched_steps : s.turns != sv->watched_turns)
-        notifier_feed(&sv->notifier, line);
-    sv->watched_steps = s.steps;
-    sv->watched_turns = s.turns;
+    struct engine_stats *stats = fleet_stats(sv->fleet);
+    if (all_moved(sv, stats))
+        feed(sv, stats);
+    mem_free(stats);
     sv->watched_ns = now_ns;
-    engine_poke(sv->engine);
+    fleet_poke(sv->fleet);
 }
 
 /* ---- leaving */
@@ -139,8 +191,8 @@ void service_fail(struct service *sv, const char *why)
     log_error("service", "%s; ending with exit code %d", why, EXIT_DEVICE);
     sv->exit_code = EXIT_DEVICE;
     sv->state = SERVICE_FAILED;
-    /* The engine sends every request home by itself; this is for those it
-     * cannot reach any more. */
+    /* The engine that failed sends its requests home by itself; this is for those it cannot
+     * reach any more, and for the other engines'. */
     sv->deadline_ns = clock_now_ns() + LEAVE_NS;
     notifier_set_state(&sv->notifier, "STOPPING=1\nSTATUS=%s", why);
 }
@@ -154,8 +206,8 @@ static void drain(struct service *sv)
     sv->state = SERVICE_DRAINING;
     sv->deadline_ns = clock_now_ns() + sv->cfg->drain_timeout_ms * 1000000u;
     http_quiesce(sv->http);
-    if (sv->engine)
-        engine_drain(sv->engine);
+    if (sv->fleet)
+        fleet_drain(sv->fleet);
     service_note_end(sv);
 }
 
@@ -223,10 +275,11 @@ static void on_load(uv_work_t *work)
     struct engine_config cfg = sv->cfg->engine;
 
     cfg.progress = &sv->load_progress;
-    if (engine_create(&sv->loaded, &cfg, sv->mailbox, &sv->load_error) != ST_OK)
+    if (fleet_create(&sv->loaded, &cfg, &sv->cfg->backends, sv->mailbox, &sv->load_error) != ST_OK)
         sv->loaded = NULL;
     else if (chat_format_find(&sv->loaded_chat, sv->cfg->chat_format, cfg.model_dir,
-                              engine_tokenizer(sv->loaded), &sv->no_chat) != ST_OK)
+                              engine_tokenizer(fleet_engine(sv->loaded, 0)),
+                              &sv->no_chat) != ST_OK)
         sv->loaded_chat = CHAT_NONE;
 }
 
@@ -250,13 +303,14 @@ static void announce(struct service *sv)
 {
     const char *host = sv->cfg->host, *name = sv->api.model_names[0];
     bool brackets = strchr(host, ':') != NULL;
-    struct strbuf json_name = { 0 };
+    struct strbuf json_name = { 0 }, devices = { 0 };
     char url[300];
 
     snprintf(url, sizeof url, "http://%s%s%s:%u", brackets ? "[" : "", host, brackets ? "]" : "",
              http_port(sv->http));
+    fleet_write_devices(&devices, sv->fleet);
     log_info("service", "ready: %s serves %s on %s, contexts of up to %u tokens", url, name,
-             engine_device_name(sv->engine), sv->api.limits.max_model_len);
+             devices.data, sv->api.limits.max_model_len);
     api_write_string(&json_name, name, strlen(name));
     notifier_set_state(&sv->notifier, "READY=1\nSTATUS=%.80s serves %.120s", url, name);
     printf("ready: %s\n\n"
@@ -266,6 +320,7 @@ static void announce(struct service *sv)
            sv->cfg->api_keys.n ? "\n  -H \"Authorization: Bearer $KEY\" \\" : "", json_name.data);
     fflush(stdout);
     strbuf_fini(&json_name);
+    strbuf_fini(&devices);
 }
 
 static void on_loaded(uv_work_t *work, int status)
@@ -274,8 +329,8 @@ static void on_loaded(uv_work_t *work, int status)
 
     ASSERT(status == 0);
     sv->loading = false;
-    sv->engine = sv->loaded;
-    if (!sv->engine) {
+    sv->fleet = sv->loaded;
+    if (!sv->fleet) {
         log_error("service", "cannot serve %s: %s", sv->cfg->engine.model_dir,
                   sv->load_error.text);
         sv->exit_code = EXIT_CONFIG;
@@ -283,15 +338,17 @@ static void on_loaded(uv_work_t *work, int status)
         service_note_end(sv);
         return;
     }
-    sv->api.tokenizer = engine_tokenizer(sv->engine);
-    sv->api.model = engine_model(sv->engine);
-    sv->api.limits.max_model_len = engine_max_model_len(sv->engine);
+    /* The same model in all of them. */
+    sv->api.tokenizer = engine_tokenizer(fleet_engine(sv->fleet, 0));
+    sv->api.model = engine_model(fleet_engine(sv->fleet, 0));
+    sv->api.limits.max_model_len = fleet_max_model_len(sv->fleet);
     if (sv->state != SERVICE_LOADING) {
         service_note_end(sv);
         return;
     }
     sv->state = SERVICE_READY;
-    sv->progress_ns = clock_now_ns();
+    for (uint32_t i = 0; i < n_engines(sv); i++)
+        sv->watches[i].progress_ns = clock_now_ns();
     take_chat_format(sv);
     announce(sv);
 }
@@ -335,7 +392,8 @@ static void start_handles(struct service *sv)
     sv->mailbox = mailbox_create(wake_loop, sv);
 }
 
-/* Backwards: bodies with the pool, connections, the engine, its last mail. */
+/* Backwards: bodies with the pool, connections, the engines.  Their last mail is read with the
+ * tokenizer of one of them. */
 static void stop(struct service *sv)
 {
     if (sv->state < SERVICE_DRAINING)
@@ -344,9 +402,11 @@ static void stop(struct service *sv)
         uv_run(&sv->loop, UV_RUN_ONCE);
     http_destroy(sv->http);
     sv->http = NULL;
-    engine_destroy(sv->engine);
+    if (sv->fleet)
+        fleet_stop(sv->fleet);
     take_mail(sv);
     ASSERT(sv->n_streams == 0);
+    fleet_destroy(sv->fleet);
     uv_close((uv_handle_t *)&sv->wake, NULL);
     uv_close((uv_handle_t *)&sv->tick, NULL);
     uv_close((uv_handle_t *)&sv->sigterm, NULL);

@@ -95,7 +95,7 @@ static void cancel(struct stream *s)
 {
     for (uint32_t i = 0; i < s->n_submitted; i++)
         if (!s->choices[i].home)
-            engine_cancel(s->sv->engine, &s->choices[i].req);
+            fleet_cancel(s->sv->fleet, &s->choices[i].req);
 }
 
 /* ---- answers */
@@ -365,25 +365,40 @@ static void refuse_submit(struct stream *s, enum status status)
     }
 }
 
-/* All choices are let in or none. */
+/* The choices of a prompt, to one engine. */
+static enum status submit_prompt(struct stream *s, uint32_t prompt)
+{
+    const uint32_t n = s->completion->best_of;
+    struct choice *choices = s->choices + (size_t)prompt * n;
+    struct request **reqs = mem_calloc(n, sizeof(struct request *));
+
+    for (uint32_t i = 0; i < n; i++) {
+        choices[i].submitted_ns = clock_now_ns();
+        reqs[i] = &choices[i].req;
+    }
+    enum status status = fleet_submit(s->sv->fleet, reqs, n);
+    for (uint32_t i = 0; i < n && status == ST_OK; i++) {
+        choices[i].home = false;
+        s->n_submitted++;
+    }
+    mem_free(reqs);
+    return status;
+}
+
+/* All choices are let in, or none is answered. */
 static void submit(struct stream *s)
 {
-    struct service *sv = s->sv;
+    const struct api_completion *c = s->completion;
 
-    for (uint32_t i = 0; i < s->n_choices; i++) {
-        struct choice *c = &s->choices[i];
-        c->submitted_ns = clock_now_ns();
-        c->home = false;
-        enum status status = engine_submit(sv->engine, &c->req);
+    for (uint32_t p = 0; p < c->n_prompts; p++) {
+        enum status status = submit_prompt(s, p);
         if (status != ST_OK) {
-            c->home = true;
             refuse_submit(s, status);
             return;
         }
-        s->n_submitted++;
     }
     s->admitted = true;
-    metrics_note_params(sv->metrics, s->completion->n, s->completion->template.max_tokens);
+    metrics_note_params(s->sv->metrics, s->choices[0].req.engine, c->n, c->template.max_tokens);
 }
 
 static void take_parsed(struct stream *s)
@@ -499,10 +514,11 @@ static void take_tokens(struct service *sv, struct choice *c)
     if (n == 0)
         return;
     if (c->last_seen_ns) {
-        metrics_note_tokens(sv->metrics, n, now_ns - c->last_seen_ns);
+        metrics_note_tokens(sv->metrics, c->req.engine, n, now_ns - c->last_seen_ns);
     } else {
-        metrics_note_first_token(sv->metrics, c->req.arrival_ns, now_ns);
-        metrics_note_tokens(sv->metrics, n - 1, 0);
+        fleet_note_output(sv->fleet, &c->req);
+        metrics_note_first_token(sv->metrics, c->req.engine, c->req.arrival_ns, now_ns);
+        metrics_note_tokens(sv->metrics, c->req.engine, n - 1, 0);
     }
     c->last_seen_ns = now_ns;
 }
@@ -521,6 +537,7 @@ void stream_take_message(struct service *sv, struct message *m)
         c->home = true;
         s->n_home++;
         take_tokens(sv, c);
+        fleet_note_done(sv->fleet, &c->req);
         metrics_note_done(sv->metrics, &c->req, c->submitted_ns);
     }
     s->dirty = true;
@@ -593,6 +610,7 @@ static void describe_completion(const struct stream *s, struct request_record *o
     out->completion = true;
     out->stream = s->completion->stream;
     out->choices = s->n_choices;
+    out->engine = s->n_submitted ? (int)s->choices[0].req.engine : -1;
     out->prompt_tokens = u.prompt_tokens;
     out->cached_tokens = u.cached_tokens;
     out->completion_tokens = u.completion_tokens;
@@ -677,8 +695,9 @@ static void write_choice_state(struct strbuf *out, const struct choice *c,
     uint32_t n_output = choice_n_output(c);
     const char *state = c->home ? "done" : q ? "running" : n_output ? "preempted" : "waiting";
 
-    strbuf_printf(out, "{\"state\":\"%s\",\"prompt_tokens\":%u,\"output_tokens\":%u,"
-                  "\"max_tokens\":%u", state, c->req.n_prompt, n_output, c->req.max_tokens);
+    strbuf_printf(out, "{\"state\":\"%s\",\"engine\":%u,\"prompt_tokens\":%u,\"output_tokens\":%u,"
+                  "\"max_tokens\":%u", state, c->req.engine, c->req.n_prompt, n_output,
+                  c->req.max_tokens);
     if (q && !c->home)
         strbuf_printf(out, ",\"place\":\"%s\",\"computed_tokens\":%u,\"blocks\":%u,"
                       "\"blocks_on_device\":%u", q->place, q->n_computed, q->n_blocks,

@@ -19,7 +19,8 @@ struct work {
     const struct upload *list;
     size_t *first_piece;         /* [n + 1] number of the first piece of each entry */
     size_t n;
-    struct progress *progress;
+    struct progress own;
+    struct progress *told;       /* the caller's, where others may add too; or NULL */
     _Atomic size_t next_piece;
     _Atomic bool failed;
 };
@@ -55,9 +56,11 @@ static size_t entry_of(const struct work *w, size_t piece)
 
 static void report(struct work *w, size_t bytes)
 {
-    uint64_t total = atomic_load(&w->progress->total_bytes);
-    uint64_t before = atomic_fetch_add(&w->progress->done_bytes, bytes), after = before + bytes;
+    uint64_t total = atomic_load(&w->own.total_bytes);
+    uint64_t before = atomic_fetch_add(&w->own.done_bytes, bytes), after = before + bytes;
 
+    if (w->told)
+        atomic_fetch_add(&w->told->done_bytes, bytes);
     if (total >= MIN_REPORTED_BYTES && after * REPORTS / total != before * REPORTS / total)
         log_info("model", "weights: %llu of %llu MB on the device",
                  (unsigned long long)(after >> 20), (unsigned long long)(total >> 20));
@@ -147,8 +150,7 @@ static enum status run_readers(struct work *w, struct error *err)
 enum status upload_all(struct backend *be, const struct upload *list, size_t n,
                        struct progress *progress, struct error *err)
 {
-    struct progress own = { 0 };
-    struct work w = { .be = be, .list = list, .n = n, .progress = progress ? progress : &own };
+    struct work w = { .be = be, .list = list, .n = n, .told = progress };
     uint64_t total = 0;
 
     if (n == 0)
@@ -159,7 +161,9 @@ enum status upload_all(struct backend *be, const struct upload *list, size_t n,
         w.first_piece[i + 1] = w.first_piece[i] + pieces_of(list[i].bytes);
         total += list[i].bytes;
     }
-    atomic_store(&w.progress->total_bytes, total);
+    atomic_store(&w.own.total_bytes, total);
+    if (progress)
+        atomic_fetch_add(&progress->total_bytes, total);
     enum status st = run_readers(&w, err);
     mem_free(w.first_piece);
     return st;

@@ -20,7 +20,7 @@ struct upload {
     size_t bytes;
 };
 
-/* Returns when all is there.  Progress goes to the log, and to *progress unless NULL. */
+/* Returns when all is there.  Progress goes to the log, and is added to *progress unless NULL. */
 enum status upload_all(struct backend *be, const struct upload *list, size_t n,
                        struct progress *progress, struct error *err) MUST_USE;
 

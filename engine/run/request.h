@@ -98,6 +98,8 @@ struct request {
 
     /* Loop thread only. */
     void *owner;                   /* the HTTP exchange this answers */
+    uint32_t engine;               /* which one has it, of several */
+    uint32_t load_tokens;          /* of its prompt, as long as they count as that engine's load */
 
     /* Both. */
     atomic_uint n_output;          /* engine publishes */

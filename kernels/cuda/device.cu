@@ -2,7 +2,11 @@
  *
  * Errors of the device are final: a CUDA context does not recover.  What can
  * fail for reasons outside the program (no driver, no GPU, no memory) is
- * reported where it is asked for; everything later sticks to the stream. */
+ * reported where it is asked for; everything later sticks to the stream.
+ *
+ * A thread has a current device, at first the first one.  Whatever is called here makes it that of
+ * the object: a call that needs no current device would still give the first GPU a context, and
+ * take memory of it, though only others are in use. */
 
 #include "kernels/cuda/cuda.cuh"
 #include "kernels/cuda/latent.cuh"
@@ -73,7 +77,7 @@ static enum status device_buffer_alloc(struct backend *be, struct buffer *out,
 
 static void device_buffer_free(struct backend *be, struct buffer *buf)
 {
-    (void)be;
+    cudaSetDevice(be->device);
     if (buf->kind == MEM_DEVICE)
         cudaFree(buf->base);
     else
@@ -107,7 +111,7 @@ static enum status device_host_register(struct backend *be, void *base, size_t b
 
 static void device_host_unregister(struct backend *be, void *base)
 {
-    (void)be;
+    cudaSetDevice(be->device);
     cudaHostUnregister(base);
 }
 
@@ -133,6 +137,7 @@ static struct stream *device_stream_create(struct backend *be)
 
 static void device_stream_destroy(struct stream *s)
 {
+    cudaSetDevice(s->be->device);
     if (s->cu)
         cudaStreamDestroy(s->cu);
     cudaFree(s->arrived);
@@ -151,13 +156,14 @@ static enum status failure_of(const struct stream *s, struct error *err)
 
 static enum status device_stream_sync(struct stream *s, struct error *err)
 {
+    cudaSetDevice(s->be->device);
     stream_check(s, cudaStreamSynchronize(s->cu), "stream_sync");
     return failure_of(s, err);
 }
 
 static enum status device_stream_failure(struct stream *s, struct error *err)
 {
-    cudaError_t e = s->failed == cudaSuccess ? cudaStreamQuery(s->cu) : cudaSuccess;
+    cudaError_t e = stream_enter(s) ? cudaStreamQuery(s->cu) : cudaSuccess;
 
     if (e != cudaErrorNotReady)
         stream_check(s, e, "stream_failure");
@@ -208,6 +214,7 @@ static struct event *device_event_create(struct backend *be)
 
 static void device_event_destroy(struct event *ev)
 {
+    cudaSetDevice(ev->be->device);
     if (ev->cu)
         cudaEventDestroy(ev->cu);
     mem_free(ev);
@@ -232,6 +239,7 @@ static void device_event_wait(struct stream *s, struct event *ev)
 /* A failed device has finished all it ever will. */
 static bool device_event_done(const struct event *ev)
 {
+    cudaSetDevice(ev->be->device);
     return !ev->cu || cudaEventQuery(ev->cu) != cudaErrorNotReady;
 }
 
@@ -272,6 +280,7 @@ static void device_graph_launch(struct stream *s, struct graph *g)
 
 static void device_graph_destroy(struct graph *g)
 {
+    cudaSetDevice(g->be->device);
     cudaGraphExecDestroy(g->cu);
     mem_free(g);
 }
@@ -397,6 +406,13 @@ extern "C" bool cuda_device_present(void)
         return false;
     cudaError_t e = cudaGetDeviceCount(&n);
     return e != cudaErrorNoDevice && (e != cudaSuccess || n > 0);
+}
+
+extern "C" enum status cuda_count_devices(int *out, struct error *err)
+{
+    cudaError_t e = cudaGetDeviceCount(out);
+
+    return e == cudaSuccess ? ST_OK : error_set(err, ST_UNSUPPORTED, "%s", cudaGetErrorString(e));
 }
 
 extern "C" enum status cuda_backend_open(struct backend **out, int device, struct error *err)

@@ -3,6 +3,7 @@ import ctypes
 import json
 import os
 import re
+import subprocess
 import sys
 import tempfile
 import time
@@ -39,9 +40,16 @@ def documents(chunked):
 
 class Failure(unittest.TestCase):
     def test_a_device_that_breaks(self):
+        self.start_and_break("cuda:0")
+
+    @unittest.skipUnless(gpus() > 1, "one GPU")
+    def test_one_of_several_devices_that_breaks(self):
+        self.start_and_break("cuda:all")
+
+    def start_and_break(self, backend):
         with tempfile.TemporaryDirectory() as folder:
             switch = Path(folder) / "broken"
-            d = Daemon(backend="cuda:0", env={"LD_PRELOAD": PRELOAD, "FAILING_CUDA": str(switch)})
+            d = Daemon(backend=backend, env={"LD_PRELOAD": PRELOAD, "FAILING_CUDA": str(switch)})
             try:
                 self.break_device(d, switch)
             finally:
@@ -75,7 +83,7 @@ class Failure(unittest.TestCase):
         self.assertIn("error", json.loads(events[-2]))
         self.assertIn("choices", json.loads(events[-3]))
         self.assertEqual(d.wait(), 3)
-        self.assertRegex(d.log_text(), r" E .*(stream_sync|graph_launch|stream_copy) failed on cuda:0")
+        self.assertRegex(d.log_text(), r" E .*(stream_sync|graph_launch|stream_copy) failed on cuda:\d")
         print(f"device failure: {len(health)} answers of /health before the end")
 
 
@@ -103,7 +111,27 @@ class Start(unittest.TestCase):
 
     def test_auto_takes_the_gpu(self):
         with Daemon(backend="auto") as d:
-            self.assertIn('device="cuda:0', list(d.metrics()["asynctlsd:build_info"])[0])
+            info, = d.metrics()["asynctlsd:build_info"]
+            self.assertIn('device="cuda:0', info)
+
+    def test_all_of_them(self):
+        with Daemon(backend="cuda:all") as d:
+            infos = d.metrics()["asynctlsd:build_info"]
+            self.assertEqual(len(infos), gpus())
+            for i, info in enumerate(infos):
+                self.assertIn(f'device="cuda:{i}: ', info)
+
+    @unittest.skipUnless(gpus() > 1, "one GPU")
+    def test_the_first_gpu_is_left_alone(self):
+        """No context of ours on it, which takes some hundred MB: from start to end."""
+        def used():
+            out = subprocess.run(["nvidia-smi", "--id=0", "--query-gpu=memory.used",
+                                  "--format=csv,noheader,nounits"], capture_output=True, text=True)
+            return int(out.stdout)
+        before = used()
+        with Daemon(backend="cuda:1", host_kv_bytes="64mb") as d:
+            d.complete(prompt="It was", max_tokens=20)
+            self.assertLess(used() - before, 64)
 
     def test_progress_of_loading(self):
         d = Daemon(wait=False, backend="cuda:0")

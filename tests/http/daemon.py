@@ -23,7 +23,9 @@ PATIENCE = float(os.environ.get("PATIENCE", "1"))
 # The back end, whatever this machine has.  A GPU rounds to bf16, and its sums depend on how
 # many rows are computed together, so what is equal to the bit on the CPU is close there.
 BACKEND = os.environ.get("BACKEND", "cpu")
-ON_CPU = BACKEND == "cpu"
+ON_CPU = BACKEND.startswith("cpu")
+# Two engines or more, for the tests that are about several; of the same kind as BACKEND.
+ENGINES = os.environ.get("ENGINES", "cpu,cpu")
 
 DEFAULTS = {
     "model": MODEL, "port": "0", "cpu-threads": "2", "kv-cache-bytes": "512mb",
@@ -162,6 +164,14 @@ class Daemon:
     def gauge(self, name):
         values = self.metrics()["asynctlsd:" + name].values()
         return sum(values)
+
+    def by_engine(self, name):
+        """Sums of a metric's samples, in the order of the engines."""
+        sums = {}
+        for labels, value in self.metrics()["asynctlsd:" + name].items():
+            engine = int(re.search(r'engine="(\d+)"', labels)[1])
+            sums[engine] = sums.get(engine, 0) + value
+        return [sums[i] for i in sorted(sums)]
 
     def busy(self):
         m = self.metrics()

@@ -31,13 +31,13 @@ class State(Case):
     def test_idle(self):
         self.d.wait_idle()
         s = state(self.d)
-        self.assertEqual((s["state"], s["model"], s["requests"], s["host_tier"]),
-                         ("ready", 'odd"name', [], None))
-        e = s["engine"]
-        self.assertEqual((e["running"], e["waiting"], e["max_running"], e["max_waiting"],
-                          e["busy"], e["stalled"]), (0, 0, 1, 7, False, False))
-        self.assertEqual(s["kv_pool"]["used"], 0)
-        self.assertEqual(s["kv_pool"]["blocks"], self.d.gauge("kv_cache_blocks"))
+        self.assertEqual((s["state"], s["model"], s["requests"]), ("ready", 'odd"name', []))
+        e, = s["engines"]
+        self.assertEqual((e["engine"], e["running"], e["waiting"], e["max_running"],
+                          e["max_waiting"], e["busy"], e["stalled"], e["host_tier"]),
+                         (0, 0, 0, 1, 7, False, False, None))
+        self.assertEqual(e["kv_pool"]["used"], 0)
+        self.assertEqual(e["kv_pool"]["blocks"], self.d.gauge("kv_cache_blocks"))
 
     def test_busy(self):
         self.d.wait_idle()
@@ -59,16 +59,16 @@ class State(Case):
                                  ("working", "/v1/completions", 2, True))
                 self.assertGreater(r["age_ms"], 0)
                 c, = r["choices"]
-                self.assertEqual((c["state"], c["place"], c["max_tokens"]),
-                                 ("running", "device", 20000))
+                self.assertEqual((c["state"], c["engine"], c["place"], c["max_tokens"]),
+                                 ("running", 0, "device", 20000))
                 # The engine's snapshot and the count of the output are not of the same moment.
                 self.assertLess(abs(c["computed_tokens"] - c["prompt_tokens"]
                                     - c["output_tokens"]), 60)
                 self.assertEqual(c["blocks"], c["blocks_on_device"])
                 self.assertGreaterEqual(c["blocks"] * 64, c["computed_tokens"])
                 self.assertEqual([c["state"] for c in found["waits"]["choices"]], ["waiting"] * 2)
-                self.assertEqual((s["engine"]["running"], s["engine"]["waiting"],
-                                  s["engine"]["busy"]), (1, 2, True))
+                e, = s["engines"]
+                self.assertEqual((e["running"], e["waiting"], e["busy"]), (1, 2, True))
                 self.assertNotIn(SECRET, json.dumps(s))
                 self.assertNotIn("alpha", json.dumps(s))
             first.close()
@@ -103,7 +103,7 @@ class Others(unittest.TestCase):
                     return s if [c.get("place") for c in choices] == ["offloaded"] else None
                 s = d.wait_until(offloaded)
                 self.assertTrue(s, state(d))
-                self.assertEqual(s["host_tier"]["offloaded"], 1)
+                self.assertEqual(s["engines"][0]["host_tier"]["offloaded"], 1)
                 c = s["requests"][0]["choices"][0]
                 self.assertLess(c["blocks_on_device"], c["blocks"])
             d.wait_idle()

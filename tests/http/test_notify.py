@@ -8,7 +8,7 @@ import time
 import unittest
 from pathlib import Path
 
-from daemon import PATIENCE, Daemon
+from daemon import ENGINES, PATIENCE, Daemon
 from test_lifecycle import LONG, run
 
 WATCHDOG_S = 1.2 * PATIENCE
@@ -21,12 +21,13 @@ WAIT_ALL_THREADS = 0x40000000               # __WALL
 class Manager:
     """The socket that systemd would have, and a daemon that knows it."""
 
-    def __init__(self, abstract=False, **env):
+    def __init__(self, abstract=False, options=None, **env):
         self.folder = tempfile.TemporaryDirectory()
         name = str(Path(self.folder.name) / "notify")
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.socket.bind("\0" + name if abstract else name)
-        self.d = Daemon(env=dict(env, NOTIFY_SOCKET="@" + name if abstract else name))
+        self.d = Daemon(env=dict(env, NOTIFY_SOCKET="@" + name if abstract else name),
+                        **(options or {}))
         self.heard = []
 
     def listen(self, seconds):
@@ -60,11 +61,11 @@ class Manager:
         self.folder.cleanup()
 
 
-def engine_thread(pid):
+def engine_thread(pid, number):
     for task in Path(f"/proc/{pid}/task").iterdir():
-        if (task / "comm").read_text().strip() == "engine":
+        if (task / "comm").read_text().strip() == f"engine {number}":
             return int(task.name)
-    raise AssertionError("there is no engine thread")
+    raise AssertionError(f"there is no thread of engine {number}")
 
 
 class Frozen:
@@ -136,11 +137,11 @@ class Watchdog(unittest.TestCase):
             m.wait_for("READY")
             self.assertEqual(m.listen(2 * WATCHDOG_S), [])
 
-    def assert_starves(self, m):
+    def assert_starves(self, m, engine=0):
         """The loop answers all the time, and yet the watchdog is not fed.  Now and then the engine
         is caught with a lock that the loop wants as well, as no step that hangs has it: then again."""
         for _ in range(10):
-            with Frozen(engine_thread(m.d.process.pid)):
+            with Frozen(engine_thread(m.d.process.pid, engine)):
                 try:
                     m.d.request("GET", "/health", timeout=3)
                 except TimeoutError:
@@ -158,6 +159,18 @@ class Watchdog(unittest.TestCase):
         with Manager(**self.env) as m:
             m.wait_for("READY")
             self.assert_starves(m)
+
+    def test_the_second_engine_hangs(self):
+        """And the first goes on, idle and busy."""
+        with Manager(options={"backend": ENGINES}, **self.env) as m:
+            m.wait_for("READY")
+            self.assert_fed(m, 2 * WATCHDOG_S)
+            self.assert_starves(m, 1)
+            with m.d.post_raw(LONG):
+                self.assertTrue(m.d.wait_until(
+                    lambda: m.d.by_engine("num_requests_running")[:2] == [1, 0]))
+                self.assert_fed(m, 2 * WATCHDOG_S)
+                self.assert_starves(m, 1)
 
     def test_a_busy_engine_that_hangs(self):
         with Manager(**self.env) as m:

@@ -140,7 +140,7 @@ class InBrowser(unittest.TestCase):
             self.assertEqual(self.text(b, "#log .note"), "stopped")
             d.wait_idle()
             self.assertEqual(d.metrics()["asynctlsd:request_success_total"]
-                             [f'model_name="{NAME}",finished_reason="abort"'], 1)
+                             [f'model_name="{NAME}",engine="0",finished_reason="abort"'], 1)
 
     @unittest.skipUnless(os.environ.get("PAGE_SCREENSHOT"), "only with PAGE_SCREENSHOT")
     def test_picture(self):

@@ -40,7 +40,7 @@ class Json(Case):
         r = self.one("whole-1")
         want = {"level": "info", "module": "http", "message": "request", "method": "POST",
                 "path": "/v1/completions", "status": 200, "disconnected": False, "stream": False,
-                "choices": 2, "prompt_tokens": 100, "completion_tokens": 12, "finish": "length"}
+                "engine": 0, "choices": 2, "prompt_tokens": 100, "completion_tokens": 12, "finish": "length"}
         self.assertEqual({k: r[k] for k in want}, want)
         self.assertGreater(r["ttft_ms"], 0)
         self.assertLessEqual(r["ttft_ms"], r["total_ms"])
@@ -109,7 +109,7 @@ class Text(unittest.TestCase):
         with Daemon() as d:
             d.request("POST", "/v1/completions", COMPLETION, {"x-request-id": "t-1"})
             want = (r" I loop   http: request request_id=t-1 method=POST path=/v1/completions "
-                    r"status=200 disconnected=false stream=false choices=1 prompt_tokens=100 "
+                    r"status=200 disconnected=false stream=false engine=0 choices=1 prompt_tokens=100 "
                     r"cached_tokens=0 completion_tokens=6 finish=length queue_ms=\d+\.\d "
                     r"ttft_ms=\d+\.\d total_ms=\d+\.\d\n")
             d.wait_until(lambda: "t-1" in d.log_text())

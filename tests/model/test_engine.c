@@ -92,7 +92,7 @@ static void answers_under(const struct engine_config *c, uint64_t seed, struct a
     }
     for (int i = 0; i < N_REQUESTS; i++) {
         r[order[i]] = request_of(order[i]);
-        ck_assert_int_eq(engine_submit(engine, r[order[i]]), ST_OK);
+        ck_assert_int_eq(submit_one(r[order[i]]), ST_OK);
     }
     wait_for(N_REQUESTS);
     for (int i = 0; i < N_REQUESTS; i++) {
@@ -202,7 +202,7 @@ START_TEST(who_yields_goes_on_as_if_it_had_not)
         for (int i = 0; i < 2; i++) {
             random_prompt(prompt, PROMPT, (uint64_t)i);
             here[i] = new_request(prompt, PROMPT, OUTPUT);
-            ck_assert_int_eq(engine_submit(engine, here[i]), ST_OK);
+            ck_assert_int_eq(submit_one(here[i]), ST_OK);
         }
         wait_for(2);
         engine_stats(engine, &s);
@@ -361,7 +361,7 @@ START_TEST(the_waiting_room_is_bounded_at_once)
     start(&c);
     for (int i = 0; i < 40; i++) {
         r[i] = new_request(prompt, 300, 100);
-        if (engine_submit(engine, r[i]) == ST_OK)
+        if (submit_one(r[i]) == ST_OK)
             accepted++;
     }
     ck_assert_int_le(accepted, 7);
@@ -371,9 +371,89 @@ START_TEST(the_waiting_room_is_bounded_at_once)
     wait_for(accepted);
     assert_gauges_are_zero();
     engine_drain(engine);
-    ck_assert_int_eq(engine_submit(engine, r[0]), ST_SHUTDOWN);
+    ck_assert_int_eq(submit_one(r[0]), ST_SHUTDOWN);
     for (int i = 0; i < 40; i++)
         free_request(r[i]);
+    stop();
+}
+END_TEST
+
+/* Requests that are handed over together are let in together, and what they tried to take is free
+ * again where they are not. */
+START_TEST(all_of_them_or_none)
+{
+    struct engine_config c = small_config();
+    struct request *r[8];
+    struct engine_stats s;
+    int32_t prompt[300];
+
+    random_prompt(prompt, 300, 3);
+    c.max_running = 1;
+    c.max_waiting = 6;
+    c.max_waiting_tokens = 2000;
+    c.n_shares = 2;
+    c.share_thousandths = 500;
+    start(&c);
+    for (int i = 0; i < 8; i++) {
+        r[i] = new_request(prompt, 300, 1);
+        r[i]->share = 1;
+    }
+    ck_assert_int_eq(engine_submit(engine, r, 4), ST_QUOTA);
+    for (int i = 0; i < 8; i++)
+        r[i]->share = i < 4 ? 1 : 2;
+    ck_assert_int_eq(engine_submit(engine, r, 8), ST_QUOTA);    /* the fourth */
+    for (int i = 0; i < 8; i++)
+        r[i]->share = 0;
+    ck_assert_int_eq(engine_submit(engine, r, 7), ST_BUSY);
+    engine_stats(engine, &s);
+    ck_assert_uint_eq(s.waiting, 0);
+    ck_assert_uint_eq(s.waiting_tokens, 0);
+    ck_assert(engine_idle(engine));
+    ck_assert_int_eq(engine_submit(engine, r, 6), ST_OK);
+    wait_for(6);
+    for (int i = 0; i < 8; i++) {
+        ck_assert_int_eq(r[i]->finish, i < 6 ? FINISH_LENGTH : FINISH_NONE);
+        free_request(r[i]);
+    }
+    assert_gauges_are_zero();
+    stop();
+}
+END_TEST
+
+/* Two of a process share the processor: each has its part of the threads and of the memory. */
+START_TEST(engines_that_share_the_processor)
+{
+    struct engine_config c = small_config();
+    struct error err;
+    struct engine *other;
+    struct engine_stats alone, shared;
+    int32_t prompt[300];
+
+    random_prompt(prompt, 300, 3);
+    c.threads = 5;
+    c.kv_bytes = 0;
+    c.check_invariants = false;      /* which would write to all of the pool */
+    start(&c);
+    engine_stats(engine, &alone);
+    ck_assert_ptr_nonnull(strstr(engine_device_name(engine), "5 threads"));
+    stop();
+    c.sharers = 2;
+    start(&c);
+    c.number = 1;
+    ck_assert_msg(engine_create(&other, &c, engine_mail, &err) == ST_OK, "%s", err.text);
+    engine_stats(other, &shared);
+    ck_assert_ptr_nonnull(strstr(engine_device_name(other), "2 threads"));
+    ck_assert_uint_le(shared.kv_blocks, alone.kv_blocks / 2 + 1);
+    ck_assert_uint_ge(shared.kv_blocks, alone.kv_blocks / 2 - 1);
+    struct request *r[2] = { new_request(prompt, 300, 20), new_request(prompt, 300, 20) };
+    ck_assert_int_eq(submit_one(r[0]), ST_OK);
+    ck_assert_int_eq(engine_submit(other, &r[1], 1), ST_OK);
+    wait_for(2);
+    for (uint32_t i = 0; i < 20; i++)
+        ck_assert_int_eq(r[0]->output[i], r[1]->output[i]);
+    free_request(r[0]);
+    free_request(r[1]);
+    engine_destroy(other);
     stop();
 }
 END_TEST
@@ -395,7 +475,7 @@ START_TEST(nobody_takes_more_than_a_share)
     for (int i = 0; i < 12; i++) {
         r[i] = new_request(prompt, 300, 200);
         r[i]->share = 1;
-        enum status st = engine_submit(engine, r[i]);
+        enum status st = submit_one(r[i]);
         ck_assert(st == ST_OK || st == ST_QUOTA);
         accepted += st == ST_OK;
     }
@@ -403,7 +483,7 @@ START_TEST(nobody_takes_more_than_a_share)
     ck_assert_int_le(accepted, 6);
     other = new_request(prompt, 300, 1);
     other->share = 2;
-    ck_assert_int_eq(engine_submit(engine, other), ST_OK);
+    ck_assert_int_eq(submit_one(other), ST_OK);
     for (int i = 0; i < 12; i++)
         engine_cancel(engine, r[i]);
     wait_for(accepted + 1);
@@ -440,7 +520,7 @@ START_TEST(cancelling_at_any_time_harms_nobody)
         uint32_t n = 1 + (uint32_t)random_below(&rng, 290);
         random_prompt(prompt, n, (uint64_t)(i % 4));
         r[i] = new_request(prompt, n, 1 + (uint32_t)random_below(&rng, 60));
-        ck_assert_int_eq(engine_submit(engine, r[i]), ST_OK);
+        ck_assert_int_eq(submit_one(r[i]), ST_OK);
         if (i > 4 && random_below(&rng, 2)) {
             struct timespec pause = { .tv_nsec = 1000000L * random_below(&rng, 8) };
             nanosleep(&pause, NULL);
@@ -470,7 +550,7 @@ START_TEST(destroying_sends_everybody_home)
     start(&c);
     for (int i = 0; i < 12; i++) {
         r[i] = new_request(prompt, 300, 200);
-        ck_assert_int_eq(engine_submit(engine, r[i]), ST_OK);
+        ck_assert_int_eq(submit_one(r[i]), ST_OK);
     }
     engine_destroy(engine);
     for (struct mail_node *n = mailbox_drain(engine_mail); n; n = n->next)
@@ -573,7 +653,7 @@ START_TEST(a_grammar_outlives_a_preemption)
             here[i] = new_request(prompt, PROMPT, OUTPUT);
             here[i]->grammar = g;
             here[i]->temperature = (float)i;
-            ck_assert_int_eq(engine_submit(engine, here[i]), ST_OK);
+            ck_assert_int_eq(submit_one(here[i]), ST_OK);
         }
         wait_for(2);
         engine_stats(engine, &s);
@@ -650,6 +730,8 @@ TCase *engine_case(void)
     tcase_add_test(tc, a_stop_string_cuts_the_text);
     tcase_add_test(tc, scores_of_a_prompt_are_those_of_decoding_it);
     tcase_add_test(tc, the_waiting_room_is_bounded_at_once);
+    tcase_add_test(tc, all_of_them_or_none);
+    tcase_add_test(tc, engines_that_share_the_processor);
     tcase_add_test(tc, nobody_takes_more_than_a_share);
     tcase_add_loop_test(tc, cancelling_at_any_time_harms_nobody, SELECTION_EXACT,
                         SELECTION_LAGGED + 1);

@@ -135,7 +135,7 @@ START_TEST(who_left_comes_back)
     a->cache_salt = 1;                              /* nothing of it is known */
     b->sparse = false;
     run_one(alone);
-    ck_assert_int_eq(engine_submit(engine, a), ST_OK);
+    ck_assert_int_eq(submit_one(a), ST_OK);
     while (atomic_load(&a->n_output) < 5)
         pause_us(100);
     run_one(b);
@@ -258,7 +258,7 @@ START_TEST(who_waits_for_blocks_can_be_cancelled)
     assert_gauges_are_zero();                       /* all of it is stored */
     evict();
     struct request *a = noise(PREFIX, 1, 30), *b = noise(PREFIX, 1, 30);
-    ck_assert_int_eq(engine_submit(engine, a), ST_OK);
+    ck_assert_int_eq(submit_one(a), ST_OK);
     wait_until(is_loading, "nobody waits for blocks");
     engine_cancel(engine, a);
     wait_for(1);
@@ -287,7 +287,7 @@ START_TEST(destroying_does_not_wait_for_copies)
     evict();
     struct request *r[2] = { noise(PREFIX, 1, 30), noise(200, 7, 30) };
     for (int i = 0; i < 2; i++)
-        ck_assert_int_eq(engine_submit(engine, r[i]), ST_OK);
+        ck_assert_int_eq(submit_one(r[i]), ST_OK);
     wait_until(is_loading, "nobody waits for blocks");
     engine_destroy(engine);
     for (struct mail_node *n = mailbox_drain(engine_mail); n; n = n->next)
@@ -321,7 +321,7 @@ START_TEST(a_failed_copy_ends_all)
     start_tier(&c);
     for (int i = 0; i < HISTORY_REQUESTS; i++) {
         r[i] = history_request(&h, i);
-        enum status st = engine_submit(engine, r[i]);
+        enum status st = submit_one(r[i]);
         ck_assert(st == ST_OK || st == ST_DEVICE);
         accepted += st == ST_OK;
     }
@@ -336,7 +336,7 @@ START_TEST(a_failed_copy_ends_all)
             ck_assert(r[i]->finish == FINISH_LENGTH || r[i]->finish == FINISH_NONE);
     }
     ck_assert_int_gt(failed, 0);
-    ck_assert_int_eq(engine_submit(engine, r[0]), ST_DEVICE);
+    ck_assert_int_eq(submit_one(r[0]), ST_DEVICE);
     for (int i = 0; i < HISTORY_REQUESTS; i++)
         free_request(r[i]);
     stop();
@@ -355,7 +355,7 @@ START_TEST(a_failed_copy_is_noticed_by_an_idle_engine)
     struct request *r = noise(PREFIX, 1, 1);
     run_one(r);
     wait_until(has_failed, "the engine does not fail");
-    ck_assert_int_eq(engine_submit(engine, r), ST_DEVICE);
+    ck_assert_int_eq(submit_one(r), ST_DEVICE);
     free_request(r);
     stop();
 }

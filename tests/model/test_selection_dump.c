@@ -375,7 +375,7 @@ START_TEST(what_is_computed_again_is_not_repeated)
     start(&c);
     for (int i = 0; i < 2; i++) {
         r[i] = text_request(1 + (uint64_t)i, 350, 200);
-        ck_assert_int_eq(engine_submit(engine, r[i]), ST_OK);
+        ck_assert_int_eq(submit_one(r[i]), ST_OK);
     }
     wait_for(2);
     stop();

@@ -96,6 +96,11 @@ void free_request(struct request *r)
     mem_free(r);
 }
 
+enum status submit_one(struct request *r)
+{
+    return engine_submit(engine, &r, 1);
+}
+
 int collect_mail(void)
 {
     int home = 0;
@@ -121,7 +126,7 @@ void wait_for(int n)
 
 void run_one(struct request *r)
 {
-    ck_assert_int_eq(engine_submit(engine, r), ST_OK);
+    ck_assert_int_eq(submit_one(r), ST_OK);
     wait_for(1);
 }
 

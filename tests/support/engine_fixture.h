@@ -40,6 +40,8 @@ void stop(void);
 struct request *new_request(const int32_t *prompt, uint32_t n_prompt, uint32_t max_tokens);
 void free_request(struct request *r);
 
+/* engine_submit() of one. */
+enum status submit_one(struct request *r) MUST_USE;
 /* Take what mail there is, after waiting for some; how many requests came home with it. */
 int collect_mail(void);
 /* Until n requests have come home. */

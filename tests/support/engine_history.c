@@ -183,7 +183,7 @@ static void play(const struct engine_history *h, bool cancels, struct request *r
     if (h->prompts_first)
         compute_prompts(h);
     for (int i = 0; i < HISTORY_REQUESTS; i++) {
-        ck_assert_int_eq(engine_submit(engine, r[i]), ST_OK);
+        ck_assert_int_eq(submit_one(r[i]), ST_OK);
         for (inside++; inside >= MOST_INSIDE;)
             inside -= collect_mail();
         if (random_below(&rng, 3) == 0)

@@ -74,6 +74,10 @@ START_TEST(arrives_and_is_counted)
     ck_assert(!w.went_back && !w.overran);
     ck_assert_uint_eq(atomic_load(&w.progress.done_bytes), total);
     ck_assert_uint_eq(atomic_load(&w.progress.total_bytes), total);
+    /* Of several it is the sum. */
+    ck_assert_int_eq(upload_all(test_backend("auto"), list, N, &w.progress, &err), ST_OK);
+    ck_assert_uint_eq(atomic_load(&w.progress.done_bytes), 2 * total);
+    ck_assert_uint_eq(atomic_load(&w.progress.total_bytes), 2 * total);
     check_and_free(list);
 }
 END_TEST
