@@ -1,8 +1,8 @@
 /* The operations that a step on the GPU consists of, each in a graph, at the shapes of
- * Qwen3-8B: products of few and many rows, attention of a decode step and of a prompt; and the
- * experts of Qwen3-30B-A3B.
+ * Qwen3-8B: products of few and many rows, attention of a decode step and of a prompt; attention
+ * of a prompt at GLM-4.7-Flash's; and the experts of Qwen3-30B-A3B.
  *
- *   bench-gpu [memory] [decode] [prefill] [products] [experts]      all without any
+ *   bench-gpu [memory] [decode] [prefill] [latent] [products] [experts]      all without any
  *
  * Weights and pools are used by turns, so that none is in the cache from the time before.
  * scripts/bench_torch.py measures PyTorch at the same shapes. */
@@ -252,6 +252,8 @@ static void measure_decode(const struct kv_shape *shape, int heads)
         }
 }
 
+/* The products that are counted are those of keys and of values, in the absorbed form where rows
+ * are latent. */
 static void measure_prefill(const struct kv_shape *shape, int heads)
 {
     static const struct { int tokens, rows; } chunks[] = {
@@ -259,14 +261,16 @@ static void measure_prefill(const struct kv_shape *shape, int heads)
         { 65536, 2048 }, { 98304, 2048 }, { 98304, 1024 }, { 98304, 512 },
     };
 
-    printf("full attention of a chunk of rows at the end of a context, one layer\n"
-           "  tokens   rows        us  TFLOP/s\n");
+    int values = shape->latent_dim ? shape->latent_dim : shape->head_dim;
+
+    printf("full attention of a chunk of rows at the end of a context, one layer, %d heads of %d\n"
+           "  tokens   rows        us  TFLOP/s\n", heads, shape->head_dim);
     for (size_t j = 0; j < sizeof chunks / sizeof chunks[0]; j++) {
         int tokens = chunks[j].tokens, rows = chunks[j].rows;
         double pairs = (double)rows * (tokens - rows / 2.0);
         double us = measure_attention(shape, heads, 1, tokens, rows, 2);
         printf("%8d %6d %9.1f %8.1f\n", tokens, rows, us,
-               4 * pairs * heads * shape->head_dim / us * 1e-6);
+               2 * pairs * heads * (shape->head_dim + values) / us * 1e-6);
         fflush(stdout);
     }
 }
@@ -285,6 +289,8 @@ int main(int argc, char **argv)
     const int heads = 32;
     const struct kv_shape shape = { .kv_heads = 8, .head_dim = 128, .filter = FILTER_COARSE,
                                     .index = INDEX_ROTATED };
+    const struct kv_shape latent = { .kv_heads = 1, .head_dim = 576, .latent_dim = 512,
+                                     .filter = FILTER_COARSE, .index = INDEX_ROTATED };
 
     if (!gpu_bench_open())
         return 1;
@@ -293,6 +299,8 @@ int main(int argc, char **argv)
         measure_decode(&shape, heads);
     if (wanted(argc, argv, "prefill"))
         measure_prefill(&shape, heads);
+    if (wanted(argc, argv, "latent"))
+        measure_prefill(&latent, 20);
     if (wanted(argc, argv, "products"))
         measure_products();
     if (wanted(argc, argv, "experts"))
