@@ -2,7 +2,9 @@
 """Start-up time and throughput of the server with a small model, over HTTP, and what a streamed
 token costs beside the model: time of the loop's threads, which do HTTP, JSON and text.
 
-    measure_serving.py [asynctlsd] [model folder]
+    measure_serving.py [asynctlsd] [model folder] [streams]
+
+16 streams where nothing is said.
 """
 import json
 import os
@@ -47,25 +49,29 @@ def read_stream(path, body):
             pass
 
 
-def streamed_token_us(pid, path, body, streams=16, tokens=1000):
+def streamed_token_us(pid, path, body, streams, tokens=1000):
+    """User and system time a token, and the tokens a second of a stream."""
     body = dict(body, stream=True, ignore_eos=True, temperature=0.8, max_tokens=tokens)
     threads = [threading.Thread(target=read_stream, args=(path, body)) for _ in range(streams)]
-    before = loop_seconds(pid)
+    before, began = loop_seconds(pid), time.time()
     for t in threads:
         t.start()
     for t in threads:
         t.join()
-    after = loop_seconds(pid)
-    return [(after[i] - before[i]) / (streams * tokens) * 1e6 for i in range(2)]
+    after, seconds = loop_seconds(pid), time.time() - began
+    user, system = ((after[i] - before[i]) / (streams * tokens) * 1e6 for i in range(2))
+    return user, system, tokens / seconds
 
 
 def main():
-    if len(sys.argv) > 3 or any(a.startswith("-") for a in sys.argv[1:]):
+    if len(sys.argv) > 4 or any(a.startswith("-") for a in sys.argv[1:]):
         sys.exit(__doc__)
     program = sys.argv[1] if len(sys.argv) > 1 else str(ROOT / "build" / "asynctlsd")
     model = sys.argv[2] if len(sys.argv) > 2 else str(ROOT / "models" / "asynctlsd-books-9m")
+    streams = int(sys.argv[3]) if len(sys.argv) > 3 else 16
     began = time.time()
-    server = subprocess.Popen([program, "--model", model, "--port", str(PORT), "--log-level", "warn"],
+    server = subprocess.Popen([program, "--model", model, "--port", str(PORT), "--log-level", "warn",
+                               "--max-running", str(max(64, streams))],
                               stdout=subprocess.PIPE, text=True)
     try:
         if not server.stdout.readline().startswith("ready"):
@@ -80,9 +86,9 @@ def main():
         for path, body in (
                 ("/v1/completions", {"prompt": "The old house"}),
                 ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hi"}]})):
-            user, system = streamed_token_us(server.pid, path, body)
+            user, system, rate = streamed_token_us(server.pid, path, body, streams)
             print(f"{path}: a streamed token takes the loop {user:.1f} us, and the kernel "
-                  f"{system:.1f} us for it (16 streams)")
+                  f"{system:.1f} us for it ({streams} streams, {rate:.0f} tokens/s each)")
     finally:
         server.terminate()
         server.wait()
