@@ -9,7 +9,7 @@ from pathlib import Path
 
 import openai
 
-from daemon import ON_CPU, MODEL, NAME, Case, Daemon
+from daemon import MODEL, NAME, ON_CPU, Case, Daemon
 
 PROMPT = "The old house stood at the end of the road, and"
 
