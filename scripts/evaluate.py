@@ -58,9 +58,12 @@ NEED_IDS = ("border", RECALL, PROSE)
 ALL_TASKS = [*TASKS, RECALL, PROSE]
 # Tokens of a passage that begins again: given, and asked for.
 GIVEN, RECALLED = 8, 16
+DEPTHS = 8        # parts of a text in the table of needles
 # Tokens between two samples of prose; and of a context, for each thing that is hidden in it.
 PROSE_APART, TOKENS_A_QUESTION = 7, 256
 FULL, AS_SERVED = "full", "as served"
+SCORE_HEAD = ["tokens", "attention", "texts", "questions", "right", "full better, worse",
+              "full minus it, points"]
 Z = 1.96
 
 
@@ -176,7 +179,8 @@ def ask_sample(client, args, maker, task, config):
         right = sum(right_of(task, a.expected, f) for a, f in zip(asks, found))
         scores.append(right / sum(len(a.expected) for a in asks))
         answers.append(found)
-    return {"scores": scores, "answers": answers}
+    at = {"depths": sample.depths} if sample.depths else {}
+    return {"scores": scores, "answers": answers, **at}
 
 
 def next_token(client, ids, config):
@@ -271,17 +275,15 @@ def scores(lines):
             for line in lines for i, score in enumerate(line["scores"])}
 
 
-def score_cell(own, n):
-    if not own:
-        return "-"
+def score_cell(own):
     mean = sum(own.values()) / len(own)
     low, high = wilson(mean * len(own), len(own))
-    return f"{mean:.2f} ({low:.2f} to {high:.2f})" + (f" of {len(own)}" if len(own) < n else "")
+    return f"{mean:.2f} ({low:.2f} to {high:.2f})"
 
 
 def difference(own, full):
-    """(mean, low, high) of full minus own, over the questions that both have.  For the interval half
-    a pair that full attention wins, half a one that it loses and an even one are added."""
+    """(mean, low, high) of full minus own, over the questions that both have.  For the interval
+    half a pair that full attention wins, half a one that it loses and an even one are added."""
     by_text = {}
     for key in own.keys() & full.keys():
         by_text.setdefault(key[:-1], []).append(full[key] - own[key])
@@ -297,7 +299,7 @@ def difference_cells(own, full):
     """How many questions full attention answers better and worse, and what that amounts to."""
     both = own.keys() & full.keys()
     if not both:
-        return ["-", "-"]
+        return ["", ""]
     mean, low, high = (100 * x for x in difference(own, full))
     verdict = "within" if high <= 1 else "beyond" if low > 1 else "open"
     return [f"{sum(full[i] > own[i] for i in both)}, {sum(full[i] < own[i] for i in both)}",
@@ -314,45 +316,31 @@ def short_of_sparse(found):
                                           for x in found) else ""
 
 
-def sizes(lines):
-    """How many samples there are, and questions a sample where that is more than one."""
-    questions = len(lines[0]["scores"])
-    return f"{len(lines)}" + (f" × {questions}" if questions > 1 else "")
-
-
-def score_head(configs):
-    head = [FULL] if FULL in configs else []
-    for c in configs:
-        if c != FULL:
-            head += [c] + ["full better, worse", "full minus it, points"] * (FULL in configs)
-    return head
-
-
-def score_cells(by_config):
-    """The cells of score_head, of the scores of each configuration."""
-    n, full, cells = max(len(s) for s, _ in by_config.values()), by_config.get(FULL), []
-    for config, (own, note) in by_config.items():
-        cells.append(score_cell(own, n) + note)
-        if full and config != FULL:
-            cells += difference_cells(own, full[0])
-    return cells
+def score_rows(n_tokens, by_config):
+    """A row for each configuration, beside full attention where that was asked; by_config has the
+    lines of each."""
+    full, rows = scores(by_config.get(FULL, [])), []
+    for config, found in by_config.items():
+        own = scores(found)
+        if own:
+            texts = len({key[:-1] for key in own})
+            rows.append([f"{n_tokens:,}", config + short_of_sparse(found), f"{texts}",
+                         f"{len(own)}", score_cell(own)]
+                        + (difference_cells(own, full) if config != FULL else ["", ""]))
+    return rows
 
 
 def task_table(lines, task, lengths, configs):
     rows, cannot = [], []
     for n_tokens in lengths:
-        found = {c: group(lines, task, n_tokens, c) for c in configs}
-        by_config = {c: (scores(x), short_of_sparse(x)) for c, x in found.items()}
-        most = max(configs, key=lambda c: len(found[c]))
-        if not found[most]:
-            continue
-        rows.append([f"{n_tokens:,}", sizes(found[most]), *score_cells(by_config)])
-        if FULL in configs and not can_do(by_config[FULL][0]):
+        by_config = {c: group(lines, task, n_tokens, c) for c in configs}
+        rows += score_rows(n_tokens, by_config)
+        if (full := scores(by_config.get(FULL, []))) and not can_do(full):
             cannot.append(f"{n_tokens:,}")
     note = (f"\nWith full attention this model gets less than half of it right (at "
             f"{', '.join(cannot)} tokens), so this says little about sparse attention.\n") \
         if cannot else ""
-    return table(["tokens", "samples", *score_head(configs)], rows) + note
+    return table(SCORE_HEAD, rows) + note
 
 
 def can_do(full):
@@ -365,39 +353,46 @@ def together_table(lines, tasks, lengths, configs):
     for n_tokens in lengths:
         able = [t for t in tasks if t != PROSE
                 and (full := scores(group(lines, t, n_tokens, FULL))) and can_do(full)]
-        if not able:
-            continue
-        by_config = {}
-        for c in configs:
-            found = [x for t in able for x in group(lines, t, n_tokens, c)]
-            by_config[c] = scores(found), short_of_sparse(found)
-        rows.append([f"{n_tokens:,}", f"{len(able)}", *score_cells(by_config)])
-    return table(["tokens", "tasks", *score_head(configs)], rows)
+        rows += score_rows(n_tokens, {c: [x for t in able for x in group(lines, t, n_tokens, c)]
+                                      for c in configs})
+    return table(SCORE_HEAD, rows)
+
+
+def depth_table(lines, lengths, configs):
+    """Needles by where they stand; parts of the text in which there is none are left empty."""
+    rows = []
+    for n_tokens in lengths:
+        for config in configs:
+            parts = [[] for _ in range(DEPTHS)]
+            for line in group(lines, "needle", n_tokens, config):
+                for depth, score in zip(line["depths"], line["scores"]):
+                    parts[min(DEPTHS - 1, int(depth * DEPTHS))].append(score)
+            if any(parts):
+                rows.append([f"{n_tokens:,}", config]
+                            + [f"{sum(p) / len(p):.2f}" if p else "" for p in parts])
+    ends = [f"{100 * i / DEPTHS:g}" for i in range(DEPTHS + 1)]
+    return table(["tokens", "attention", *(f"{a} to {b} %" for a, b in zip(ends, ends[1:]))], rows)
 
 
 def prose_table(lines, lengths, configs):
     """Perplexity, and by how many nats a configuration is worse than full attention."""
-    others = [c for c in configs if c != FULL]
-    head = ["tokens", "measured", "perplexity, full"]
-    for c in others:
-        head += [f"perplexity, {c}", "nats more"]
     rows = []
     for n_tokens in lengths:
-        by = {c: {x["sample"]: x["logprob"] for x in group(lines, PROSE, n_tokens, c)}
-              for c in configs}
-        led = [i for i in by[FULL] if all(by[c].get(i) is not None for c in configs)]
-        if not by[FULL]:
-            continue
-        if len(led) < 2:
-            rows.append([f"{n_tokens:,}", str(len(led))] + ["not measured"] * (len(head) - 2))
-            continue
-        row = [f"{n_tokens:,}", str(len(led)), perplexity([by[FULL][i] for i in led])]
-        for c in others:
-            found = group(lines, PROSE, n_tokens, c)
-            more = [by[FULL][i] - by[c][i] for i in led]
-            row += [perplexity([by[c][i] for i in led]) + short_of_sparse(found), interval(more)]
-        rows.append(row)
-    return table(head, rows)
+        by = {c: {x["sample"]: x["logprob"] for x in found}
+              for c in configs if (found := group(lines, PROSE, n_tokens, c))}
+        # A token that one server could not be led to is measured with none.
+        led = [i for i in next(iter(by.values()), ())
+               if all(b.get(i) is not None for b in by.values())]
+        for config in by:
+            name = config + short_of_sparse(group(lines, PROSE, n_tokens, config))
+            if len(led) < 2:
+                rows.append([f"{n_tokens:,}", name, f"{len(led)}", "not measured", ""])
+                continue
+            more = [by[FULL][i] - by[config][i] for i in led] if FULL in by else []
+            rows.append([f"{n_tokens:,}", name, f"{len(led)}",
+                         perplexity([by[config][i] for i in led]),
+                         interval(more) if more and config != FULL else ""])
+    return table(["tokens", "attention", "measured", "perplexity", "nats more than full"], rows)
 
 
 def perplexity(logprobs):
@@ -422,6 +417,9 @@ def report(lines, tasks, lengths, configs):
     for task in tasks:
         parts += [f"### {task}\n", prose_table(lines, lengths, configs) if task == PROSE else
                   task_table(lines, task, lengths, configs)]
+        if task == "needle":
+            parts.append("By where in the text the needle stands:\n\n"
+                         + depth_table(lines, lengths, configs))
     if FULL in configs and len(tasks) > 1:
         parts += ["### all tasks of which full attention gets half or more right\n",
                   together_table(lines, tasks, lengths, configs)]

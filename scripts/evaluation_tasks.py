@@ -34,6 +34,7 @@ class Ask:
 class Sample:
     context: object  # a text, or token ids where their places matter
     questions: list  # lists of Ask
+    depths: list = None  # where the answer of each stands, 0 to 1, if that is one place
 
 
 class Haystack:
@@ -108,7 +109,7 @@ def needle(m):
     facts = m.facts(m.questions)
     depths = [(i + m.share) / m.questions for i in range(m.questions)]
     return Sample(m.context([state(*f) for f in facts], depths=depths),
-                  [[ask_for(*f)] for f in facts])
+                  [[ask_for(*f)] for f in facts], depths)
 
 
 def border(m):

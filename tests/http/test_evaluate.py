@@ -172,7 +172,7 @@ class Evaluate(Case):
         self.assertEqual(len(lines), 1 + 3 * 2 * 2)
         self.assertTrue(all(x["sparse"] == (x["config"] == "sparse") for x in lines[1:]))
         # The bundled model finds a needle with full attention, whatever the machine.
-        self.assertIn("| 2,048 | 2 | 1.00 (0.34 to 1.00) |", done.stdout)
+        self.assertIn("| 2,048 | full | 2 | 2 | 1.00 (0.34 to 1.00) |", done.stdout)
         for task in ("needle", "prose", "recall"):
             self.assertIn(f"### {task}\n", done.stdout)
         self.assertNotIn("not measured", done.stdout)
@@ -200,7 +200,14 @@ class Evaluate(Case):
         needles = [x for x in lines if x["task"] == "needle"]
         self.assertEqual([len(x["scores"]) for x in needles], [3] * 4)
         self.assertEqual(len(lines) - len(needles), 2 * 3 * 2)
-        self.assertIn("| 2,048 | 2 × 3 | 1.00 (0.61 to 1.00) |", done.stdout)
+        for x in needles:
+            self.assertEqual([round(3 * d, 6) for d in x["depths"]],
+                             [i + x["sample"] for i in range(3)])
+        # Six needles at six depths, of which two share a part, and the bundled model finds all.
+        depths = done.stdout.split("the needle stands:")[1].split("###")[0]
+        row = [line for line in depths.splitlines() if line.startswith("| 2,048 | full |")]
+        self.assertEqual([r.count("1.00") for r in row], [4])
+        self.assertIn("| 2,048 | full | 2 | 6 | 1.00 (0.61 to 1.00) |", done.stdout)
 
     def test_options_compared(self):
         """Servers of its own, whose attention differs in an option or two."""
@@ -213,8 +220,8 @@ class Evaluate(Case):
 
         done = evaluate_own("256,filter=bounds+keep-tokens=256", "--out", str(self.out))
         self.assertEqual(done.returncode, 0, done.stderr)
-        self.assertIn("| tokens | samples | full | 256 | full better, worse | full minus it, points "
-                      "| filter=bounds+keep-tokens=256 |", done.stdout)
+        self.assertIn("| 2,048 | filter=bounds+keep-tokens=256 | 1 | 1 | 1.00 (0.21 to 1.00) | 0, 0 "
+                      "| +0.0 (-65.3 to +65.3), open |", done.stdout)
         lines = [json.loads(line) for line in self.out.read_text().splitlines()][1:]
         self.assertEqual([(x["config"], x["sparse"]) for x in lines],
                          [("full", False), ("256", True), ("filter=bounds+keep-tokens=256", True)])
@@ -228,7 +235,7 @@ class Evaluate(Case):
     def test_conversation_of_another_server(self):
         done = self.evaluate("--chat", "--as-served", "--tasks", "multiquery")
         self.assertEqual(done.returncode, 0, done.stderr)
-        self.assertIn("| tokens | samples | as served |", done.stdout)
+        self.assertRegex(done.stdout, r"\| 2,048 \| as served \| 2 \| 2 \| 0\.\d\d \([^|]* \|  \|  \|\n")
 
     def test_refuses(self):
         for more, sentence in (
