@@ -15,13 +15,14 @@ started with it, on a free port of loopback, and ended when its turn is over:
     vllm           vllm serve                   a folder
     transformers   transformers serve           a folder (needs the packages of transformers[serving])
 
---program and --options say which program that is and what else it gets; one name may be used twice with
-another behind a dot, as in vllm.eager=DIR with --options 'vllm.eager=--enforce-eager'.
+--program and --options say which program that is and what else it gets; one of these names may stand for
+several servers with something behind a dot, as in vllm.eager=DIR with --options 'vllm.eager=--enforce-eager'.
 
 The load is loadtest.py's, whose --help explains it: the n-th request has the same text and the same length of
 answer for all, made with the first server's tokens.  Before it each server gets one request to warm up.
-Each is asked in its own words not to end an answer early (--fields changes them).  What it did all the same is
-counted: a column whose lengths are not the ones asked for, or that has failures, is marked as not comparable.
+Each is asked not to end an answer early, in the words of the kind that its name says, else with ignore_eos
+(--fields changes them).  What it did all the same is counted: a column whose lengths are not the ones asked
+for, or that has failures, is marked as not comparable.
 Only servers of the same weights, or of the same shape, can be compared, and that is not looked at.
 """
 import argparse

@@ -112,6 +112,15 @@ def needle(m):
                   [[ask_for(*f)] for f in facts], depths)
 
 
+def ending(m):
+    """Facts right before their question, whose last digit is doubled: what is hard is to stop."""
+    facts = [(a, s, v[:-1] + v[-2]) for a, s, v in m.facts(m.questions)]
+    asks = [ask_for(*f) for f in facts]
+    for ask, fact in zip(asks, facts):
+        ask.question, ask.tail = (f"{state(*fact)} {x}" for x in (ask.question, ask.tail))
+    return Sample(m.context([]), [[ask] for ask in asks])
+
+
 def border(m):
     """A fact for each question, whose value lies across the border of two blocks."""
     facts = m.facts(m.questions)
@@ -218,8 +227,8 @@ def frequent_words(m):
                         24)]])
 
 
-TASKS = {f.__name__: f for f in (needle, border, multikey, multivalue, multiquery, tracking,
-                                 json_facts, question, common_words, frequent_words)}
+TASKS = {f.__name__: f for f in (needle, ending, border, multikey, multivalue, multiquery,
+                                 tracking, json_facts, question, common_words, frequent_words)}
 
 
 def right_of(task, expected, answer):

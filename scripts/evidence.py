@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Measures what docs/RESULTS.md shows, and writes it as Markdown.
 
-    make evidence                                          everything, on a GPU, in about 25 minutes
+    make evidence                                          everything, on a GPU, in 25 minutes at most
     make evidence ARGS='--stages accuracy-98304 --out DIR'     one stage
     evidence.py --out DIR --merge DIR1 --merge DIR2 --stages ''    the tables of several runs in one
     evidence.py --quick                                    seconds, tiny, to see that it works
@@ -40,7 +40,7 @@ CALIBRATION_TEXT = ROOT / "tests" / "texts" / "harbour.txt"
 CALIBRATED = "asynctlsd-channels.json"      # what --calibrate leaves in the model's folder
 
 # Of the tasks those that the bundled model can do (docs/RESULTS.md).
-TASKS = "needle,border,multikey,multiquery,tracking,recall,prose"
+TASKS = "needle,ending,border,multikey,multiquery,tracking,recall,prose"
 BUDGETS = "256,512,1024,2048,published"
 # 13 x 16 pairs without a difference are enough to say that less than a point is lost.
 SAMPLES = ["--samples", "13", "--questions", "16", "--parallel", "16"]
@@ -66,7 +66,7 @@ class Run:
     def __init__(self, args):
         self.args, self.out = args, args.out
         self.bin, self.models, self.quick = args.bin, args.models, args.quick
-        self.commands, self.end = [], 0.0
+        self.commands, self.result, self.end = [], None, 0.0
 
     def path(self, name):
         return self.out / name

@@ -64,6 +64,15 @@ class Tasks(unittest.TestCase):
         at = sample.context.index(sample.questions[0][0].expected[0]) / len(sample.context)
         self.assertAlmostEqual(at, 0.5, delta=0.05)
 
+    def test_ending(self):
+        """The fact stands in the question, and its last digit is doubled."""
+        sample = self.sample("ending", questions=3)
+        for ask, in sample.questions:
+            value = ask.expected[0]
+            self.assertEqual((value[-1], len(value)), (value[-2], 7))
+            self.assertEqual(ask.tail.count(value), 1)
+            self.assertIn(f"is {value}. What is the ", ask.question)
+
     def test_border(self):
         """The value begins in one block and ends in the next; here it is one word, the second's."""
         for seed in range(5):
