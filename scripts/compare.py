@@ -23,7 +23,8 @@ answer for all, made with the first server's tokens.  Before it each server gets
 Each is asked not to end an answer early, in the words of the kind that its name says, else with ignore_eos
 (--fields changes them).  What it did all the same is counted: a column whose lengths are not the ones asked
 for, or that has failures, is marked as not comparable.
-Only servers of the same weights, or of the same shape, can be compared, and that is not looked at.
+Only servers of the same weights, or of the same shape, can be compared, and that is not looked at.  One that
+runs already may remember the prompts of an earlier comparison; another --seed makes others.
 """
 import argparse
 import asyncio
@@ -232,6 +233,7 @@ def plot(loads, path):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
     for ax, name in zip(axes, ("ttft", "tpot", "e2e")):
@@ -241,6 +243,9 @@ def plot(loads, path):
             if values:
                 ax.plot(values, [100 * (i + 1) / len(values) for i in range(len(values))], label=label)
         ax.set(xlabel=f"{loadtest.MEASURES[name]}, ms", xscale="log", ylim=(0, 100))
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        ax.xaxis.set_minor_formatter(NullFormatter())
         ax.grid(alpha=0.3)
     axes[0].set_ylabel("% of requests at most")
     axes[0].legend()

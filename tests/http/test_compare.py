@@ -52,6 +52,18 @@ class Compare(Case):
         self.assertIn("| goodput | 100.0 % | 100.0 % |", done.stdout)
         self.assertIn("| comparable | yes | yes |", done.stdout)
 
+    def test_plot(self):
+        servers = ["--server", f"ours={self.here}", "--server", f"theirs={self.here}"]
+        if subprocess.run([sys.executable, "-c", "import matplotlib"], capture_output=True).returncode:
+            done = compare(*servers, "--plot", "/nowhere/plot.png")
+            self.assertEqual(done.returncode, 2)
+            self.assertIn("--plot needs matplotlib", done.stderr)
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            done = compare(*servers, "--plot", folder + "/plot.png")
+            self.assertEqual((done.returncode, done.stderr), (0, ""))
+            self.assertEqual((Path(folder) / "plot.png").read_bytes()[:8], b"\x89PNG\r\n\x1a\n")
+
     def test_an_answer_of_another_length_is_told(self):
         """stop ends answers early, as a server does that takes no notice of ignore_eos."""
         done = compare("--server", f"ours={self.here}", "--server", f"theirs={self.here}",
