@@ -420,7 +420,7 @@ def report(lines, tasks, lengths, configs):
         if task == "needle":
             parts.append("By where in the text the needle stands:\n\n"
                          + depth_table(lines, lengths, configs))
-    if FULL in configs and len(tasks) > 1:
+    if FULL in configs and len({*tasks} - {PROSE}) > 1:
         parts += ["### all tasks of which full attention gets half or more right\n",
                   together_table(lines, tasks, lengths, configs)]
     return "\n".join(parts)
@@ -438,7 +438,7 @@ def options_of(config):
 
 def configs_of(text):
     """A wrong option the server refuses; what is no option at all it would not see."""
-    names, option = text.split(","), r"[a-z-]+=[^=+]+"
+    names, option = text.split(","), r"[a-z-]+=[^+]+"
     for name in names:
         if not re.fullmatch(rf"published|[1-9]\d*|{option}(\+{option})*", name):
             sys.exit(f"evaluate: '{name}' of --configs is not a number of kept tokens, option=value "
