@@ -77,7 +77,7 @@ class Run:
         self.commands.append(shlex.join(shorter(w) for w in words))
         process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         try:
-            text, problem = process.communicate(timeout=max(1.0, self.end - time.monotonic()))
+            text, problem = process.communicate(timeout=max(0.01, self.end - time.monotonic()))
         except BaseException:
             # It ends what it started itself; half a minute is more than that takes.
             process.terminate()
