@@ -20,6 +20,7 @@ gets a few stages a call, and what came back is put together with --merge; of a 
 the last one to end counts.
 """
 import argparse
+import contextlib
 import json
 import os
 import shlex
@@ -75,17 +76,20 @@ class Run:
         """What it printed; RuntimeError when it fails, TimeoutExpired at the end of the stage's time."""
         words = [str(w) for w in words]
         self.commands.append(shlex.join(shorter(w) for w in words))
-        process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        # Of its own group: not every script ends what it started when it is ended.
+        process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                                   start_new_session=True)
         try:
             text, problem = process.communicate(timeout=max(0.01, self.end - time.monotonic()))
         except BaseException:
-            # It ends what it started itself; half a minute is more than that takes.
             process.terminate()
             try:
-                process.communicate(timeout=30)
+                process.wait(30)
             except subprocess.TimeoutExpired:
-                process.kill()
-                process.communicate()
+                pass
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
             raise
         if process.returncode:
             raise RuntimeError((problem.strip() or text.strip() or "no word").splitlines()[-1])
