@@ -162,10 +162,15 @@ def local_model(run):
 def run_bench(run, name):
     if name == "step":
         local_model(run)
-    folder = run.path(name)
-    run.script("bench_gpu.py", "--sections", name, "--bin", run.bin, "--models", run.models,
-               "--out", folder)
-    run.result = {"text": (folder / "table.txt").read_text()}
+    table = run.path(name) / "table.txt"
+    table.unlink(missing_ok=True)
+    try:
+        run.script("bench_gpu.py", "--sections", name, "--bin", run.bin, "--models", run.models,
+                   "--out", run.path(name))
+    finally:
+        # One figure that failed does not make the others worthless.
+        if table.exists():
+            run.result = {"text": table.read_text()}
 
 
 def run_offload(run, name):
