@@ -3,7 +3,8 @@
 # make CUDA=0        without the CUDA back end         make test-http   black-box tests of the server
 # make SAN=address   or thread, undefined              make fuzz        each fuzz target, FUZZ_SECONDS each
 # make V=1           show commands                     make bench-cpu   speed beside measured ceilings
-# make run-smollm2   a small assistant, fetched        make lint format install clean
+# make run-smollm2   a small assistant, fetched        make evidence    the tables of docs/RESULTS.md
+# make lint format install clean
 # Each variant has a build tree of its own: build, build-cpu, build-address, ...
 
 NVCC ?= $(firstword $(wildcard /usr/local/cuda/bin/nvcc) $(shell command -v nvcc))

@@ -7,24 +7,36 @@
     evaluate.py --model DIR --chat --text book.txt                 a model that follows instructions
     evaluate.py --url http://127.0.0.1:8000 --text book.txt        a server that is running
     evaluate.py --url http://127.0.0.1:8000 --as-served --text book.txt    one that is not ours
-    evaluate.py -- --selection lagged                              any option of the server
+    evaluate.py --configs 1024,filter=bounds,selection=lagged      options of the server, compared
+    evaluate.py -- --cpu-threads 8                                 options of the server, for all
 
-Each sample is asked with full attention and, for each configuration, with sparse attention;
+Each question is asked with full attention and, for each configuration, with sparse attention;
 the prompt, and so the first token of an answer, is always computed with full attention.  A
-configuration is a number of kept tokens, everything else as by default, or `published`: bounds
-of blocks, 128 blocks, 1,024 tokens.  Most tasks are in evaluation_tasks.py.  Two look at single
-decode steps: `recall` (a passage begins again: is its next token the likeliest?) and `prose`,
-which is no task but the log-probability of the token that follows a long text.
+configuration is what differs from the defaults: a number of kept tokens, options of the server
+(filter=bounds+keep-blocks=128), or `published`: bounds of blocks, 128 blocks, 1,024 tokens.  Most
+tasks are in evaluation_tasks.py.  Two look at single decode steps: `recall` (a passage begins
+again: is its next token the likeliest?) and `prose`, which is no task but the log-probability of
+the token that follows a long text.
 
-A score is the share of what is expected that the answer has, averaged over samples, with a Wilson
-interval of 95 % for the number of samples; where a sample asks for several things that is wider
-than it has to be.  Answers are greedy.  With --out every answer is kept as a line of JSON, and an
-evaluation that was interrupted goes on where it was.  Needs nothing but Python and the daemon.
+A sample is a text of its own.  With --questions several things are hidden in it and each is asked
+for by itself, where the task has several; that is cheap, because the text is computed once.
+
+A score is the share of what is expected that the answer has, averaged over questions, with a Wilson
+interval of 95 % for their number.  Where a question asks for several things that is wider than it
+has to be; where questions share a text it is narrower if texts differ.  "Full minus" it is the mean
+difference of the same questions, in points of a hundred, with an interval of 95 % that counts texts
+and not questions as independent (Agresti and Min's for pairs, which is not empty where no pair
+differs).  `within`: that interval lies below one point, so at most one point is lost; `beyond`: it
+lies above; `open`: there are too few samples to tell.
+
+Answers are greedy.  With --out every sample is kept as a line of JSON, and an evaluation that was
+interrupted goes on where it was.  Needs nothing but Python and the daemon.
 """
 import argparse
 import hashlib
 import json
 import math
+import re
 import signal
 import sys
 import urllib.error
@@ -46,7 +58,12 @@ NEED_IDS = ("border", RECALL, PROSE)
 ALL_TASKS = [*TASKS, RECALL, PROSE]
 # Tokens of a passage that begins again: given, and asked for.
 GIVEN, RECALLED = 8, 16
+DEPTHS = 8        # parts of a text in the table of needles
+# Tokens between two samples of prose; and of a context, for each thing that is hidden in it.
+PROSE_APART, TOKENS_A_QUESTION = 7, 256
 FULL, AS_SERVED = "full", "as served"
+SCORE_HEAD = ["tokens", "attention", "texts", "questions", "right", "full better, worse",
+              "full minus it, points"]
 Z = 1.96
 
 
@@ -126,24 +143,24 @@ def extension(config):
     return {} if config == AS_SERVED else {"attention": FULL if config == FULL else "sparse"}
 
 
-def asked_as_text(client, sample, config):
+def asked_as_text(client, context, asks, config):
     """Answers as completions of prompts, each of which ends as an answer would begin."""
-    prompt, answers = sample.context, []
-    for ask in sample.asks:
+    prompt, answers = context, []
+    for ask in asks:
         tail = " " + ask.tail
         prompt = prompt + (tail if isinstance(prompt, str) else client.tokenise(tail))
         answer = client.complete(prompt=prompt, max_tokens=ask.max_tokens, temperature=0,
                                  **extension(config))["choices"][0]["text"]
         answers.append(answer)
-        if ask is not sample.asks[-1]:
+        if ask is not asks[-1]:
             prompt += answer.split(".")[0] + "."
     return answers
 
 
-def asked_as_chat(client, sample, config):
+def asked_as_chat(client, context, asks, config):
     messages, answers = [], []
-    for n, ask in enumerate(sample.asks):
-        before = "" if n else f"Read this text.\n\n{sample.context}\n\n"
+    for n, ask in enumerate(asks):
+        before = "" if n else f"Read this text.\n\n{context}\n\n"
         messages.append({"role": "user", "content": before + ask.question})
         # Whole sentences take more room than what is asked for.
         answer = client.chat(messages=messages, max_tokens=ask.max_tokens + 64, temperature=0,
@@ -154,10 +171,16 @@ def asked_as_chat(client, sample, config):
 
 
 def ask_sample(client, args, maker, task, config):
-    sample = TASKS[task](maker)
-    answers = (asked_as_chat if args.chat else asked_as_text)(client, sample, config)
-    right = sum(right_of(task, a.expected, answer) for a, answer in zip(sample.asks, answers))
-    return {"right": right, "of": sum(len(a.expected) for a in sample.asks), "answers": answers}
+    """Of each question the share that is right, and the answers."""
+    sample, ask = TASKS[task](maker), asked_as_chat if args.chat else asked_as_text
+    scores, answers = [], []
+    for asks in sample.questions:
+        found = ask(client, sample.context, asks, config)
+        right = sum(right_of(task, a.expected, f) for a, f in zip(asks, found))
+        scores.append(right / sum(len(a.expected) for a in asks))
+        answers.append(found)
+    at = {"depths": sample.depths} if sample.depths else {}
+    return {"scores": scores, "answers": answers, **at}
 
 
 def next_token(client, ids, config):
@@ -181,7 +204,7 @@ def next_token(client, ids, config):
 def prose_sample(client, haystack, n_tokens, sample, config):
     """Samples are a few tokens apart at the end of one text, which is computed once."""
     ids = client.tokenise(" ".join(haystack.sentences))
-    led = next_token(client, ids[:n_tokens - 7 * sample], config)
+    led = next_token(client, ids[:n_tokens - PROSE_APART * sample], config)
     return {"logprob": led[0] if led else None}
 
 
@@ -195,33 +218,46 @@ def recall_sample(client, maker, config):
     if not led:
         sys.exit("evaluate: this server does not take tokens by logit_bias and min_tokens; "
                  "leave recall out")
-    return {"right": sum(likeliest for _, likeliest in led), "of": len(led)}
+    return {"scores": [sum(likeliest for _, likeliest in led) / len(led)]}
 
 
-def run_group(client, args, haystack, results, config, n_tokens, task):
-    """All samples of a task at one length, so far as they are not known."""
-    def one(sample):
-        maker = Maker(haystack, client.tokenise, n_tokens, sample / max(1, args.samples - 1),
-                      f"{args.seed}/{task}/{n_tokens}/{sample}")
-        if task == PROSE:
-            got = prose_sample(client, haystack, n_tokens, sample, config)
-        elif task == RECALL:
-            got = recall_sample(client, maker, config)
-        else:
-            got = ask_sample(client, args, maker, task, config)
-        return {"config": config, "tokens": n_tokens, "task": task, "sample": sample, **got}
+def ask_one(client, args, haystack, config, n_tokens, task, sample):
+    maker = Maker(haystack, client.tokenise, n_tokens, sample / max(1, args.samples - 1),
+                  f"{args.seed}/{task}/{n_tokens}/{sample}", args.questions)
+    if task == PROSE:
+        return prose_sample(client, haystack, n_tokens, sample, config)
+    if task == RECALL:
+        return recall_sample(client, maker, config)
+    return ask_sample(client, args, maker, task, config)
 
-    missing = [i for i in range(args.samples) if (config, n_tokens, task, i) not in results.known]
-    if not missing:
-        return
-    before = client.sparse_rows() if config != AS_SERVED else 0
+
+def run_task(client, args, haystack, results, configs, n_tokens, task):
+    """All samples of a task at one length, so far as they are not known: some texts at a time, and
+    those with every configuration, so that they are still in the prefix cache."""
+    # Prose is one text: who comes first computes it for all.
+    samples = range(args.samples) if task != PROSE else \
+        range(min(args.samples * args.questions, n_tokens // 2 // PROSE_APART))
+    starts = [0, *range(1, len(samples), args.parallel)] if task == PROSE else \
+        range(0, len(samples), args.parallel)
+    asked = set()
     with ThreadPoolExecutor(args.parallel) as pool:
-        lines = list(pool.map(one, missing))
-    # Up to the crossover there is no sparse attention, and the tables have to say so.
-    sparse = client.sparse_rows() > before if config != AS_SERVED else None
-    for line in lines:
-        results.add({**line, "sparse": sparse})
-    print(f"evaluate: {task}, {n_tokens} tokens, {config}", file=sys.stderr, flush=True)
+        for start, end in zip(starts, [*starts[1:], len(samples)]):
+            for config in configs:
+                missing = [i for i in samples[start:end]
+                           if (config, n_tokens, task, i) not in results.known]
+                if not missing:
+                    continue
+                before = client.sparse_rows() if config != AS_SERVED else 0
+                found = list(pool.map(lambda i: ask_one(client, args, haystack, config, n_tokens,
+                                                        task, i), missing))
+                # Up to the crossover there is no sparse attention, and the tables have to say so.
+                sparse = client.sparse_rows() > before if config != AS_SERVED else None
+                for i, got in zip(missing, found):
+                    results.add({"config": config, "tokens": n_tokens, "task": task, "sample": i,
+                                 **got, "sparse": sparse})
+                asked.add(config)
+    for config in asked:
+        print(f"evaluate: {task}, {n_tokens} tokens, {config}", file=sys.stderr, flush=True)
 
 
 # ---- tables
@@ -234,7 +270,9 @@ def wilson(right, n):
 
 
 def scores(lines):
-    return {line["sample"]: line["right"] / line["of"] for line in lines}
+    """By text and question."""
+    return {(line["tokens"], line["task"], line["sample"], i): score
+            for line in lines for i, score in enumerate(line["scores"])}
 
 
 def score_cell(own):
@@ -243,10 +281,29 @@ def score_cell(own):
     return f"{mean:.2f} ({low:.2f} to {high:.2f})"
 
 
-def against(own, full):
-    """Samples that full attention answers better, and worse."""
+def difference(own, full):
+    """(mean, low, high) of full minus own, over the questions that both have.  For the interval
+    half a pair that full attention wins, half a one that it loses and an even one are added."""
+    by_text = {}
+    for key in own.keys() & full.keys():
+        by_text.setdefault(key[:-1], []).append(full[key] - own[key])
+    n = sum(len(d) for d in by_text.values())
+    sums = [sum(d) for d in by_text.values()]
+    mean = sum(sums) / (n + 2)
+    spread = sum(s * s for s in sums) + 1 - sum(sums) ** 2 / (len(sums) + 2)
+    half = Z * math.sqrt(spread) / (n + 2)
+    return sum(sums) / n, max(-1, mean - half), min(1, mean + half)
+
+
+def difference_cells(own, full):
+    """How many questions full attention answers better and worse, and what that amounts to."""
     both = own.keys() & full.keys()
-    return f"{sum(own[i] < full[i] for i in both)}, {sum(own[i] > full[i] for i in both)}"
+    if not both:
+        return ["", ""]
+    mean, low, high = (100 * x for x in difference(own, full))
+    verdict = "within" if high <= 1 else "beyond" if low > 1 else "open"
+    return [f"{sum(full[i] > own[i] for i in both)}, {sum(full[i] < own[i] for i in both)}",
+            f"{mean:+.1f} ({low:+.1f} to {high:+.1f}), {verdict}"]
 
 
 def group(lines, task, n_tokens, config):
@@ -255,56 +312,87 @@ def group(lines, task, n_tokens, config):
 
 
 def short_of_sparse(found):
-    return " (no step was sparse)" if any(x["sparse"] is False for x in found) else ""
+    return " (no step was sparse)" if any(x["sparse"] is False and x["config"] != FULL
+                                          for x in found) else ""
+
+
+def score_rows(n_tokens, by_config):
+    """A row for each configuration, beside full attention where that was asked; by_config has the
+    lines of each."""
+    full, rows = scores(by_config.get(FULL, [])), []
+    for config, found in by_config.items():
+        own = scores(found)
+        if own:
+            texts = len({key[:-1] for key in own})
+            rows.append([f"{n_tokens:,}", config + short_of_sparse(found), f"{texts}",
+                         f"{len(own)}", score_cell(own)]
+                        + (difference_cells(own, full) if config != FULL else ["", ""]))
+    return rows
 
 
 def task_table(lines, task, lengths, configs):
-    with_full = FULL in configs
-    others = [c for c in configs if c != FULL]
-    head = ["tokens", "samples"] + [FULL] * with_full
-    for c in others:
-        head += [c] + ["full better, worse"] * with_full
     rows, cannot = [], []
     for n_tokens in lengths:
-        full = scores(group(lines, task, n_tokens, FULL))
-        row = [f"{n_tokens:,}", str(len(group(lines, task, n_tokens, configs[0])))]
-        if with_full:
-            row.append(score_cell(full))
-            if sum(full.values()) < len(full) / 2:
-                cannot.append(f"{n_tokens:,}")
-        for c in others:
-            found = group(lines, task, n_tokens, c)
-            row.append(score_cell(scores(found)) + short_of_sparse(found))
-            if with_full:
-                row.append(against(scores(found), full))
-        rows.append(row)
+        by_config = {c: group(lines, task, n_tokens, c) for c in configs}
+        rows += score_rows(n_tokens, by_config)
+        if (full := scores(by_config.get(FULL, []))) and not can_do(full):
+            cannot.append(f"{n_tokens:,}")
     note = (f"\nWith full attention this model gets less than half of it right (at "
             f"{', '.join(cannot)} tokens), so this says little about sparse attention.\n") \
         if cannot else ""
-    return table(head, rows) + note
+    return table(SCORE_HEAD, rows) + note
+
+
+def can_do(full):
+    return sum(full.values()) >= len(full) / 2
+
+
+def together_table(lines, tasks, lengths, configs):
+    """All tasks that the model can do with full attention, in one."""
+    rows = []
+    for n_tokens in lengths:
+        able = [t for t in tasks if t != PROSE
+                and (full := scores(group(lines, t, n_tokens, FULL))) and can_do(full)]
+        rows += score_rows(n_tokens, {c: [x for t in able for x in group(lines, t, n_tokens, c)]
+                                      for c in configs})
+    return table(SCORE_HEAD, rows)
+
+
+def depth_table(lines, lengths, configs):
+    """Needles by where they stand; parts of the text in which there is none are left empty."""
+    rows = []
+    for n_tokens in lengths:
+        for config in configs:
+            parts = [[] for _ in range(DEPTHS)]
+            for line in group(lines, "needle", n_tokens, config):
+                for depth, score in zip(line["depths"], line["scores"]):
+                    parts[min(DEPTHS - 1, int(depth * DEPTHS))].append(score)
+            if any(parts):
+                rows.append([f"{n_tokens:,}", config]
+                            + [f"{sum(p) / len(p):.2f}" if p else "" for p in parts])
+    ends = [f"{100 * i / DEPTHS:g}" for i in range(DEPTHS + 1)]
+    return table(["tokens", "attention", *(f"{a} to {b} %" for a, b in zip(ends, ends[1:]))], rows)
 
 
 def prose_table(lines, lengths, configs):
     """Perplexity, and by how many nats a configuration is worse than full attention."""
-    others = [c for c in configs if c != FULL]
-    head = ["tokens", "measured", "perplexity, full"]
-    for c in others:
-        head += [f"perplexity, {c}", "nats more"]
     rows = []
     for n_tokens in lengths:
-        by = {c: {x["sample"]: x["logprob"] for x in group(lines, PROSE, n_tokens, c)}
-              for c in configs}
-        led = [i for i in by[FULL] if all(by[c].get(i) is not None for c in configs)]
-        if len(led) < 2:
-            rows.append([f"{n_tokens:,}", str(len(led))] + ["not measured"] * (len(head) - 2))
-            continue
-        row = [f"{n_tokens:,}", str(len(led)), perplexity([by[FULL][i] for i in led])]
-        for c in others:
-            found = group(lines, PROSE, n_tokens, c)
-            more = [by[FULL][i] - by[c][i] for i in led]
-            row += [perplexity([by[c][i] for i in led]) + short_of_sparse(found), interval(more)]
-        rows.append(row)
-    return table(head, rows)
+        by = {c: {x["sample"]: x["logprob"] for x in found}
+              for c in configs if (found := group(lines, PROSE, n_tokens, c))}
+        # A token that one server could not be led to is measured with none.
+        led = [i for i in next(iter(by.values()), ())
+               if all(b.get(i) is not None for b in by.values())]
+        for config in by:
+            name = config + short_of_sparse(group(lines, PROSE, n_tokens, config))
+            if len(led) < 2:
+                rows.append([f"{n_tokens:,}", name, f"{len(led)}", "not measured", ""])
+                continue
+            more = [by[FULL][i] - by[config][i] for i in led] if FULL in by else []
+            rows.append([f"{n_tokens:,}", name, f"{len(led)}",
+                         perplexity([by[config][i] for i in led]),
+                         interval(more) if more and config != FULL else ""])
+    return table(["tokens", "attention", "measured", "perplexity", "nats more than full"], rows)
 
 
 def perplexity(logprobs):
@@ -323,17 +411,41 @@ def table(head, rows):
     return "\n".join(lines) + "\n"
 
 
-def report(results, tasks, lengths, configs):
+def report(lines, tasks, lengths, configs):
+    """All tables, as Markdown."""
+    parts = []
     for task in tasks:
-        print(f"\n### {task}\n")
-        print(prose_table(results.lines, lengths, configs) if task == PROSE else
-              task_table(results.lines, task, lengths, configs), end="")
+        parts += [f"### {task}\n", prose_table(lines, lengths, configs) if task == PROSE else
+                  task_table(lines, task, lengths, configs)]
+        if task == "needle":
+            parts.append("By where in the text the needle stands:\n\n"
+                         + depth_table(lines, lengths, configs))
+    if FULL in configs and len({*tasks} - {PROSE}) > 1:
+        parts += ["### all tasks of which full attention gets half or more right\n",
+                  together_table(lines, tasks, lengths, configs)]
+    return "\n".join(parts)
 
 
 # ---- the whole
 
 def options_of(config):
-    return PUBLISHED if config == "published" else ["--keep-tokens", config]
+    if config == "published":
+        return PUBLISHED
+    pairs = [("keep-tokens", config)] if config.isdigit() else \
+        [option.split("=", 1) for option in config.split("+")]
+    return [word for name, value in pairs for word in (f"--{name}", value)]
+
+
+def configs_of(text):
+    """A wrong option the server refuses; what is no option at all it would not see."""
+    names, option = text.split(","), r"[a-z-]+=[^+]+"
+    for name in names:
+        if not re.fullmatch(rf"published|[1-9]\d*|{option}(\+{option})*", name):
+            sys.exit(f"evaluate: '{name}' of --configs is not a number of kept tokens, option=value "
+                     "or published")
+    if len(set(names)) < len(names):
+        sys.exit("evaluate: --configs has one of them twice")
+    return names
 
 
 def haystack_of(args, client, lengths):
@@ -376,8 +488,11 @@ def arguments():
                     help="with --url: do not ask for full or sparse attention")
     ap.add_argument("--tokens", help=f"lengths of contexts ({LENGTHS})")
     ap.add_argument("--tasks", help=f"of {', '.join(ALL_TASKS)} (all)")
-    ap.add_argument("--configs", help="numbers of kept tokens, and published (1024,published)")
-    ap.add_argument("--samples", type=int, help="for each task and length (25)")
+    ap.add_argument("--configs", help="numbers of kept tokens, option=value, published "
+                                      "(1024,published)")
+    ap.add_argument("--samples", type=int, help="texts for each task and length (25)")
+    ap.add_argument("--questions", type=int, default=1,
+                    help="about each text, where the task has as many (%(default)s)")
     ap.add_argument("--quick", action="store_true",
                     help=" ".join(f"--{k} {v}" for k, v in QUICK.items()))
     ap.add_argument("--chat", action="store_true", help="ask in conversations")
@@ -398,8 +513,8 @@ def arguments():
             setattr(args, name, value)
     if args.as_served and not args.url:
         ap.error("--as-served needs --url")
-    if args.samples < 1 or args.parallel < 1:
-        ap.error("--samples and --parallel are at least 1")
+    if args.samples < 1 or args.parallel < 1 or args.questions < 1:
+        ap.error("--samples, --questions and --parallel are at least 1")
     return args
 
 
@@ -418,13 +533,14 @@ def main():
     # Ended from outside, it ends the server that it started.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     tasks, lengths = tasks_of(args), numbers(args.tokens, MIN_TOKENS, "--tokens")
+    if args.questions > min(lengths) // TOKENS_A_QUESTION:
+        sys.exit(f"evaluate: {min(lengths)} tokens have room for "
+                 f"{min(lengths) // TOKENS_A_QUESTION} questions, not {args.questions}")
     if args.url:
         configs = [AS_SERVED] if args.as_served else [FULL, "sparse"]
         servers = [(None, configs)]
     else:
-        names = args.configs.split(",")
-        numbers(",".join(n for n in names if n != "published") or "1", 1,
-                "--configs but published")
+        names = configs_of(args.configs)
         configs = [FULL, *names]
         # Full attention is the same under every configuration: the first answers for it.
         servers = [(name, [FULL, name] if name == names[0] else [name]) for name in names]
@@ -438,15 +554,14 @@ def main():
                 haystack, digest = haystack_of(args, client, lengths)
                 results = Results(args.out, {
                     "model": client.model, "text": digest, "seed": args.seed, "chat": args.chat,
-                    "samples": args.samples, "options": options})
+                    "samples": args.samples, "questions": args.questions, "options": options})
             for n_tokens in lengths:
                 for task in tasks:
-                    for config in asked:
-                        run_group(client, args, haystack, results, config, n_tokens, task)
+                    run_task(client, args, haystack, results, asked, n_tokens, task)
         finally:
             if server:
                 server.stop()
-    report(results, tasks, lengths, configs)
+    print("\n" + report(results.lines, tasks, lengths, configs), end="")
 
 
 if __name__ == "__main__":

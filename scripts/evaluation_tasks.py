@@ -4,8 +4,9 @@ The kinds are RULER's, the sentences our own.  Those about facts and variables h
 the bundled model was trained on (scripts/train_bundled_model.py), with new combinations and
 values; the others need a model that follows instructions.
 
-A task is a function of a Maker that gives a Sample.  A sample has a context and asks one or more
-questions about it, one after the other, each with the answers to those before it in sight.
+A task is a function of a Maker that gives a Sample: a context and as many questions about it as are
+wanted, or as the task has.  Each is asked by itself, for one or more things, one after the other
+with the answers to those before in sight.
 """
 import random
 import re
@@ -32,7 +33,8 @@ class Ask:
 @dataclass
 class Sample:
     context: object  # a text, or token ids where their places matter
-    asks: list
+    questions: list  # lists of Ask
+    depths: list = None  # where the answer of each stands, 0 to 1, if that is one place
 
 
 class Haystack:
@@ -58,11 +60,13 @@ class Haystack:
 
 
 class Maker:
-    """One sample's random numbers, its length, and its place among the samples (0 to 1)."""
+    """One sample's random numbers, its length, its place among the samples (0 to 1), and how many
+    questions are wanted."""
 
-    def __init__(self, haystack, tokenise, n_tokens, share, seed):
+    def __init__(self, haystack, tokenise, n_tokens, share, seed, questions=1):
         self.haystack, self.tokenise = haystack, tokenise
         self.n_tokens, self.share, self.rng = n_tokens, share, random.Random(seed)
+        self.questions = questions
 
     def number(self):
         return "".join(self.rng.choices("0123456789", k=DIGITS))
@@ -70,14 +74,19 @@ class Maker:
     def subjects(self, n):
         return self.rng.sample([f"{a} {b}" for a in ADJECTIVES for b in NOUNS], n)
 
-    def context(self, statements, room=120, depth=None):
-        """Prose with the statements in their order, at random places or the one at `depth`."""
+    def facts(self, n, attribute=None):
+        """n facts about different things; of one kind, if it is given."""
+        return [(attribute or self.rng.choice(ATTRIBUTES), s, self.number())
+                for s in self.subjects(n)]
+
+    def context(self, statements, room=120, depths=None):
+        """Prose with the statements in their order, at random places or at these (0 to 1)."""
         spent = self.haystack.tokens_of(" ".join(statements))
         # Numbers are more tokens a character than prose.
         sentences = self.haystack.cut(self.n_tokens - room - 2 * spent, self.rng)
         places = sorted(self.rng.randrange(len(sentences) + 1) for _ in statements)
-        if depth is not None:
-            places = [round(depth * len(sentences))] * len(statements)
+        if depths:
+            places = [round(d * len(sentences)) for d in depths]
         for place, statement in reversed(list(zip(places, statements))):
             sentences.insert(place, statement)
         return " ".join(sentences)
@@ -95,27 +104,41 @@ def ask_for(attribute, subject, value):
 # ---- facts
 
 def needle(m):
-    """One fact, from the beginning of the text to its end over the samples."""
-    fact = m.rng.choice(ATTRIBUTES), m.subjects(1)[0], m.number()
-    return Sample(m.context([state(*fact)], depth=m.share), [ask_for(*fact)])
+    """One fact, from the beginning of the text to its end over the samples; with several questions
+    as many facts, one in each part of the text."""
+    facts = m.facts(m.questions)
+    depths = [(i + m.share) / m.questions for i in range(m.questions)]
+    return Sample(m.context([state(*f) for f in facts], depths=depths),
+                  [[ask_for(*f)] for f in facts], depths)
+
+
+def ending(m):
+    """Facts right before their question, whose last digit is doubled: what is hard is to stop."""
+    facts = [(a, s, v[:-1] + v[-2]) for a, s, v in m.facts(m.questions)]
+    asks = [ask_for(*f) for f in facts]
+    for ask, fact in zip(asks, facts):
+        ask.question, ask.tail = (f"{state(*fact)} {x}" for x in (ask.question, ask.tail))
+    return Sample(m.context([]), [[ask] for ask in asks])
 
 
 def border(m):
-    """One fact whose value lies across the border of two blocks."""
-    attribute, subject, value = m.rng.choice(ATTRIBUTES), m.subjects(1)[0], m.number()
-    head = m.tokenise(f" The {attribute} of the {subject} is")
-    tail = m.tokenise(f" {value}.")
-    prose = m.tokenise(m.context([]))
-    block = m.rng.randrange(2, (len(prose) - len(head) - len(tail)) // BLOCK_TOKENS)
-    at = block * BLOCK_TOKENS - len(head) - len(tail) // 2
-    return Sample(prose[:at] + head + tail + prose[at:], [ask_for(attribute, subject, value)])
+    """A fact for each question, whose value lies across the border of two blocks."""
+    facts = m.facts(m.questions)
+    pieces = [(m.tokenise(f" The {a} of the {s} is"), m.tokenise(f" {v}.")) for a, s, v in facts]
+    ids = m.tokenise(m.context([], room=120 + sum(len(h) + len(t) for h, t in pieces)))
+    # Two blocks apart, so that none is set into another; those before stay where they are.
+    blocks = m.rng.sample(range(2, len(ids) // BLOCK_TOKENS, 2), m.questions)
+    for block, (head, tail) in zip(sorted(blocks), pieces):
+        at = block * BLOCK_TOKENS - len(head) - len(tail) // 2
+        ids[at:at] = head + tail
+    return Sample(ids, [[ask_for(*f)] for f in facts])
 
 
 def multikey(m):
-    """Sixteen facts of one kind, one is asked for."""
-    attribute = m.rng.choice(ATTRIBUTES)
-    facts = [(attribute, s, m.number()) for s in m.subjects(16)]
-    return Sample(m.context([state(*f) for f in facts]), [ask_for(*m.rng.choice(facts))])
+    """Sixteen facts of one kind; a question asks for one."""
+    facts = m.facts(16, attribute=m.rng.choice(ATTRIBUTES))
+    return Sample(m.context([state(*f) for f in facts]),
+                  [[ask_for(*f)] for f in m.rng.sample(facts, min(m.questions, 16))])
 
 
 def multivalue(m):
@@ -124,14 +147,15 @@ def multivalue(m):
     values = [m.number() for _ in range(3)]
     question = f"What are all three values of the {attribute} of the {subject}?"
     return Sample(m.context([state(attribute, subject, v) for v in values]),
-                  [Ask(question, f"{question} The {attribute} of the {subject} is", values, 50)])
+                  [[Ask(question, f"{question} The {attribute} of the {subject} is", values, 50)]])
 
 
 def multiquery(m):
-    """Four facts, asked for one after the other."""
+    """Four facts, asked for one after the other; each question begins with another of them."""
     facts = [(a, s, m.number()) for a, s in zip(m.rng.sample(ATTRIBUTES, 4), m.subjects(4))]
-    asked = m.rng.sample(facts, 4)
-    return Sample(m.context([state(*f) for f in facts]), [ask_for(*f) for f in asked])
+    asked = [ask_for(*f) for f in m.rng.sample(facts, 4)]
+    return Sample(m.context([state(*f) for f in facts]),
+                  [asked[i:] + asked[:i] for i in range(min(m.questions, 4))])
 
 
 def tracking(m):
@@ -140,18 +164,18 @@ def tracking(m):
     chains = [(names[i], names[i + 1], str(m.rng.randrange(10000, 99999))) for i in range(0, 8, 2)]
     first = [f"VAR {a} = {v}." for a, b, v in chains]
     second = [f"VAR {b} = {a}." for a, b, v in chains]
-    a, b, value = m.rng.choice(chains)
     return Sample(m.context(first + second),
-                  [Ask(f"What number is the value of the variable {b}?", f"{b} =", [value], 20)])
+                  [[Ask(f"What number is the value of the variable {b}?", f"{b} =", [value], 20)]
+                   for _, b, value in m.rng.sample(chains, min(m.questions, 4))])
 
 
 def json_facts(m):
     """Sixteen facts, all to be written as one JSON object."""
     attribute = m.rng.choice(ATTRIBUTES)
-    facts = [(attribute, s, m.number()) for s in m.subjects(16)]
+    facts = m.facts(16, attribute=attribute)
     order = f"Write the {attribute} of each thing that has one as a JSON object, by name."
     return Sample(m.context([state(*f) for f in facts], room=600),
-                  [Ask(order, order + ' {"', [f"{s}={v}" for _, s, v in facts], 440)])
+                  [[Ask(order, order + ' {"', [f"{s}={v}" for _, s, v in facts], 440)]])
 
 
 def right_json(expected, answer):
@@ -165,10 +189,12 @@ def question(m):
     """Who hid what where, among others who did."""
     people, things = m.rng.sample(PEOPLE, 6), m.rng.sample(NOUNS, 6)
     hidden = list(zip(people, things, m.rng.sample(PLACES, 6)))
-    who, what, where = m.rng.choice(hidden)
-    asked = f"Where did {who} hide the {what}?"
+
+    def ask(who, what, where):
+        asked = f"Where did {who} hide the {what}?"
+        return Ask(asked, f"{asked} {who} hid the {what}", [where], 12)
     return Sample(m.context([f"{p} hid the {t} {w}." for p, t, w in hidden]),
-                  [Ask(asked, f"{asked} {who} hid the {what}", [where], 12)])
+                  [[ask(*h)] for h in m.rng.sample(hidden, min(m.questions, 6))])
 
 
 # ---- counting
@@ -184,7 +210,7 @@ def common_words(m):
     m.rng.shuffle(listed)
     asked = "What are the ten most common words of this list?"
     tail = f"{asked} The ten most common words of this list are"
-    return Sample(" ".join(listed) + ".", [Ask(asked, tail, words[:10], 60)])
+    return Sample(" ".join(listed) + ".", [[Ask(asked, tail, words[:10], 60)]])
 
 
 def frequent_words(m):
@@ -197,11 +223,12 @@ def frequent_words(m):
     top = sorted(set(listed), key=listed.count, reverse=True)[:3]
     asked = "What are the three most frequent words of this text?"
     return Sample(" ".join(listed) + ".",
-                  [Ask(asked, f"{asked} The three most frequent words of this text are", top, 24)])
+                  [[Ask(asked, f"{asked} The three most frequent words of this text are", top,
+                        24)]])
 
 
-TASKS = {f.__name__: f for f in (needle, border, multikey, multivalue, multiquery, tracking,
-                                 json_facts, question, common_words, frequent_words)}
+TASKS = {f.__name__: f for f in (needle, ending, border, multikey, multivalue, multiquery,
+                                 tracking, json_facts, question, common_words, frequent_words)}
 
 
 def right_of(task, expected, answer):

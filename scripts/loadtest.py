@@ -252,16 +252,16 @@ class Load:
 
     # Asking
 
-    async def prepare(self):
-        """Who is served, and how long words are for it."""
+    async def prepare(self, words_per_token=None):
+        """Who is served, and how long words are for it, or for another server where it is given."""
         if not self.model:
             self.model = (await self.server.json("GET", "/models"))["data"][0]["id"]
         usage = None
         async for document in self.server.events(self.path, self.body(self.words(400, random.Random(1)), 1)):
             usage = document.get("usage") or usage
-        if not usage:
-            sys.exit("loadtest: the server does not tell usage in streams; lengths cannot be set")
-        self.words_per_token = 400 / usage["prompt_tokens"]
+        if not usage and not words_per_token:
+            sys.exit(f"{self.server.host}:{self.server.port} does not tell usage in streams; lengths cannot be set")
+        self.words_per_token = words_per_token or 400 / usage["prompt_tokens"]
 
     async def one(self, record, body):
         try:
@@ -359,8 +359,8 @@ class Load:
             counts[r.outcome] += 1
         return counts
 
-    async def run(self):
-        await self.prepare()
+    async def run(self, words_per_token=None):
+        await self.prepare(words_per_token)
         self.start = time.monotonic()
         loop = asyncio.get_running_loop()
         main = asyncio.ensure_future(self.poisson() if self.o.rate else
@@ -519,25 +519,18 @@ def share(text):
     return value
 
 
-def parse_options():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--url", default="http://127.0.0.1:8000/v1", help="base URL [%(default)s]")
-    p.add_argument("--key", default=os.environ.get("OPENAI_API_KEY"), help="API key [$OPENAI_API_KEY]")
-    p.add_argument("--model", help="[the first that the server lists]")
+def add_load_options(p):
+    """What is asked, when, and where it is reported: not who is asked."""
     p.add_argument("--api", choices=("completions", "chat"), default="completions", help="[%(default)s]")
     arrivals = p.add_mutually_exclusive_group(required=True)
     arrivals.add_argument("--concurrency", type=above_zero(int), help="closed loop of so many clients")
     arrivals.add_argument("--rate", type=above_zero(float), help="Poisson arrivals a second")
     p.add_argument("--requests", type=above_zero(int), help="end after so many")
-    p.add_argument("--duration", type=above_zero(float), help="ask for so many seconds")
     p.add_argument("--scenario", choices=SCENARIOS, default="chat",
                    help="lengths where the next three do not say [%(default)s]")
     p.add_argument("--prompt-tokens", type=Lengths)
     p.add_argument("--output-tokens", type=Lengths)
     p.add_argument("--shared-prefix", type=int, help="tokens that all prompts begin with")
-    p.add_argument("--cancel", type=share, default=0, help="share of requests cut off at a random place")
-    p.add_argument("--ignore-eos", action="store_true", help="send ignore_eos, which OpenAI's own servers refuse")
-    p.add_argument("--extra", type=fields, default={}, help="more fields of the body, as JSON")
     p.add_argument("--goodput", type=goal, action="append", default=[],
                    help="goal, as ttft:500, tpot:50 or e2e:10000 in ms; may be repeated")
     p.add_argument("--timeout", type=above_zero(float), default=900, help="of a request in s [%(default)s]")
@@ -545,9 +538,9 @@ def parse_options():
     p.add_argument("--json", help="write the report to this file")
     p.add_argument("--plot", help="write a PNG to this file (needs matplotlib)")
     p.add_argument("--quiet", action="store_true", help="no progress")
-    o = p.parse_args()
-    if not o.requests and not o.duration:
-        p.error("one of --requests and --duration is needed")
+
+
+def complete_load_options(p, o):
     prompt, output, prefix = SCENARIOS[o.scenario]
     o.prompt_tokens = o.prompt_tokens or Lengths(prompt)
     o.output_tokens = o.output_tokens or Lengths(output)
@@ -561,6 +554,22 @@ def parse_options():
             import matplotlib  # noqa: F401: missing it is better known before the load than after
         except ImportError:
             p.error("--plot needs matplotlib")
+
+
+def parse_options():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--url", default="http://127.0.0.1:8000/v1", help="base URL [%(default)s]")
+    p.add_argument("--key", default=os.environ.get("OPENAI_API_KEY"), help="API key [$OPENAI_API_KEY]")
+    p.add_argument("--model", help="[the first that the server lists]")
+    p.add_argument("--duration", type=above_zero(float), help="ask for so many seconds")
+    p.add_argument("--cancel", type=share, default=0, help="share of requests cut off at a random place")
+    p.add_argument("--ignore-eos", action="store_true", help="send ignore_eos, which OpenAI's own servers refuse")
+    p.add_argument("--extra", type=fields, default={}, help="more fields of the body, as JSON")
+    add_load_options(p)
+    o = p.parse_args()
+    if not o.requests and not o.duration:
+        p.error("one of --requests and --duration is needed")
+    complete_load_options(p, o)
     return o
 
 

@@ -19,6 +19,13 @@ $B/bench-grammar: $B/tests/bench/bench_grammar.o $B/tests/support/random_data.o 
 	$Q$(CC) $(LDFLAGS) -o $@ $^ $(LDLIBS)
 .PHONY: bench-cpu
 
+# The tables of docs/RESULTS.md.  numpy makes models; PyTorch, where it is, is the baseline.
+evidence: $B/asynctlsd $(if $(CU),bench-gpu-programs)
+	$Q p=$(PY); $$p -c 'import numpy' 2>/dev/null || \
+	    { $(MAKE) --no-print-directory $(VENV)/ready && p=$(PYTEST); }; \
+	$$p scripts/evidence.py --bin $B $(ARGS)
+.PHONY: evidence
+
 # Speed of the CUDA back end; where there is no GPU these say so.
 ifneq ($(CU),)
 BENCH_GPU := bench-gpu bench-gpu-two-level bench-gpu-step bench-gpu-offload

@@ -7,7 +7,7 @@ import tempfile
 import unittest
 from pathlib import Path
 
-from daemon import ON_CPU, PATIENCE, ROOT, Case
+from daemon import BACKEND, BINARY, MODEL, ON_CPU, PATIENCE, ROOT, Case
 
 SCRIPTS = ROOT / "scripts"
 sys.path.insert(0, str(SCRIPTS))
@@ -23,37 +23,68 @@ class Tasks(unittest.TestCase):
     def setUp(self):
         self.haystack = Haystack(TEXT, len(TEXT.split()))
 
-    def sample(self, task, seed=1, n_tokens=2500):
-        return TASKS[task](Maker(self.haystack, str.split, n_tokens, 0.5, seed))
+    def sample(self, task, seed=1, n_tokens=2500, questions=1):
+        return TASKS[task](Maker(self.haystack, str.split, n_tokens, 0.5, seed, questions))
 
     def test_statements_are_in_the_text(self):
         for task in ("needle", "multikey", "multiquery", "multivalue", "question", "json_facts"):
             with self.subTest(task):
                 sample = self.sample(task)
-                for ask in sample.asks:
+                self.assertEqual(len(sample.questions), 1)
+                for ask in sample.questions[0]:
                     for value in ask.expected:
                         self.assertIn(value.split("=")[-1], sample.context)
                         self.assertNotIn(value.split("=")[-1], ask.tail)
                 self.assertEqual(sample, self.sample(task))
                 self.assertNotEqual(sample, self.sample(task, seed=2))
 
+    def test_several_questions_of_one_text(self):
+        for task, n in (("needle", 8), ("border", 8), ("multikey", 8), ("multiquery", 4),
+                        ("tracking", 4), ("question", 6), ("multivalue", 1), ("common_words", 1)):
+            with self.subTest(task):
+                sample = self.sample(task, questions=8)
+                self.assertEqual(len({q[0].tail for q in sample.questions}), n)
+                text = sample.context if isinstance(sample.context, str) else \
+                    " ".join(sample.context)
+                for asks in sample.questions:
+                    for ask in asks:
+                        self.assertTrue(all(e in text for e in ask.expected))
+        # One in each part of the text.
+        sample = self.sample("needle", questions=8)
+        places = [sample.context.index(q[0].expected[0]) / len(sample.context)
+                  for q in sample.questions]
+        for i, place in enumerate(places):
+            self.assertAlmostEqual(place, (i + 0.5) / 8, delta=0.03)
+        for asks in self.sample("border", questions=8).questions:
+            at = self.sample("border", questions=8).context.index(asks[0].expected[0] + ".")
+            self.assertEqual(at % BLOCK_TOKENS, 0)
+
     def test_needle_is_in_the_middle(self):
         sample = self.sample("needle")
-        at = sample.context.index(sample.asks[0].expected[0]) / len(sample.context)
+        at = sample.context.index(sample.questions[0][0].expected[0]) / len(sample.context)
         self.assertAlmostEqual(at, 0.5, delta=0.05)
+
+    def test_ending(self):
+        """The fact stands in the question, and its last digit is doubled."""
+        sample = self.sample("ending", questions=3)
+        for ask, in sample.questions:
+            value = ask.expected[0]
+            self.assertEqual((value[-1], len(value)), (value[-2], 7))
+            self.assertEqual(ask.tail.count(value), 1)
+            self.assertIn(f"is {value}. What is the ", ask.question)
 
     def test_border(self):
         """The value begins in one block and ends in the next; here it is one word, the second's."""
         for seed in range(5):
             sample = self.sample("border", seed)
-            at = sample.context.index(sample.asks[0].expected[0] + ".")
+            at = sample.context.index(sample.questions[0][0].expected[0] + ".")
             self.assertEqual(at % BLOCK_TOKENS, 0)
 
     def test_variables_are_given_before_they_are_used(self):
         sample = self.sample("tracking")
-        last = sample.asks[0].tail.split()[0]
+        last = sample.questions[0][0].tail.split()[0]
         first = sample.context.split(f"VAR {last} = ")[1].split(".")[0]
-        value = sample.asks[0].expected[0]
+        value = sample.questions[0][0].expected[0]
         self.assertLess(sample.context.index(f"VAR {first} = {value}."),
                         sample.context.index(f"VAR {last} = {first}."))
 
@@ -61,7 +92,7 @@ class Tasks(unittest.TestCase):
         for task, n in (("common_words", 10), ("frequent_words", 3)):
             words = self.sample(task).context.rstrip(".").split()
             top = sorted(set(words), key=words.count, reverse=True)[:n]
-            self.assertEqual(set(top), set(self.sample(task).asks[0].expected), task)
+            self.assertEqual(set(top), set(self.sample(task).questions[0][0].expected), task)
 
     def test_right(self):
         for task, expected, answer, right in (
@@ -79,6 +110,36 @@ class Tasks(unittest.TestCase):
         self.assertAlmostEqual(high, 0.9433, places=3)
         self.assertEqual(evaluate.wilson(0, 5)[0], 0)
         self.assertEqual(evaluate.wilson(5, 5)[1], 1)
+
+
+    def test_difference(self):
+        """Agresti and Min's interval where every text has one question; wider where questions that
+        are lost are of one text; never empty."""
+        def pairs(n_texts, n_questions, lost):
+            full = {(t, q): 1.0 for t in range(n_texts) for q in range(n_questions)}
+            return full, {key: float(key not in lost) for key in full}
+
+        full, own = pairs(100, 1, [(i, 0) for i in range(8)])
+        mean, low, high = evaluate.difference(own, full)
+        self.assertAlmostEqual(mean, 0.08)
+        half = 1.96 * (9 - 64 / 102) ** 0.5 / 102
+        self.assertAlmostEqual(low, 8 / 102 - half)
+        self.assertAlmostEqual(high, 8 / 102 + half)
+        same = evaluate.difference(full, full)
+        self.assertEqual(same[0], 0)
+        self.assertAlmostEqual(same[2], 1.96 / 102)
+        self.assertIn("+0.0 (-1.9 to +1.9), open", evaluate.difference_cells(full, full))
+        full, own = pairs(400, 1, [])
+        self.assertIn("+0.0 (-0.5 to +0.5), within", evaluate.difference_cells(own, full))
+        full, own = pairs(10, 10, [(i, 0) for i in range(8)])
+        spread = evaluate.difference(own, full)
+        full, own = pairs(10, 10, [(0, i) for i in range(8)])
+        clustered = evaluate.difference(own, full)
+        self.assertEqual(spread[0], clustered[0])
+        self.assertGreater(clustered[2] - clustered[1], 2 * (spread[2] - spread[1]))
+        full, own = pairs(100, 1, [(i, 0) for i in range(30)])
+        self.assertTrue(evaluate.difference_cells(own, full)[1].endswith("beyond"))
+        self.assertEqual(evaluate.difference_cells(own, full)[0], "30, 0")
 
 
 class Evaluate(Case):
@@ -120,7 +181,7 @@ class Evaluate(Case):
         self.assertEqual(len(lines), 1 + 3 * 2 * 2)
         self.assertTrue(all(x["sparse"] == (x["config"] == "sparse") for x in lines[1:]))
         # The bundled model finds a needle with full attention, whatever the machine.
-        self.assertIn("| 2,048 | 2 | 1.00 (0.34 to 1.00) |", done.stdout)
+        self.assertIn("| 2,048 | full | 2 | 2 | 1.00 (0.34 to 1.00) |", done.stdout)
         for task in ("needle", "prose", "recall"):
             self.assertIn(f"### {task}\n", done.stdout)
         self.assertNotIn("not measured", done.stdout)
@@ -141,10 +202,49 @@ class Evaluate(Case):
         other = self.evaluate(*run[:-1], str(self.text))
         self.assertIn("is not a file of results", other.stderr)
 
+    def test_several_questions(self):
+        done = self.evaluate("--questions", "3", "--tasks", "needle,prose", "--out", str(self.out))
+        self.assertEqual(done.returncode, 0, done.stderr)
+        lines = [json.loads(line) for line in self.out.read_text().splitlines()][1:]
+        needles = [x for x in lines if x["task"] == "needle"]
+        self.assertEqual([len(x["scores"]) for x in needles], [3] * 4)
+        self.assertEqual(len(lines) - len(needles), 2 * 3 * 2)
+        for x in needles:
+            self.assertEqual([round(3 * d, 6) for d in x["depths"]],
+                             [i + x["sample"] for i in range(3)])
+        # Six needles at six depths, of which two share a part, and the bundled model finds all.
+        depths = done.stdout.split("the needle stands:")[1].split("###")[0]
+        row = [line for line in depths.splitlines() if line.startswith("| 2,048 | full |")]
+        self.assertEqual([r.count("1.00") for r in row], [4])
+        self.assertIn("| 2,048 | full | 2 | 6 | 1.00 (0.61 to 1.00) |", done.stdout)
+
+    def test_options_compared(self):
+        """Servers of its own, whose attention differs in an option or two."""
+        def evaluate_own(configs, *more):
+            return subprocess.run(
+                [sys.executable, str(SCRIPTS / "evaluate.py"), "--asynctlsd", BINARY, "--model",
+                 MODEL, "--text", str(self.text), "--tokens", "2048", "--samples", "1", "--tasks",
+                 "needle", "--configs", configs, *more, "--", "--crossover", "512", "--backend",
+                 BACKEND], capture_output=True, text=True, timeout=240 * PATIENCE)
+
+        done = evaluate_own("256,filter=bounds+keep-tokens=256", "--out", str(self.out))
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertIn("| 2,048 | filter=bounds+keep-tokens=256 | 1 | 1 | 1.00 (0.21 to 1.00) | 0, 0 "
+                      "| +0.0 (-65.3 to +65.3), open |", done.stdout)
+        lines = [json.loads(line) for line in self.out.read_text().splitlines()][1:]
+        self.assertEqual([(x["config"], x["sparse"]) for x in lines],
+                         [("full", False), ("256", True), ("filter=bounds+keep-tokens=256", True)])
+        for configs, sentence in (("many", "'many' of --configs"), ("0", "'0' of --configs"),
+                                  ("256,256", "has one of them twice"),
+                                  ("no-option=1", "the server did not start")):
+            done = evaluate_own(configs)
+            self.assertEqual(done.returncode, 1)
+            self.assertIn(sentence, done.stderr)
+
     def test_conversation_of_another_server(self):
         done = self.evaluate("--chat", "--as-served", "--tasks", "multiquery")
         self.assertEqual(done.returncode, 0, done.stderr)
-        self.assertIn("| tokens | samples | as served |", done.stdout)
+        self.assertRegex(done.stdout, r"\| 2,048 \| as served \| 2 \| 2 \| 0\.\d\d \([^|]* \|  \|  \|\n")
 
     def test_refuses(self):
         for more, sentence in (
@@ -152,7 +252,8 @@ class Evaluate(Case):
                 (("--chat", "--tasks", "border"), "there is no task 'border' here"),
                 (("--tokens", "100"), "whole numbers of at least 2048"),
                 (("--tokens", "9000"), "the text has"), (("--text", "none"), "cannot be read"), (("--quick",), "no server is started"),
-                (("--samples", "0"), "at least 1")):
+                (("--samples", "0"), "at least 1"),
+                (("--questions", "9"), "have room for 8 questions, not 9")):
             with self.subTest(more):
                 done = self.evaluate(*more)
                 self.assertNotEqual(done.returncode, 0)
