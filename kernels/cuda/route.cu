@@ -154,7 +154,8 @@ __global__ void __launch_bounds__(THREADS) choose(struct route_args a)
 /* ---- few rows: product and choice */
 
 /* Grid: experts / OUTPUTS.  Warps take every WARPS-th step of the inputs, and their sums are added
- * in the order of the warps: a score does not depend on the number of rows. */
+ * in the order of the warps: a score does not depend on the number of rows.  Without the second
+ * launch bound the compiler saves registers, and each load waits for the product before it. */
 template <int COLUMN_TILES, int PARTS>
 __global__ void __launch_bounds__(THREADS, 1) route_few(struct route_args a, unsigned *arrived)
 {
