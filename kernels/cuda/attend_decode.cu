@@ -301,24 +301,6 @@ __device__ void join_chunks(const decode &a, const chunk &k, int seq, int kv_hea
     }
 }
 
-/* Whether this thread block is the last of its sequence and KV head to have written its
- * part; then it sees all of them. */
-__device__ bool is_last(const decode &a, const chunk &k, int seq, int kv_head)
-{
-    bool last = false;
-
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        unsigned *at = a.arrived + (size_t)seq * a.kv_heads + kv_head;
-        last = atomicAdd(at, 1) == (unsigned)k.chunks - 1;
-        if (last)
-            *at = 0;             /* as the next call wants it */
-        __threadfence();
-    }
-    return __syncthreads_or(last);
-}
-
 /* Grid: chunks, KV heads, sequences. */
 template <int DIM, int TOKENS>
 __global__ void __launch_bounds__(THREADS, 2) attend(decode a)
@@ -382,7 +364,8 @@ __global__ void __launch_bounds__(THREADS, 2) attend(decode a)
         slot = slot == DEPTH - 1 ? 0 : slot + 1;
     }
     join_warps<DIM>(a, &s, (float *)memory, k, seq, kv_head);
-    if (k.chunks > 1 && is_last(a, k, seq, kv_head))
+    if (k.chunks > 1 &&
+        last_to_arrive(a.arrived + (size_t)seq * a.kv_heads + kv_head, k.chunks))
         join_chunks<DIM>(a, k, seq, kv_head);
 }
 

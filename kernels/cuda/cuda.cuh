@@ -131,6 +131,24 @@ static __device__ __forceinline__ void let_next_start()
 #endif
 }
 
+/* Whether this thread block is the last of n to come here, and so sees what all of them wrote
+ * before.  They count with a word of the stream's `arrived`, and wait for their inputs before;
+ * all threads of a block call it together. */
+static __device__ __forceinline__ bool last_to_arrive(unsigned *arrived, int n)
+{
+    bool last = false;
+
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        last = atomicAdd(arrived, 1) == (unsigned)n - 1;
+        if (last)
+            *arrived = 0;        /* as the next kernel wants it */
+        __threadfence();
+    }
+    return __syncthreads_or(last);
+}
+
 extern "C" {
 void cuda_embed(struct stream *s, const struct embed_args *a);
 void cuda_add_norm(struct stream *s, const struct add_norm_args *a);

@@ -1,9 +1,10 @@
 /* A product of its own for each head.
  *
  * A thread block makes COLUMNS outputs of one head for a tile of rows.  All of the head's inputs
- * lie in shared memory at once, weights first: those are copied while the kernels before this one
- * end, which is what a decode step's few rows are bound by.  Every output is one chain of products
- * in the order of the inputs, so a result depends neither on the number of rows nor on the tile.
+ * lie in shared memory at once, weights first: those are copied, and rows that are not there
+ * cleared, while the kernels before this one end, which is what a decode step's few rows are bound
+ * by.  Every output is one chain of products in the order of the inputs, so a result depends
+ * neither on the number of rows nor on the tile.
  * Weights in float32 have a plain kernel. */
 
 #include "kernels/cuda/mma.cuh"
@@ -75,9 +76,10 @@ __global__ void __launch_bounds__(THREADS) multiply_heads(heads_product p)
     else
         copy_matrix(w, w_rows, w_cols, weight + (size_t)first * p.in_dim, p.in_dim,
                     p.out_dim - first, p.in_dim);
+    copy_matrix(x + n_rows * (depth + GAP), ROWS - n_rows, depth, p.x, 0, 0, 0); /* zeros */
     let_next_start();
     wait_for_inputs();
-    copy_matrix(x, ROWS, depth, p.x + (size_t)first_row * p.x_stride + head * p.x_head_stride,
+    copy_matrix(x, n_rows, depth, p.x + (size_t)first_row * p.x_stride + head * p.x_head_stride,
                 p.x_stride, n_rows, p.in_dim);
     copy_commit();
     copy_wait<0>();

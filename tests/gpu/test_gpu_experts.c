@@ -28,6 +28,11 @@ static const struct routing {
     { 70, 256, 512, 16, ROUTER_SIGMOID, true, false, false, DTYPE_BF16 },
     { 5, 64, 1, 1, ROUTER_SOFTMAX, false, true, false, DTYPE_BF16 },
     { 130, 72, 16, 16, ROUTER_SOFTMAX, false, true, false, DTYPE_BF16 },
+    { 1, 2048, 64, 4, ROUTER_SIGMOID, true, true, false, DTYPE_BF16 },
+    { 16, 4104, 128, 8, ROUTER_SOFTMAX, false, true, true, DTYPE_BF16 },
+    { 9, 2560, 512, 10, ROUTER_SIGMOID, true, true, true, DTYPE_BF16 },
+    { 8, 584, 65, 3, ROUTER_SOFTMAX, false, false, false, DTYPE_BF16 },
+    { 12, 1000, 60, 4, ROUTER_SIGMOID, false, true, false, DTYPE_BF16 },
 };
 enum { N_ROUTINGS = sizeof routings / sizeof *routings };
 
@@ -192,6 +197,56 @@ START_TEST(odd_scores_equal_cpu)
         ck_assert_int_eq(experts[i], want.experts[i]);
     mem_free(want.experts);
     mem_free(want.weights);
+    gpu_forget();
+}
+END_TEST
+
+/* One kernel scores and chooses for up to 16 rows, and what it counts thread blocks with is as it
+ * was when it ends: the same rows come to the same bits in calls of any size. */
+START_TEST(few_rows_are_routed_alike)
+{
+    enum { ROWS = 16 };
+    const struct routing *c = &routings[_i];
+    size_t dim = (size_t)c->dim, n = (size_t)c->n_experts, k = (size_t)c->n_chosen;
+    struct test_random r = test_random(300 + (uint64_t)_i);
+    struct route_args a = route_args_of(c);
+    struct routed made[2];       /* of all rows, and of fewer */
+    float bias[512];
+
+    if (!gpu_backend() || c->type != DTYPE_BF16)
+        return;
+    float *x = random_acts(&r, ROWS * dim, 1);
+    void *router = random_weights(&r, n * dim, c->type, 2 / sqrtf((float)c->dim));
+    random_floats(&r, bias, n, 0.3f);
+    a.x = gpu_put_act(x, ROWS * dim);
+    a.router = gpu_put_weights(router, n * dim, c->type, 1);
+    a.bias = c->bias ? gpu_put(bias, n * sizeof *bias) : NULL;
+    for (int i = 0; i < 2; i++)
+        made[i] = (struct routed){ .experts = mem_alloc(ROWS * k * sizeof(int32_t)),
+                                   .weights = mem_alloc(ROWS * k * sizeof(float)),
+                                   .scores = mem_alloc(ROWS * n * sizeof(float)) };
+    for (int rows = ROWS; rows > 0; rows--) {
+        struct routed *to = &made[rows < ROWS];
+        size_t chosen = (size_t)rows * k * sizeof(float), all = (size_t)rows * n * sizeof(float);
+        a.rows = rows;
+        a.experts = gpu_put(NULL, chosen);
+        a.weights = gpu_put(NULL, chosen);
+        a.scores = gpu_put(NULL, all);
+        gpu_ops()->route(gpu_stream(), &a);
+        gpu_get(to->experts, a.experts, chosen);
+        gpu_get(to->weights, a.weights, chosen);
+        gpu_get(to->scores, a.scores, all);
+        ck_assert_mem_eq(to->experts, made[0].experts, chosen);
+        ck_assert_mem_eq(to->weights, made[0].weights, chosen);
+        ck_assert_mem_eq(to->scores, made[0].scores, all);
+    }
+    for (int i = 0; i < 2; i++) {
+        mem_free(made[i].experts);
+        mem_free(made[i].weights);
+        mem_free(made[i].scores);
+    }
+    mem_free(x);
+    mem_free(router);
     gpu_forget();
 }
 END_TEST
@@ -535,6 +590,7 @@ TCase *gpu_experts_case(void)
     tcase_add_checked_fixture(c, gpu_clean, NULL);
     tcase_add_loop_test(c, route_equals_cpu, 0, N_ROUTINGS);
     tcase_add_test(c, odd_scores_equal_cpu);
+    tcase_add_loop_test(c, few_rows_are_routed_alike, 0, N_ROUTINGS);
     tcase_add_loop_test(c, experts_equal_cpu, 0, N_SHAPES);
     tcase_add_loop_test(c, few_rows_are_independent, 0, N_SHAPES);
     tcase_add_loop_test(c, many_rows_repeat, 0, N_SHAPES - 1);

@@ -177,6 +177,7 @@ static const struct setup bf16_setups[] = {
     { 1536, 576, 0, DTYPE_BF16, false, 0 },  { 1536, 16, 8, DTYPE_BF16, true, 0 },
     { 4096, 24, 0, DTYPE_BF16, false, 0 },   { 4096, 1000, 8, DTYPE_BF16, true, 0 },
     { 4096, 4096, 64, DTYPE_BF16, false, 0 }, { 576, 4096, 0, DTYPE_BF16, true, 0 },
+    { 2048, 1344, 0, DTYPE_BF16, false, 0 }, { 800, 2001, 7, DTYPE_BF16, true, 0 },
 };
 enum { N_BF16_SETUPS = sizeof bf16_setups / sizeof bf16_setups[0] };
 
@@ -241,6 +242,7 @@ static const struct setup bit_setups[] = {
     { 800, 24, 0, DTYPE_BF16, true, 0 },    { 4096, 1000, 0, DTYPE_BF16, true, 0 },
     { 4096, 4096, 0, DTYPE_BF16, false, 0 }, { 576, 576, 0, DTYPE_F32, true, 0 },
     { 1536, 130, 0, DTYPE_F32, false, 1 },  { 576, 1000, 0, DTYPE_BF16, true, 1 },
+    { 2048, 1344, 0, DTYPE_BF16, false, 0 },
 };
 enum { N_BIT_SETUPS = sizeof bit_setups / sizeof bit_setups[0] };
 
