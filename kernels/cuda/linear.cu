@@ -36,12 +36,6 @@ struct product {
     int rows, in_dim, out_dim, out_stride;
 };
 
-/* Those with the fewest registers run three at a time: of a product with 2 to 3 times as many
- * thread blocks as multiprocessors none then waits for another to end, with its first weights
- * still to come. */
-template <int TILES, int AHEAD>
-constexpr int blocks_an_sm = TILES == 1 && AHEAD == 1 ? 3 : 2;
-
 __device__ __forceinline__ void store(float *to, float v)
 {
     *to = v;
@@ -64,7 +58,7 @@ __device__ __forceinline__ void store(__nv_bfloat16 *to, float v)
  * GATED: of its two tiles the one is the gate's and the other the same rows' of up, and out is
  * what silu_mul() makes of them. */
 template <int COLUMN_TILES, int TILES, int HALVES, int AHEAD, bool GATED, typename T>
-__global__ void __launch_bounds__(THREADS, (blocks_an_sm<TILES, AHEAD>)) multiply_few(product p)
+__global__ void __launch_bounds__(THREADS, 2) multiply_few(product p)
 {
     enum { TILE = HALVES * HALF };
     __shared__ float part[WARPS][COLUMN_TILES * COLUMNS][TILE];
