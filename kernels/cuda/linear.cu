@@ -53,11 +53,9 @@ __device__ __forceinline__ void store(__nv_bfloat16 *to, float v)
  * does not depend on the number of rows.  The order of inputs inside a product is free, and so
  * each thread loads 16 bytes in a row of both operands, which are two products' worth.
  *
- * AHEAD: steps of a warp whose weights are on the way.
- *
  * GATED: of its two tiles the one is the gate's and the other the same rows' of up, and out is
  * what silu_mul() makes of them. */
-template <int COLUMN_TILES, int TILES, int HALVES, int AHEAD, bool GATED, typename T>
+template <int COLUMN_TILES, int TILES, int HALVES, bool GATED, typename T>
 __global__ void __launch_bounds__(THREADS, 2) multiply_few(product p)
 {
     enum { TILE = HALVES * HALF };
@@ -65,9 +63,9 @@ __global__ void __launch_bounds__(THREADS, 2) multiply_few(product p)
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, c = lane % 4;
     int first = blockIdx.x * (GATED ? TILE : TILES * TILE);
     float acc[TILES][COLUMN_TILES][4] = {};
-    uint4 w[AHEAD][TILES][HALVES][STEP_LOADS];
+    uint4 w[TILES][HALVES][STEP_LOADS];
 
-    auto load = [&](int slot, int from) {
+    auto load = [&](int from) {
 #pragma unroll
         for (int t = 0; t < TILES; t++)
 #pragma unroll
@@ -78,12 +76,15 @@ __global__ void __launch_bounds__(THREADS, 2) multiply_few(product p)
 #pragma unroll
                 for (int i = 0; i < STEP_LOADS; i++) {
                     int at = from + i * 32 + c * 8;
-                    w[slot][t][half][i] = at < p.in_dim ? load_weights(base + at)
-                                                        : make_uint4(0, 0, 0, 0);
+                    w[t][half][i] = at < p.in_dim ? load_weights(base + at)
+                                                  : make_uint4(0, 0, 0, 0);
                 }
             }
     };
-    auto step = [&](int slot, int from) {
+    load(warp * STEP);           /* while earlier kernels finish */
+    let_next_start();
+    wait_for_inputs();
+    for (int from = warp * STEP; from < p.in_dim; from += WARPS * STEP) {
         uint4 x[COLUMN_TILES][STEP_LOADS];
 #pragma unroll
         for (int n = 0; n < COLUMN_TILES; n++)
@@ -95,8 +96,8 @@ __global__ void __launch_bounds__(THREADS, 2) multiply_few(product p)
                                 : make_uint4(0, 0, 0, 0);
             }
         uint4 now[TILES][HALVES][STEP_LOADS];
-        memcpy(now, w[slot], sizeof now);
-        load(slot, from + AHEAD * WARPS * STEP);
+        memcpy(now, w, sizeof now);
+        load(from + WARPS * STEP);
 #pragma unroll
         for (int t = 0; t < TILES; t++)
 #pragma unroll
@@ -111,16 +112,7 @@ __global__ void __launch_bounds__(THREADS, 2) multiply_few(product p)
                     mma_bf16(acc[t][n], b, x[n][i].z, x[n][i].w);
                 }
             }
-    };
-#pragma unroll
-    for (int slot = 0; slot < AHEAD; slot++)
-        load(slot, (slot * WARPS + warp) * STEP); /* while earlier kernels finish */
-    let_next_start();
-    wait_for_inputs();
-    for (int from = warp * STEP; from < p.in_dim; from += AHEAD * WARPS * STEP)
-#pragma unroll
-        for (int slot = 0; slot < AHEAD; slot++)
-            step(slot, from + slot * WARPS * STEP); /* behind the last input of zeros */
+    }
     float gate = 0;              /* of GATED: a thread has one output at most */
     static_assert(!GATED || (TILES == 2 && COLUMN_TILES * COLUMNS * TILE <= THREADS), "");
 #pragma unroll
@@ -155,34 +147,31 @@ __global__ void __launch_bounds__(THREADS, 2) multiply_few(product p)
     }
 }
 
-template <int TILES, int HALVES, int AHEAD, typename T>
+template <int TILES, int HALVES, typename T>
 void launch_tiles(struct stream *s, const product &p)
 {
     const int per_block = TILES * HALVES * HALF;
     dim3 grid((p.out_dim + per_block - 1) / per_block);
 
     launch_early(s, "linear",
-                 p.rows <= COLUMNS ? multiply_few<1, TILES, HALVES, AHEAD, false, T>
-                                   : multiply_few<2, TILES, HALVES, AHEAD, false, T>,
+                 p.rows <= COLUMNS ? multiply_few<1, TILES, HALVES, false, T>
+                                   : multiply_few<2, TILES, HALVES, false, T>,
                  grid, THREADS, 0, p);
 }
 
 /* Where there are many outputs x is read half as often; where there are few, twice as many
- * multiprocessors take part, and one that has a thread block alone reads two steps ahead: of one,
- * 16 KB, too few bytes are on the way. */
+ * multiprocessors take part. */
 template <typename T>
 void launch_few(struct stream *s, const product &p)
 {
     int sms = s->be->info.sm_count;
 
     if (p.out_dim >= 8 * 2 * HALF * sms)
-        launch_tiles<2, 2, 1, T>(s, p);
-    else if (p.out_dim > 2 * HALF * sms)
-        launch_tiles<1, 2, 1, T>(s, p);
+        launch_tiles<2, 2, T>(s, p);
     else if (p.out_dim > HALF * sms)
-        launch_tiles<1, 2, 2, T>(s, p);
+        launch_tiles<1, 2, T>(s, p);
     else
-        launch_tiles<1, 1, 2, T>(s, p);
+        launch_tiles<1, 1, T>(s, p);
 }
 
 template <int HALVES>
@@ -192,8 +181,8 @@ void launch_gated(struct stream *s, const product &p)
     dim3 grid((p.out_dim + per_block - 1) / per_block);
 
     launch_early(s, "linear_gated",
-                 p.rows <= COLUMNS ? multiply_few<1, 2, HALVES, 1, true, __nv_bfloat16>
-                                   : multiply_few<2, 2, HALVES, 1, true, __nv_bfloat16>,
+                 p.rows <= COLUMNS ? multiply_few<1, 2, HALVES, true, __nv_bfloat16>
+                                   : multiply_few<2, 2, HALVES, true, __nv_bfloat16>,
                  grid, THREADS, 0, p);
 }
 
