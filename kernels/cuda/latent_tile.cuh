@@ -227,18 +227,20 @@ static __device__ __forceinline__ void add_values(state<COLUMNS> *s, const work<
     }
 }
 
-/* Tiles 0 to n - 1 (at least one), of which the first DEPTH have been started.  Tile i lies at
- * slot(i), and where tile i - DEPTH did; start(i) is called for those up to n + DEPTH - 2 in order,
- * when their slots are free.  arrive(tile) waits until it has arrived and synchronises the block.
- * visible(tile, column): how many of its tokens the column sees. */
-template <int COLUMNS, int DEPTH, typename F, typename S, typename A, typename V>
-static __device__ __forceinline__ void attend_tiles(state<COLUMNS> *s, work<COLUMNS> *w, int n,
-                                                    float scale, const F &slot, const S &start,
-                                                    const A &arrive, const V &visible)
+/* Tiles 0 to n - 1 (at least one), of which start(tile) has been called for the first DEPTH: tile i
+ * goes into slot i % DEPTH of the ring.  arrive(tile) waits until it has arrived and synchronises
+ * the block.  visible(tile, column): how many of its tokens the column sees. */
+template <int COLUMNS, int DEPTH, typename S, typename A, typename V>
+static __device__ __forceinline__ void attend_tiles(state<COLUMNS> *s, work<COLUMNS> *w,
+                                                    unsigned ring, int n, float scale,
+                                                    const S &start, const A &arrive,
+                                                    const V &visible)
 {
+    auto slot = [&](int tile) { return ring + tile % DEPTH * TILE_BYTES; };
+
     static_assert(DEPTH >= 3, "a tile whose values, one whose scores are made, one on its way");
     arrive(0);
-    make_scores<COLUMNS>(*s, w, slot(0));
+    make_scores<COLUMNS>(*s, w, ring);
     __syncthreads();
     make_weights<COLUMNS>(s, w, scale, [&](int column) { return visible(0, column); });
     for (int tile = 0; tile < n; tile++) {

@@ -297,11 +297,10 @@ __device__ __forceinline__ void attend_share(const two_level &a, shared *sh, con
     unsigned ring = shared_address(r.tiles);
     int n_tiles = (h.n + TILE - 1) / TILE;
     uint64_t stalled_ns = 0;
-    auto slot = [&](int tile) { return ring + tile % DEPTH * TILE_BYTES; };
     auto start = [&](int tile) {
         const unsigned *from = list + tile * TILE;
-        start_tile(slot(tile), tile < n_tiles ? min(h.n - tile * TILE, (int)TILE) : 0,
-                   [&](int i) {
+        start_tile(ring + tile % DEPTH * TILE_BYTES,
+                   tile < n_tiles ? min(h.n - tile * TILE, (int)TILE) : 0, [&](int i) {
             return HOT ? hot::row_at<HALF_ROW>(h.head, a.kv, from[i]) : a.kv + (size_t)from[i] * D;
         });
     };
@@ -325,7 +324,7 @@ __device__ __forceinline__ void attend_share(const two_level &a, shared *sh, con
     if (HOT)
         settle(sh, r, h, rank, size);
     if (n_tiles > 0)
-        attend_tiles<COLUMNS, DEPTH>(s, &sh->attend, n_tiles, a.softmax_scale, slot, start, arrive,
+        attend_tiles<COLUMNS, DEPTH>(s, &sh->attend, ring, n_tiles, a.softmax_scale, start, arrive,
                                      [&](int tile, int column) {
             return column < a.heads ? h.n - tile * TILE : 0;
         });
