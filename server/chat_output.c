@@ -376,8 +376,8 @@ static bool read_call_end(struct chat_output *o, const struct view *v, bool *mor
         at = skip_blanks(v, at + 1);
     *more = false;
     size_t rest = v->n - at;
-    if (rest == 0 ||
-        (v->final && rest < sizeof call_end - 1 && memcmp(call_end, v->s + at, rest) == 0)) {
+    if (rest == 0 || (v->final && !is_llama(o) && rest < sizeof call_end - 1 &&
+                      memcmp(call_end, v->s + at, rest) == 0)) {
         if (v->final)
             go(o, SPACE, v->n);
         return false;

@@ -151,6 +151,7 @@ static const struct {
     { LLAMA, "Hello {\"name\": 1}", "C[Hello {\"name\": 1}]" },
     { LLAMA, "\n{\"name\": \"f\", \"parameters\": {\"a\": \"}\"}}\n", "0:f({\"a\": \"}\"})" },
     { LLAMA, "{\"name\": \"f\", \"parameters\": {}} and more", "0:f({})C[and more]" },
+    { LLAMA, "{\"name\": \"f\", \"parameters\": {}}</to", "0:f({})C[</to]" },
     { LLAMA, "{\"answer\": 42}", "C[{\"answer\": 42}]" },
     { LLAMA, " {\"nam", "C[ {\"nam]" },
     { LLAMA, " \n ", "C[ \n ]" },
