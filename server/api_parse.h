@@ -114,8 +114,8 @@ struct api_turn {
     struct grammar_turn grammar;
     cJSON *tools; /* what the calls' schemas are parts of */
 };
-/* field: what asks for the structure.  *t is to be finished whatever the result is. */
-enum status api_read_turn(struct api_parse *p, struct api_turn *t, const char *field) MUST_USE;
+/* *t is to be finished whatever the result is. */
+enum status api_read_turn(struct api_parse *p, struct api_turn *t) MUST_USE;
 void api_turn_fini(struct api_turn *t);
 /* The sentence of a grammar that was not made, for the tool whose schema it is about or for the
  * field. */

@@ -17,7 +17,9 @@ enum {
     PATH_BYTES = 64,
     /* Far more than any set of tools has (a guess).  Some formats print each on a line of its
      * own, with blanks for its depth in front. */
-    MAX_TOOL_VALUES = 1 << 16
+    MAX_TOOL_VALUES = 1 << 16,
+    /* Of a function that are looked at; calls of one that has more cannot be constrained. */
+    MAX_PROPERTIES = 1000
 };
 
 struct conversation {
@@ -496,15 +498,6 @@ static enum status check_switches(struct conversation *c)
 
 /* ---- how to read the answer */
 
-static bool allows_string(const cJSON *property)
-{
-    const cJSON *type = member(property, "type");
-
-    if (cJSON_IsString(type))
-        return strcmp(type->valuestring, "string") == 0;
-    return false;
-}
-
 static enum status keep_string(struct api_parse *p, const char **out, const char *s)
 {
     void *copy;
@@ -518,18 +511,22 @@ static enum status keep_string(struct api_parse *p, const char **out, const char
 static enum status keep_tool(struct conversation *c, const cJSON *tool, struct chat_tool *out)
 {
     const cJSON *function = member(tool, "function");
-    const cJSON *properties = member(member(function, "parameters"), "properties");
+    const cJSON *parameters = member(function, "parameters");
+    const cJSON *properties = member(parameters, "properties");
+    const struct chat_call_syntax *syntax = c->facts->calls;
+    const cJSON *v = syntax && syntax->pairs && properties ? properties->child : NULL;
+    size_t n = (size_t)cJSON_GetArraySize(properties);
     const char **strings;
-    uint32_t n = 0;
     void *memory;
 
     TRY(keep_string(c->p, &out->name, member(function, "name")->valuestring));
-    for (const cJSON *v = properties ? properties->child : NULL; v; v = v->next)
-        n += allows_string(v);
+    if (!v)
+        return ST_OK;
+    n = n < MAX_PROPERTIES ? n : MAX_PROPERTIES;
     TRY(api_alloc(c->p, &memory, n, sizeof *strings));
     out->strings = strings = memory;
-    for (const cJSON *v = properties ? properties->child : NULL; v; v = v->next)
-        if (v->string && allows_string(v))
+    for (; v && n > 0; v = v->next, n--)
+        if (v->string && grammar_schema_is_string(parameters, v))
             TRY(keep_string(c->p, &strings[out->n_strings++], v->string));
     return ST_OK;
 }

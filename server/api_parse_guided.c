@@ -270,7 +270,7 @@ enum status api_read_guided(struct api_parse *p)
         return ST_OK;
     if (p->endpoint != API_CHAT)
         return get_grammar(p, &wanted, NULL);
-    enum status st = api_read_turn(p, &turn, wanted.field);
+    enum status st = api_read_turn(p, &turn);
     if (st == ST_OK)
         st = get_grammar(p, &wanted, &turn);
     api_turn_fini(&turn);

@@ -1,5 +1,7 @@
 #include "server/api_parse.h"
 
+#include "engine/base/invariant.h"
+
 #include <string.h>
 
 /* The structure is asked of the answer.  Thoughts come before it, and where there are tools the
@@ -39,6 +41,17 @@ static enum status read_arguments(struct api_parse *p, const cJSON *function, in
     return ST_OK;
 }
 
+/* A pair means what its function's schema says, and the function is known by its name. */
+static enum status check_name(struct api_parse *p, const struct grammar_turn *turn,
+                              const struct chat_call_syntax *syntax, int i)
+{
+    for (size_t k = 0; syntax->pairs && k + 1 < turn->n_calls; k++)
+        if (strcmp(turn->calls[k].head, turn->calls[turn->n_calls - 1].head) == 0)
+            return api_refuse(p, "tools", "'tools[%d].function.name' is that of another tool; this "
+                              "model's calls could not be told apart.", i);
+    return ST_OK;
+}
+
 static enum status read_calls(struct api_parse *p, struct grammar_turn *turn, const cJSON *tools,
                               const struct chat_call_syntax *syntax)
 {
@@ -57,13 +70,15 @@ static enum status read_calls(struct api_parse *p, struct grammar_turn *turn, co
         TRY(join(p, &call->head, syntax->head, name, syntax->middle));
         call->tail = syntax->tail;
         turn->n_calls++;
+        TRY(check_name(p, turn, syntax, i));
     }
+    turn->pairs = syntax->pairs;
     turn->never = syntax->marker;
     turn->between = p->fields.parallel_calls && !p->only_tool ? syntax->between : NULL;
     return ST_OK;
 }
 
-enum status api_read_turn(struct api_parse *p, struct api_turn *t, const char *field)
+enum status api_read_turn(struct api_parse *p, struct api_turn *t)
 {
     const struct chat_output_config *chat = p->out->chat;
     const struct chat_format_facts *facts = chat_format_facts(chat->format);
@@ -76,12 +91,7 @@ enum status api_read_turn(struct api_parse *p, struct api_turn *t, const char *f
     t->grammar.think_end = CHAT_THINK_END;
     if (chat->n_tools == 0)
         return ST_OK;
-    if (!facts->calls && p->must_call)
-        return api_refuse(p, field, "'tool_choice' must be \"auto\" or \"none\": calls of the chat "
-                          "format %s, which are not JSON, cannot be forced.", facts->name);
-    if (!facts->calls)
-        return api_refuse(p, field, "'%s' cannot be used together with 'tools' in the chat format "
-                          "%s; send 'tool_choice' \"none\".", field, facts->name);
+    ASSERT(facts->calls);        /* other formats refuse tools */
     /* The request's own tree has been prepared for printing: its numbers are text. */
     t->tools = cJSON_ParseWithLength(tools->text, tools->text_bytes);
     if (!t->tools)

@@ -2,6 +2,7 @@
 
 #include "engine/base/invariant.h"
 #include "engine/base/mem.h"
+#include "engine/grammar/grammar.h"
 #include "engine/model/json_fields.h"
 #include "engine/model/tokenizer.h"
 
@@ -14,12 +15,23 @@ enum { MAX_TEMPLATE_BYTES = 1 << 20, MAX_CONFIG_BYTES = 8 << 20, PATH_BYTES = 40
 #define IM "<|im_start|>", "<|im_end|>"
 #define HEADERS "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"
 
+static const struct grammar_pairs glm_pairs = { .key = CHAT_ARG_KEY,
+                                                .key_end = CHAT_ARG_KEY_END,
+                                                .value = CHAT_ARG_VALUE,
+                                                .value_end = CHAT_ARG_VALUE_END };
+
 static const struct chat_call_syntax
     qwen_calls = { .head = CHAT_TOOL_CALL "\n{\"name\": \"",
                    .middle = "\", \"arguments\": ",
                    .tail = "}\n" CHAT_TOOL_CALL_END,
                    .between = "\n",
                    .marker = CHAT_TOOL_CALL },
+    glm_calls = { .head = CHAT_TOOL_CALL,
+                  .middle = "",
+                  .pairs = &glm_pairs,
+                  .tail = CHAT_TOOL_CALL_END,
+                  .between = "",
+                  .marker = CHAT_TOOL_CALL },
     llama_calls = { .head = "{\"name\": \"", .middle = "\", \"parameters\": ", .tail = "}" };
 
 static const struct chat_format_facts facts[CHAT_N_FORMATS] = {
@@ -54,6 +66,7 @@ static const struct chat_format_facts facts[CHAT_N_FORMATS] = {
                               .controls = { IM } },
     [CHAT_GLM47] = { .name = "glm-4.7",
                      .tools = true,
+                     .calls = &glm_calls,
                      .thinks = true,
                      .ends = { "<|endoftext|>", "<|user|>", "<|observation|>" },
                      .controls = { "<|user|>", "<|assistant|>", "<|observation|>", "<sop>" } },

@@ -10,7 +10,12 @@
 #define CHAT_THINK_END "</think>"
 #define CHAT_TOOL_CALL "<tool_call>"
 #define CHAT_TOOL_CALL_END "</tool_call>"
+#define CHAT_ARG_KEY "<arg_key>"
+#define CHAT_ARG_KEY_END "</arg_key>"
+#define CHAT_ARG_VALUE "<arg_value>"
+#define CHAT_ARG_VALUE_END "</arg_value>"
 
+struct grammar_pairs;
 struct tokenizer;
 
 /* The ways in which models want a conversation written.
@@ -44,9 +49,10 @@ enum chat_format {            /* in the order of the option's words */
 
 enum { CHAT_MAX_ENDS = 4, CHAT_MAX_CONTROLS = 4 };
 
-/* A call that is JSON: head, name, middle, arguments, tail. */
+/* A call: head, name, middle, arguments, tail. */
 struct chat_call_syntax {
     const char *head, *middle, *tail;
+    const struct grammar_pairs *pairs; /* how arguments are written, or NULL: as JSON */
     const char *between; /* what separates two, or NULL: there is one a message */
     const char *marker;  /* what head begins with, or NULL */
 };
@@ -59,7 +65,7 @@ struct chat_format_facts {
     const char *ends[CHAT_MAX_ENDS];         /* tokens that end the model's turn */
     const char *controls[CHAT_MAX_CONTROLS]; /* tokens without which it makes no sense */
     const char *stop;                        /* a string that ends its turn, or NULL */
-    const struct chat_call_syntax *calls;    /* NULL: it has none, or others */
+    const struct chat_call_syntax *calls;    /* NULL: it has none */
 };
 const struct chat_format_facts *chat_format_facts(enum chat_format f);
 

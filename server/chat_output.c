@@ -376,8 +376,8 @@ static bool read_call_end(struct chat_output *o, const struct view *v, bool *mor
         at = skip_blanks(v, at + 1);
     *more = false;
     size_t rest = v->n - at;
-    if (rest == 0 ||
-        (v->final && rest < sizeof call_end - 1 && memcmp(call_end, v->s + at, rest) == 0)) {
+    if (rest == 0 || (v->final && !is_llama(o) && rest < sizeof call_end - 1 &&
+                      memcmp(call_end, v->s + at, rest) == 0)) {
         if (v->final)
             go(o, SPACE, v->n);
         return false;
@@ -462,7 +462,7 @@ static bool read_glm_name(struct chat_output *o, const struct view *v, bool *mor
     size_t end = tag, next = skip_blanks(v, tag);
     while (end > start && is_blank(v->s[end - 1]))
         end--;
-    enum match key = match(v, next, "<arg_key>"), close = match(v, next, call_end);
+    enum match key = match(v, next, CHAT_ARG_KEY), close = match(v, next, call_end);
     if (end - start > MAX_HEAD_BYTES || (next < v->n && end == start) ||
         (key == MATCH_NO && close == MATCH_NO))
         return give_up(o, v, o->body, out);
@@ -475,48 +475,96 @@ static bool read_glm_name(struct chat_output *o, const struct view *v, bool *mor
     return give_name(o, v->s + start, end - start, out);
 }
 
-/* A value is text if the function says so or if it is nothing else. */
-static void add_glm_value(struct chat_output *o, const char *key, const char *s, size_t n)
+static bool is_json(const char *s, size_t n)
 {
-    struct json_scan scan;
-    bool is_string = false;
+    return json_scan(NULL, s, n, n, NULL) == ST_OK;
+}
 
+/* Whether the function says that values of this name are. */
+static bool is_string(const struct chat_output *o)
+{
     for (uint32_t i = 0; o->tool && i < o->tool->n_strings; i++)
-        is_string = is_string || strcmp(o->tool->strings[i], key) == 0;
-    if (!is_string && json_scan(&scan, s, n, MAX_VALUES, NULL) == ST_OK) {
-        strbuf_add(&o->scratch, s, n);
-        return;
+        if (strcmp(o->tool->strings[i], o->name.data) == 0)
+            return true;
+    return false;
+}
+
+/* Goes on from o->scan through a value that may be JSON: where it ends, at a marker that is not in
+ * a string, or v->n.  Strings are looked for only in what begins like JSON that has some, so that
+ * a quote in a text hides no marker. */
+static size_t end_of_json(struct chat_output *o, const struct view *v, size_t text)
+{
+    for (; o->scan < v->n; o->scan++) {
+        char c = v->s[o->scan];
+        if (o->in_string) {
+            o->in_string = o->escaped || c != '"';
+            o->escaped = !o->escaped && c == '\\';
+        } else if (c == '"') {
+            char first = v->s[skip_blanks(v, text)];
+            o->in_string = o->may_be_json = first == '"' || first == '[' || first == '{';
+        } else if (c == '<') {
+            enum match m = match(v, o->scan, CHAT_ARG_VALUE_END);
+            o->may_be_json = m != MATCH_NO;
+            return m == MATCH_YES ? o->scan : v->n;
+        }
+        if (!o->may_be_json)
+            return v->n;
     }
-    json_dump_string(&o->scratch, s, n);
+    o->may_be_json = !v->final;
+    return v->n;
+}
+
+/* The marker that ends the value at `text`, or v->n: the first one, but JSON goes on behind those
+ * that are in its strings. */
+static size_t end_of_value(struct chat_output *o, const struct view *v, size_t text)
+{
+    size_t end;
+
+    if (o->scan < text) {
+        o->scan = text;
+        o->in_string = o->escaped = false;
+        o->may_be_json = !is_string(o);
+    }
+    if (o->may_be_json) {
+        end = end_of_json(o, v, text);
+        if (o->may_be_json && (end == v->n || is_json(v->s + text, end - text)))
+            return end;
+        o->may_be_json = false;
+        o->scan = text;
+    }
+    end = find(v, o->scan, CHAT_ARG_VALUE_END);
+    if (end == v->n && tail(v, CHAT_ARG_VALUE_END) > o->scan)
+        o->scan = tail(v, CHAT_ARG_VALUE_END);
+    return end;
 }
 
 static bool read_glm_pair(struct chat_output *o, const struct view *v, size_t at,
                           struct chat_delta *out)
 {
-    static const char key_end[] = "</arg_key>", value[] = "<arg_value>";
-    static const char value_end[] = "</arg_value>";
-    size_t key = at + strlen("<arg_key>"), end = find(v, key, key_end);
+    size_t key = at + strlen(CHAT_ARG_KEY), end = find(v, key, CHAT_ARG_KEY_END);
 
     if (end == v->n)
         return false;
-    size_t open = skip_blanks(v, end + sizeof key_end - 1);
-    if (match(v, open, value) != MATCH_YES)
+    size_t open = skip_blanks(v, end + strlen(CHAT_ARG_KEY_END));
+    if (match(v, open, CHAT_ARG_VALUE) != MATCH_YES)
         return false;
-    size_t text = open + sizeof value - 1;
-    size_t close = find(v, o->scan > text ? o->scan : text, value_end);
-    if (close == v->n) {
-        o->scan = tail(v, value_end);
-        return false;
-    }
+    size_t text = open + strlen(CHAT_ARG_VALUE);
     strbuf_clear(&o->name);
     strbuf_add(&o->name, v->s + key, end - key);
+    size_t close = end_of_value(o, v, text);
+    if (close == v->n)
+        return false;
     strbuf_clear(&o->scratch);
     strbuf_puts(&o->scratch, o->has_pair ? ", " : "{");
     json_dump_string(&o->scratch, v->s + key, end - key);
     strbuf_puts(&o->scratch, ": ");
-    add_glm_value(o, o->name.data ? o->name.data : "", v->s + text, close - text);
+    /* A value is text if its function says so or if it is nothing else. */
+    if (!is_string(o) && is_json(v->s + text, close - text))
+        strbuf_add(&o->scratch, v->s + text, close - text);
+    else
+        json_dump_string(&o->scratch, v->s + text, close - text);
     o->has_pair = true;
-    go(o, GLM_ARGUMENTS, close + sizeof value_end - 1);
+    go(o, GLM_ARGUMENTS, close + strlen(CHAT_ARG_VALUE_END));
     return give(out, CHAT_ARGUMENTS, o->scratch.data, o->scratch.n);
 }
 
@@ -524,7 +572,7 @@ static bool read_glm_arguments(struct chat_output *o, const struct view *v, bool
                                struct chat_delta *out)
 {
     size_t at = skip_blanks(v, o->at);
-    enum match key = match(v, at, "<arg_key>"), close = match(v, at, call_end);
+    enum match key = match(v, at, CHAT_ARG_KEY), close = match(v, at, call_end);
     const char *end = o->has_pair ? "}" : "{}";
 
     if (close == MATCH_YES) {

@@ -31,7 +31,7 @@ struct chat_delta {
     uint32_t call; /* which one, from 0 */
 };
 
-/* Of a function what its calls need: which arguments are strings. */
+/* Of a function what its calls need: which arguments can only be strings. */
 struct chat_tool {
     const char *name;
     const char *const *strings;
@@ -57,7 +57,7 @@ struct chat_output {
     bool skip_blanks;        /* at the beginning of content */
     bool in_string, escaped; /* in arguments, like */
     uint32_t depth;
-    bool has_pair;
+    bool has_pair, may_be_json; /* the value that is being read */
     bool thought; /* there were thoughts, up to */
     size_t thoughts_end;
     struct strbuf name, scratch;

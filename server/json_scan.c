@@ -172,7 +172,7 @@ static bool in_object(const struct scanner *sc)
 /* The member that is being read, if the scan is inside one. */
 static struct json_member *current_member(struct scanner *sc)
 {
-    return sc->out->n_members ? &sc->out->members[sc->out->n_members - 1] : NULL;
+    return sc->out && sc->out->n_members ? &sc->out->members[sc->out->n_members - 1] : NULL;
 }
 
 /* "key": up to where its value starts. */
@@ -186,7 +186,7 @@ static enum status scan_key(struct scanner *sc)
     if (peek(sc) != ':')
         return broken(sc, sc->at == sc->n ? "it ends early" : "expected a colon");
     sc->at++;
-    if (sc->depth > 1)
+    if (sc->depth > 1 || !sc->out)
         return ST_OK;
     if (sc->out->n_members == JSON_MAX_MEMBERS)
         return error_set(sc->err, ST_INVALID, "The request body has more than %d fields.",
@@ -297,7 +297,8 @@ enum status json_scan(struct json_scan *out, const char *text, size_t n, size_t 
 {
     struct scanner sc = { .s = text, .n = n, .max_values = max_values, .out = out, .err = err };
 
-    out->n_members = 0;
+    if (out)
+        out->n_members = 0;
     if (n == 0)
         return error_set(err, ST_INVALID,
                          "The request body is empty; a JSON object is expected.");
@@ -310,6 +311,7 @@ enum status json_scan(struct json_scan *out, const char *text, size_t n, size_t 
         return error_set(err, ST_INVALID, "The request body is not valid UTF-8 at byte %zu.",
                          valid);
     skip_space(&sc);
-    out->object = peek(&sc) == '{';
+    if (out)
+        out->object = peek(&sc) == '{';
     return scan_document(&sc);
 }

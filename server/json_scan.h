@@ -32,7 +32,8 @@ struct json_scan {
     struct json_member members[JSON_MAX_MEMBERS]; /* in the order of the text */
 };
 
-/* The sentence in err is meant for the client. */
+/* out: NULL, and the outermost object may have any number of members.  The sentence in err is meant
+ * for the client. */
 enum status json_scan(struct json_scan *out, const char *text, size_t n, size_t max_values,
                       struct error *err) MUST_USE;
 

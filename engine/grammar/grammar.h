@@ -42,6 +42,12 @@ struct grammar_call {
     bool refused;                /* written: the sentence is about this schema */
 };
 
+/* Arguments that are no JSON object: key, a name, key_end, value, its value, value_end, for each of
+ * them.  What can only be a string (grammar_schema_is_string()) is written as it is, up to the
+ * first value_end, and everything else as JSON.  Where a call has no schema, or one of an object of
+ * which nothing is said, names and values are any text (raw_text.h). */
+struct grammar_pairs { const char *key, *key_end, *value, *value_end; };
+
 /* Markers begin with '<', have no second one and more than two bytes. */
 struct grammar_turn {
     enum grammar_thoughts thoughts;
@@ -50,6 +56,7 @@ struct grammar_turn {
                                     is not think_end's */
     struct grammar_call *calls;
     size_t n_calls;
+    const struct grammar_pairs *pairs;   /* or NULL: arguments are JSON */
     const char *between;         /* what separates two calls, or NULL: there is one at most */
 };
 
@@ -68,6 +75,11 @@ enum status grammar_compile_json_object(struct grammar **out, const struct gramm
 /* No text: a call at least. */
 enum status grammar_compile_calls(struct grammar **out, const struct grammar_turn *turn,
                                   struct error *err) MUST_USE;
+
+/* Whether everything that is valid under a property's schema is a string: its type says so, or all
+ * of its values are strings; also behind a $ref into root or where one alternative is all, up to
+ * three times. */
+bool grammar_schema_is_string(const struct cJSON *root, const struct cJSON *schema);
 
 struct grammar *grammar_acquire(struct grammar *g);
 void grammar_release(struct grammar *g);         /* the last one frees it; NULL is fine */

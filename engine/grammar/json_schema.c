@@ -3,8 +3,11 @@
 #include "engine/base/mem.h"
 #include "engine/base/utf8.h"
 #include "engine/grammar/automaton.h"
+#include "engine/grammar/grammar.h"
 #include "engine/grammar/json_text.h"
+#include "engine/grammar/raw_text.h"
 #include "engine/grammar/regex.h"
+#include "engine/grammar/schema_ref.h"
 
 #include <cjson/cJSON.h>
 #include <math.h>
@@ -13,9 +16,12 @@
 #include <string.h>
 
 /* Each schema is a rule of its own, filled in turn: one that is met in another gets its number and
- * waits.  What a $ref points to gets one number for all. */
+ * waits.  What a $ref points to gets one number for all.
+ *
+ * Of arguments written as pairs, strings are raw (raw_text.h); what is inside of a value is JSON.
+ * A schema may be needed in both forms, each a rule of its own. */
 
-enum { QUOTED_BYTES = 60, MAX_POINTER_BYTES = 1000 };
+enum { QUOTED_BYTES = 60 };
 static const double exact_double = 9007199254740992.0;   /* 2^53 */
 static const int64_t widest = 999999999999999999;        /* JSON_MAX_DIGITS nines */
 
@@ -56,7 +62,7 @@ static const struct key { const char *name; enum group group; size_t at; } known
     { "$id", ANNOTATION, 0 }, { "$defs", ANNOTATION, 0 }, { "definitions", ANNOTATION, 0 },
 };
 
-struct pending { const cJSON *schema; uint32_t rule; };
+struct pending { const cJSON *schema; uint32_t rule; bool raw; };
 
 struct schema {
     struct nfa *graph;
@@ -67,7 +73,9 @@ struct schema {
     struct pending *targets;     /* of references */
     size_t n_targets, target_capacity;
     size_t *places;              /* that patterns may still take, all together */
-    const cJSON *at;             /* the one that is being filled in */
+    const cJSON *at;             /* the one that is being filled in, */
+    bool raw;                    /* in this form */
+    const struct raw_rules *raw_rules;   /* if any is */
     struct error *err;
 };
 
@@ -103,79 +111,42 @@ static enum status refuse_pair(struct schema *s, const char *key, const char *ot
                      key, other, place_of(s).text);
 }
 
+static enum status refuse_marker(struct schema *s, const char *key, const char *what,
+                                 const char *marker)
+{
+    return error_set(s->err, ST_INVALID, "has a '%s'%s with a %s that contains %s, which ends it "
+                     "in the calls of this model", key, place_of(s).text, what, marker);
+}
+
 /* ---- rules */
 
-static uint32_t rule_of(struct schema *s, const cJSON *schema)
+static uint32_t rule_of(struct schema *s, const cJSON *schema, bool raw)
 {
     if (s->n_pending == s->capacity) {
         s->capacity = s->capacity ? 2 * s->capacity : 64;
         s->pending = mem_realloc(s->pending, s->capacity, sizeof *s->pending);
     }
     uint32_t rule = nfa_add_rule(s->graph);
-    s->pending[s->n_pending++] = (struct pending){ schema, rule };
+    s->pending[s->n_pending++] = (struct pending){ schema, rule, raw };
     return rule;
 }
 
 static nfa_at call_schema(struct schema *s, const cJSON *schema, nfa_at next)
 {
-    return nfa_call(s->graph, rule_of(s, schema), next);
+    return nfa_call(s->graph, rule_of(s, schema, false), next);
 }
 
 /* ---- references */
 
-/* The next name of a pointer, with its escapes undone; *at moves behind it. */
-static bool take_name(const char **at, char out[MAX_POINTER_BYTES])
-{
-    size_t n = 0;
-
-    for (++*at; **at && **at != '/'; ++*at) {
-        char c = **at;
-        if (c == '~') {
-            ++*at;
-            if (**at != '0' && **at != '1')
-                return false;
-            c = **at == '0' ? '~' : '/';
-        }
-        out[n++] = c;
-    }
-    out[n] = '\0';
-    return true;
-}
-
-static const cJSON *child_of(const cJSON *parent, const char *name)
-{
-    char *end;
-
-    if (!cJSON_IsArray(parent))
-        return cJSON_GetObjectItemCaseSensitive(parent, name);
-    long i = strtol(name, &end, 10);
-    return *name && !*end && i >= 0 && i <= INT32_MAX ? cJSON_GetArrayItem(parent, (int)i) : NULL;
-}
-
-static enum status find_target(struct schema *s, const cJSON *ref, const cJSON **out)
-{
-    const char *at = cJSON_IsString(ref) ? ref->valuestring : "";
-    char name[MAX_POINTER_BYTES];
-
-    if (at[0] != '#' || (at[1] && at[1] != '/'))
-        return refuse(s, "$ref", "does not point into the schema itself, as in \"#/$defs/x\"");
-    if (strlen(at) >= MAX_POINTER_BYTES || strchr(at, '%'))
-        return refuse(s, "$ref", "is too long or has an escape with '%'");
-    *out = s->root;
-    for (at++; *at && *out;)
-        *out = take_name(&at, name) ? child_of(*out, name) : NULL;
-    if (!cJSON_IsObject(*out) && !cJSON_IsBool(*out))
-        return refuse(s, "$ref", "points to no schema");
-    return ST_OK;
-}
-
 static enum status emit_ref(struct schema *s, const cJSON *ref, nfa_at *out)
 {
     const cJSON *target = NULL;
+    const char *problem = schema_ref_find(s->root, ref, &target);
 
-    TRY(find_target(s, ref, &target));
+    if (problem)
+        return refuse(s, "$ref", problem);
     for (size_t i = 0; i < s->n_targets; i++)
-        if (s->targets[i].schema == target) {
+        if (s->targets[i].schema == target && s->targets[i].raw == s->raw) {
             *out = nfa_call(s->graph, s->targets[i].rule, NFA_RETURN);
             return ST_OK;
         }
@@ -183,8 +154,8 @@ static enum status emit_ref(struct schema *s, const cJSON *ref, nfa_at *out)
         s->target_capacity = s->target_capacity ? 2 * s->target_capacity : 16;
         s->targets = mem_realloc(s->targets, s->target_capacity, sizeof *s->targets);
     }
-    uint32_t rule = rule_of(s, target);
-    s->targets[s->n_targets++] = (struct pending){ target, rule };
+    uint32_t rule = rule_of(s, target, s->raw);
+    s->targets[s->n_targets++] = (struct pending){ target, rule, s->raw };
     *out = nfa_call(s->graph, rule, NFA_RETURN);
     return ST_OK;
 }
@@ -198,7 +169,7 @@ static enum status emit_any_of(struct schema *s, const cJSON *list, nfa_at *out)
     if (list == cJSON_GetObjectItemCaseSensitive(s->at, "allOf") && list->child->next)
         return refuse(s, "allOf", "has more than one schema, which is not supported");
     for (const cJSON *v = list->child; v; v = v->next)
-        *out = nfa_either(s->graph, call_schema(s, v, NFA_RETURN), *out);
+        *out = nfa_either(s->graph, nfa_call(s->graph, rule_of(s, v, s->raw), NFA_RETURN), *out);
     return ST_OK;
 }
 
@@ -226,6 +197,12 @@ static enum status emit_literal(struct schema *s, const cJSON *v, const char *ke
     char number[40];
 
     *out = NFA_NOTHING;
+    if (cJSON_IsString(v) && s->raw) {
+        if (strstr(v->valuestring, s->raw_rules->marker))
+            return refuse_marker(s, key, "string", s->raw_rules->marker);
+        *out = nfa_text(s->graph, v->valuestring, NFA_RETURN);
+        return ST_OK;
+    }
     if (cJSON_IsString(v)) {
         *out = json_text_literal(s->graph, v->valuestring, NFA_RETURN);
         return ST_OK;
@@ -282,14 +259,14 @@ static const struct { const char *name, *pattern; } formats[] = {
 };
 
 /* Alone, so that one that takes too many states is refused before anybody walks through it. */
-static enum status check_pattern(struct schema *s, const char *pattern)
+static enum status check_pattern(struct schema *s, const char *pattern, enum regex_where where)
 {
     enum status st;
     struct nfa own;
     nfa_at at;
 
     nfa_init(&own);
-    st = regex_emit(&own, pattern, strlen(pattern), REGEX_JSON_STRING, NFA_RETURN, &at, s->err);
+    st = regex_emit(&own, pattern, strlen(pattern), where, NFA_RETURN, &at, s->err);
     nfa_set_rule(&own, 0, at);
     if (st == ST_OK)
         st = nfa_finish(&own, s->err);
@@ -305,16 +282,18 @@ static enum status check_pattern(struct schema *s, const char *pattern)
 static enum status emit_pattern(struct schema *s, const char *pattern, nfa_at *out)
 {
     struct error why = { 0 }, *err = s->err;
-    nfa_at end = nfa_text(s->graph, "\"", NFA_RETURN), at = NFA_NOTHING;
+    enum regex_where where = s->raw ? REGEX_RAW_STRING : REGEX_JSON_STRING;
+    const char *quote = s->raw ? "" : "\"";
+    nfa_at end = nfa_text(s->graph, quote, NFA_RETURN), at = NFA_NOTHING;
 
     s->err = &why;
-    enum status st = check_pattern(s, pattern);
+    enum status st = check_pattern(s, pattern, where);
     if (st == ST_OK)
-        st = regex_emit(s->graph, pattern, strlen(pattern), REGEX_JSON_STRING, end, &at, &why);
+        st = regex_emit(s->graph, pattern, strlen(pattern), where, end, &at, &why);
     s->err = err;
     if (st != ST_OK)
         return refuse(s, "pattern", why.text);
-    *out = nfa_text(s->graph, "\"", at);
+    *out = nfa_text(s->graph, quote, at);
     return ST_OK;
 }
 
@@ -362,9 +341,12 @@ static enum status emit_string(struct schema *s, const struct keys *k, nfa_at *o
             return emit_pattern(s, formats[i].pattern, out);
     if (k->format)
         return refuse(s, "format", "is none of date, time, date-time, uuid, ipv4 and email");
-    if (max < 0 || min <= max)
-        *out = json_text_string(s->graph, &s->json, min, max < 0 ? JSON_ANY_LENGTH : max,
-                                NFA_RETURN);
+    if (max >= 0 && min > max)
+        return ST_OK;
+    *out = s->raw ? raw_text_string(s->graph, s->raw_rules, min, max < 0 ? RAW_ANY_LENGTH : max,
+                                    NFA_RETURN)
+                  : json_text_string(s->graph, &s->json, min, max < 0 ? JSON_ANY_LENGTH : max,
+                                     NFA_RETURN);
     return ST_OK;
 }
 
@@ -447,7 +429,7 @@ static enum status emit_array(struct schema *s, const struct keys *k, nfa_at *ou
         return refuse(s, "items", "is not a schema");
     if (max >= 0 && max < min)
         return ST_OK;
-    uint32_t rule = k->items ? rule_of(s, k->items) : s->json.value;
+    uint32_t rule = k->items ? rule_of(s, k->items, false) : s->json.value;
     if (max < 0) {               /* the last of the counted ones is followed by any number */
         at = nfa_reserve(g);
         nfa_split(g, at, element(s, rule, false, at), close);
@@ -512,7 +494,7 @@ static nfa_at emit_map(struct schema *s, const cJSON *additional)
 
     if (cJSON_IsFalse(additional))
         return nfa_text(g, "{", close);
-    uint32_t rule = additional ? rule_of(s, additional) : s->json.value;
+    uint32_t rule = additional ? rule_of(s, additional, false) : s->json.value;
     nfa_at value = json_text_space(g, &s->json, nfa_call(g, rule, loop));
     nfa_at key = json_text_string(g, &s->json, 0, JSON_ANY_LENGTH, nfa_text(g, ":", value));
     nfa_at member = json_text_space(g, &s->json, key);
@@ -682,11 +664,21 @@ static enum status emit_pending(struct schema *s)
         struct pending p = s->pending[s->done++];
         nfa_at at;
         s->at = p.schema;
+        s->raw = p.raw;
         TRY(emit_schema(s, &at));
         if (!s->graph->too_large)
             nfa_set_rule(s->graph, p.rule, at);
     }
     return ST_OK;
+}
+
+static enum status finish(struct schema *s, enum status st)
+{
+    if (st == ST_OK)
+        st = emit_pending(s);
+    mem_free(s->pending);
+    mem_free(s->targets);
+    return st;
 }
 
 enum status json_schema_emit(struct nfa *g, const cJSON *schema, nfa_at next, nfa_at *start,
@@ -696,10 +688,7 @@ enum status json_schema_emit(struct nfa *g, const cJSON *schema, nfa_at next, nf
                         .places = places };
 
     *start = call_schema(&s, schema, next);
-    enum status st = emit_pending(&s);
-    mem_free(s.pending);
-    mem_free(s.targets);
-    return st;
+    return finish(&s, ST_OK);
 }
 
 nfa_at json_object_emit(struct nfa *g, nfa_at next)
@@ -707,4 +696,89 @@ nfa_at json_object_emit(struct nfa *g, nfa_at next)
     struct json_rules r = json_rules_add(g);
 
     return nfa_call(g, r.object, next);
+}
+
+/* ---- arguments written as pairs */
+
+/* One of them, as its schema wants it. */
+static nfa_at pair(struct schema *s, const struct grammar_pairs *p, const char *name,
+                   const cJSON *value, nfa_at next)
+{
+    struct nfa *g = s->graph;
+    bool raw = grammar_schema_is_string(s->root, value);
+    nfa_at at = nfa_call(g, rule_of(s, value, raw), nfa_text(g, p->value_end, next));
+
+    at = nfa_text(g, p->key_end, nfa_text(g, p->value, at));
+    return nfa_text(g, p->key, nfa_text(g, name, at));
+}
+
+static enum status emit_named_pairs(struct schema *s, const struct grammar_pairs *p,
+                                    const struct keys *k, nfa_at *out)
+{
+    const cJSON *v = k->properties->child->prev;         /* the last */
+
+    for (*out = NFA_RETURN;; v = v->prev) {
+        if (strstr(v->string, p->key_end))
+            return refuse_marker(s, "properties", "name", p->key_end);
+        nfa_at here = pair(s, p, v->string, v, *out);
+        *out = nfa_either(s->graph, here, is_required(k->required, v->string) ? NFA_NOTHING : *out);
+        if (v == k->properties->child)
+            return ST_OK;
+    }
+}
+
+/* Pairs of any name.  Nobody knows which of them are strings, so where their values follow a schema
+ * all are JSON. */
+static nfa_at emit_other_pairs(struct schema *s, const struct grammar_pairs *p,
+                               const cJSON *additional)
+{
+    struct nfa *g = s->graph;
+    nfa_at loop = nfa_reserve(g), end = nfa_text(g, p->value_end, loop), value;
+
+    if (cJSON_IsObject(additional))
+        value = nfa_call(g, rule_of(s, additional, false), end);
+    else
+        value = raw_text_string(g, s->raw_rules, 0, RAW_ANY_LENGTH, end);
+    nfa_at name = raw_text_name(g, nfa_text(g, p->key_end, nfa_text(g, p->value, value)));
+    nfa_split(g, loop, nfa_text(g, p->key, name), NFA_RETURN);
+    return loop;
+}
+
+static enum status emit_arguments(struct schema *s, const struct grammar_pairs *p, nfa_at *out)
+{
+    const cJSON *in[N_GROUPS] = { NULL };
+    bool types[N_TYPES] = { false };
+    struct keys k = { 0 };
+
+    if (s->root) {
+        TRY(read_keys(s, &k, in));
+        TRY(read_types(s, &k, in, types));
+        if (in[WHOLE])
+            return refuse(s, in[WHOLE]->string, "is not supported of arguments that are not JSON");
+        for (int t = 0; t < N_TYPES; t++)
+            if (types[t] != (t == OBJECT))
+                return refuse(s, "type", "is not \"object\"");
+        TRY(check_object(s, &k));
+    }
+    if (k.properties && k.properties->child)
+        return emit_named_pairs(s, p, &k, out);
+    *out = cJSON_IsFalse(k.additional) ? NFA_RETURN : emit_other_pairs(s, p, k.additional);
+    return ST_OK;
+}
+
+/* A rule of its own: a value is then no deeper than those who read it back take (json_scan.h). */
+enum status json_schema_emit_pairs(struct nfa *g, const cJSON *schema,
+                                   const struct grammar_pairs *pairs, nfa_at next, nfa_at *start,
+                                   size_t *places, struct error *err)
+{
+    const struct raw_rules raw = raw_rules_add(g, pairs->value_end);
+    struct schema s = { .graph = g, .json = json_rules_add(g), .root = schema, .at = schema,
+                        .err = err, .places = places, .raw_rules = &raw };
+    uint32_t rule = nfa_add_rule(g);
+    nfa_at arguments = NFA_NOTHING;
+
+    enum status st = emit_arguments(&s, pairs, &arguments);
+    nfa_set_rule(g, rule, arguments);
+    *start = nfa_call(g, rule, next);
+    return finish(&s, st);
 }

@@ -4,6 +4,7 @@
 #include "engine/grammar/nfa.h"
 
 struct cJSON;
+struct grammar_pairs;
 
 /* A JSON schema as a graph of the texts that are valid under it.
  *
@@ -34,5 +35,12 @@ enum status json_schema_emit(struct nfa *g, const struct cJSON *schema, nfa_at n
 
 /* Any object, then next. */
 nfa_at json_object_emit(struct nfa *g, nfa_at next);
+
+/* The members of an object written as pairs (grammar.h), then next, which does not go on with a
+ * pair.  schema: NULL, any, or of the type object and without enum and const.  Refuses names and
+ * strings that hold the marker which ends them. */
+enum status json_schema_emit_pairs(struct nfa *g, const struct cJSON *schema,
+                                   const struct grammar_pairs *pairs, nfa_at next, nfa_at *start,
+                                   size_t *places, struct error *err) MUST_USE;
 
 #endif

@@ -41,6 +41,20 @@ static nfa_at hex_digits(struct nfa *g, int n, nfa_at next)
     return next;
 }
 
+/* n of them, not all 0. */
+static nfa_at hex_but_zero(struct nfa *g, int n, nfa_at next)
+{
+    struct byte_set hex = { { 0 } };
+    nfa_at all = NFA_NOTHING;
+
+    add_range(&hex, '1', '9');
+    add_range(&hex, 'A', 'F');
+    add_range(&hex, 'a', 'f');
+    for (int i = 0; i < n; i++)
+        all = nfa_either(g, nfa_set(g, &hex, hex_digits(g, i, next)), nfa_text(g, "0", all));
+    return all;
+}
+
 /* \uD8.. to \uDF..: only as a pair is it a character. */
 static nfa_at surrogate(struct nfa *g, const char *third, nfa_at next)
 {
@@ -60,14 +74,15 @@ static nfa_at escape(struct nfa *g, nfa_at next)
 
     for (const char *c = "\"\\/bfnrt"; *c; c++)
         add_range(&simple, *c, *c);
-    add_range(&other, '0', '9');
+    add_range(&other, '1', '9');
     add_range(&other, 'A', 'C');
     add_range(&other, 'E', 'F');
     add_range(&other, 'a', 'c');
     add_range(&other, 'e', 'f');
     add_range(&d, 'D', 'D');
     add_range(&d, 'd', 'd');
-    nfa_at plain = nfa_set(g, &other, hex_digits(g, 3, next));
+    nfa_at plain = nfa_either(g, nfa_set(g, &other, hex_digits(g, 3, next)),
+                              nfa_text(g, "0", hex_but_zero(g, 3, next)));
     nfa_at below = nfa_set(g, &d, nfa_range(g, '0', '7', hex_digits(g, 2, next)));
     nfa_at pair = surrogate(g, "89ABab", surrogate(g, "CDEFcdef", next));
     nfa_at unicode = nfa_text(g, "u", nfa_either(g, plain, below));
@@ -97,7 +112,7 @@ static nfa_at any_character(struct nfa *g, nfa_at next)
 static nfa_at escaped(struct nfa *g, uint32_t c, nfa_at next)
 {
     static const char short_of[] = "\"\\\b\f\n\r\t", letters[] = "\"\\bfnrt";
-    const char *at = c ? strchr(short_of, (int)c) : NULL;
+    const char *at = strchr(short_of, (int)c);
     char text[8];
 
     if (at)
@@ -116,7 +131,7 @@ nfa_at json_text_characters(struct nfa *g, const struct char_set *set, nfa_at ne
     char_set_clip(set, '#', '[', &plain);
     char_set_clip(set, ']', MAX_CODE_POINT, &plain);
     all = char_set_emit(g, &plain, next);
-    for (uint32_t c = 0; c <= '\\'; c++)
+    for (uint32_t c = 1; c <= '\\'; c++)
         if ((c < ' ' || c == '"' || c == '\\') && char_set_has(set, c))
             all = nfa_either(g, escaped(g, c, next), all);
     char_set_fini(&plain);

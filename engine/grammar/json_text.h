@@ -10,6 +10,8 @@
  * between tokens there may be nothing, one space, or one line feed with at most JSON_MAX_INDENT
  * spaces behind; there is none before a comma or colon, before the value or behind it.
  *
+ * Strings hold no NUL: many who read them could not.
+ *
  * Numbers have at most JSON_MAX_DIGITS digits before and behind the point, and an exponent of at
  * most two: readers turn all of these into finite numbers. */
 

@@ -3,6 +3,7 @@
 #include "engine/base/mem.h"
 #include "engine/base/utf8.h"
 #include "engine/grammar/json_text.h"
+#include "engine/grammar/raw_text.h"
 
 #include <string.h>
 
@@ -428,8 +429,12 @@ static nfa_at emit(struct parser *p, const struct tree *t, nfa_at next);
 
 static nfa_at emit_characters(struct parser *p, const struct char_set *set, nfa_at next)
 {
-    return p->where == REGEX_JSON_STRING ? json_text_characters(p->graph, set, next)
-                                         : char_set_emit(p->graph, set, next);
+    switch (p->where) {
+    case REGEX_WHOLE_TEXT:  return char_set_emit(p->graph, set, next);
+    case REGEX_JSON_STRING: return json_text_characters(p->graph, set, next);
+    case REGEX_RAW_STRING:  return raw_text_characters(p->graph, set, next);
+    }
+    return NFA_NOTHING;
 }
 
 /* Where a part may be left out, what follows it may come at once. */
@@ -521,7 +526,7 @@ static enum status read_whole(struct parser *p, nfa_at next, nfa_at *start)
     if (is_choice(t) && (from_start || to_end))
         return error_set(p->err, ST_INVALID, "has an anchor on one side of '|' alone, which is not "
                          "supported; put the choice in a group");
-    bool anywhere = p->where == REGEX_JSON_STRING;
+    bool anywhere = p->where != REGEX_WHOLE_TEXT;
     if (anywhere && !to_end)
         next = anything(p, next);
     *start = emit(p, t, next);

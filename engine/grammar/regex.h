@@ -26,6 +26,7 @@ enum regex_where {
     REGEX_WHOLE_TEXT,            /* the text itself, which it matches as a whole */
     REGEX_JSON_STRING,           /* what a JSON string means, as it is spelled between its quotes;
                                     as JSON Schema has it, a match anywhere in it suffices */
+    REGEX_RAW_STRING,            /* the same, written as it is (raw_text.h) */
 };
 
 /* A text of the expression, then next.  The sentence begins behind the name of whatever the

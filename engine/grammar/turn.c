@@ -7,13 +7,16 @@
 
 /* ---- calls */
 
-static enum status emit_call(struct nfa *g, struct grammar_call *call, nfa_at next, nfa_at *start,
+static enum status emit_call(struct nfa *g, struct grammar_call *call,
+                             const struct grammar_pairs *pairs, nfa_at next, nfa_at *start,
                              size_t *places, struct error *err)
 {
     enum status st = ST_OK;
 
     next = nfa_text(g, call->tail, next);
-    if (call->schema)
+    if (pairs)
+        st = json_schema_emit_pairs(g, call->schema, pairs, next, start, places, err);
+    else if (call->schema)
         st = json_schema_emit(g, call->schema, next, start, places, err);
     else
         *start = json_object_emit(g, next);
@@ -31,7 +34,7 @@ static enum status emit_calls(struct nfa *g, const struct grammar_turn *turn, nf
     *start = NFA_NOTHING;
     for (size_t i = 0; i < turn->n_calls; i++) {
         nfa_at one;
-        TRY(emit_call(g, &turn->calls[i], next, &one, places, err));
+        TRY(emit_call(g, &turn->calls[i], turn->pairs, next, &one, places, err));
         *start = nfa_either(g, one, *start);
     }
     if (turn->between)

@@ -19,20 +19,28 @@ LINE, LINES = "\u010a", "\u010a\u010a"       # \n and \n\n as byte-level vocabul
 MARKERS = ["<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>",
            "</tool_response>"]
 
+GLM_MARKERS = ["<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"]
+GLM_CONTROLS = ["[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"]
+
 # Qwen3's template in so many words as the server knows it by.
 QWEN3 = r"""{{- "# Tools\n\nYou may call one or more functions to assist with the user query." }}
 <tools> <tool_response> {\"name\": <function-name> last_query_index
 <|im_start|>assistant\n {%- if enable_thinking is false %}<think>\n\n</think>\n\n"""
 
+# And GLM-4.7's.
+GLM = r"""[gMASK]<sop> <|system|>\n# Tools\n <arg_key>{arg-key-1}</arg_key> <|observation|>
+clear_thinking is defined and not clear_thinking
+'</think>' if (enable_thinking is defined and not enable_thinking) else '<think>'"""
 
-def tokenizer(pieces):
-    """The bundled tokenizer with more tokens, and their ids."""
+
+def tokenizer(pieces, controls=()):
+    """The bundled tokenizer with more tokens, and their ids.  controls: special ones."""
     t = json.loads((Path(MODEL) / "tokenizer.json").read_text())
     ids = {}
-    for piece in MARKERS + pieces:
+    for piece in [*MARKERS, *pieces, *controls]:
         ids.setdefault(piece, FIRST_ID + len(ids))
     t["added_tokens"] += [{"id": i, "content": piece, "single_word": False, "lstrip": False,
-                           "rstrip": False, "normalized": False, "special": False}
+                           "rstrip": False, "normalized": False, "special": piece in controls}
                           for piece, i in ids.items()]
     return t, ids
 
@@ -69,18 +77,12 @@ def write_tensors(path, tensors):
                      + b"".join(x.tobytes() for x in tensors.values()))
 
 
-def scripted_model(thinking, quiet, template=QWEN3):
-    """A folder that goes away with its last reference.  thinking: what follows a prompt that
-    ends in one line end, as Qwen3's do; quiet: in two, as they do with enable_thinking off."""
+def write_model(tok, chains, template):
+    """A folder that goes away with its last reference.  chains: lists of ids."""
     folder = tempfile.TemporaryDirectory(prefix="asynctlsd-model-")
     path = Path(folder.name)
-    tok, ids = tokenizer(thinking + quiet)
-    vocab = tok["model"]["vocab"]
-    steps = []
-    for start, script in ((LINE, thinking), (LINES, quiet)):
-        chain = [vocab[start]] + [ids[piece] for piece in script] + [END_ID]
-        steps += zip(chain, chain[1:])
-    rows = (FIRST_ID + len(ids) + 63) // 64 * 64
+    steps = [step for chain in chains for step in zip(chain, chain[1:])]
+    rows = (max(t["id"] for t in tok["added_tokens"]) // 64 + 1) * 64
     config = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": HIDDEN,
               "intermediate_size": MLP, "num_hidden_layers": 1, "num_attention_heads": HEADS,
               "num_key_value_heads": KV_HEADS, "head_dim": HEAD_DIM, "vocab_size": rows,
@@ -93,3 +95,21 @@ def scripted_model(thinking, quiet, template=QWEN3):
     write_tensors(path / "model.safetensors", weights(steps, rows))
     weakref.finalize(folder, folder.cleanup)
     return folder
+
+
+def scripted_model(thinking, quiet, template=QWEN3):
+    """thinking: what follows a prompt that ends in one line end, as Qwen3's do; quiet: in two,
+    as they do with enable_thinking off."""
+    tok, ids = tokenizer(thinking + quiet)
+    vocab = tok["model"]["vocab"]
+    return write_model(tok, [[vocab[start], *(ids[piece] for piece in script), END_ID]
+                             for start, script in ((LINE, thinking), (LINES, quiet))], template)
+
+
+def scripted_glm(thoughts, answer):
+    """A model that is talked to as GLM-4.7 is: thinks, ends its thoughts and answers, or answers
+    at once with enable_thinking off."""
+    tok, ids = tokenizer(GLM_MARKERS + thoughts + answer, GLM_CONTROLS)
+    return write_model(tok, [[ids[piece] for piece in chain] for chain in
+                             (["<think>", *thoughts, "</think>"],
+                              ["</think>", *answer, "<|observation|>"])], GLM)

@@ -10,7 +10,7 @@ import pydantic
 
 from daemon import events
 from jsonschema import Draft202012Validator
-from scripted_model import scripted_model
+from scripted_model import scripted_glm, scripted_model
 from test_chat import ASK, Sdk
 
 
@@ -133,10 +133,11 @@ OTHER = {"type": "function", "function": {
 class Scripted(Sdk):
     """A model for each subclass, which has its scripts."""
     thinking, quiet = ["xyzzy"], ["plugh"]
+    make = staticmethod(scripted_model)
 
     @classmethod
     def setUpClass(cls):
-        cls.folder = scripted_model(cls.thinking, cls.quiet)
+        cls.folder = cls.make(cls.thinking, cls.quiet)
         cls.options = {"model": cls.folder.name, "kv-cache-bytes": "64mb"}
         super().setUpClass()
 
@@ -270,6 +271,90 @@ class Calling(Scripted):
         self.assertEqual("".join(t["function"].get("arguments", "") for t in calls),
                          '{"city": "Paris", "rain": true}{"times": 2}')
         self.assertEqual(chunks[-1]["finish_reason"], "tool_calls")
+
+
+NOTE = {"type": "function", "function": {"name": "note", "parameters": {
+    "type": "object", "properties": {
+        "text": {"type": "string", "maxLength": 8},
+        "kind": {"$ref": "#/$defs/kind"},
+        "tags": {"type": "array", "items": {"type": "string", "maxLength": 3}, "maxItems": 2},
+        "by": {"anyOf": [{"type": "string", "maxLength": 3}, {"type": "null"}]}},
+    "$defs": {"kind": {"enum": ["1", "null", "a<b"]}}, "required": ["text", "kind"]}}}
+
+
+class GlmCalling(Scripted):
+    """Thinks and calls twice, in pairs of names and values."""
+    make = staticmethod(scripted_glm)
+    thinking = ["Where to", "? "]
+    quiet = ["<tool_call>", "get_", "weather<arg_key>city", "</arg_key><arg_value>Par",
+             "is</arg_value>", "<arg_key>rain</arg_key>", "<arg_value>", "true", "</arg_value>",
+             "</tool_call>", "<tool_call>ring", "<arg_key>times</arg_key><arg_value>2",
+             "</arg_value></tool_call>"]
+    calls = [("get_weather", {"city": "Paris", "rain": True}), ("ring", {"times": 2})]
+
+    def test_several_calls(self):
+        for kw in ({"tool_choice": "required"}, {"response_format": json_schema(Weather)}, {}):
+            c = self.ask(tools=[TOOL, OTHER], **kw)
+            message = c.choices[0].message
+            self.assertEqual(message.reasoning_content, "Where to? ")
+            self.assertEqual([(t.function.name, json.loads(t.function.arguments))
+                              for t in message.tool_calls], self.calls)
+            self.assertIsNone(message.content)
+            self.assertEqual(c.choices[0].finish_reason, "tool_calls")
+            # And the two tokens that end the thoughts and the turn.
+            self.assertEqual(c.usage.completion_tokens, len(self.thinking + self.quiet) + 2)
+
+    def test_one_call_ends_the_turn(self):
+        for kw in ({"tool_choice": "required", "parallel_tool_calls": False},
+                   {"tool_choice": {"type": "function", "function": {"name": "get_weather"}}}):
+            c = self.ask(tools=[TOOL, OTHER], extra_body={"enable_thinking": False}, **kw)
+            self.assertEqual(len(c.choices[0].message.tool_calls), 1)
+            self.assertEqual(c.usage.completion_tokens, 10)
+
+    def test_streamed(self):
+        chunks = [c.choices[0] for c in self.ask(tools=[TOOL, OTHER], tool_choice="required",
+                                                 stream=True)]
+        calls = [t for c in chunks for t in c.delta.tool_calls or []]
+        self.assertEqual([t.function.name for t in calls if t.function.name],
+                         [name for name, _ in self.calls])
+        self.assertEqual("".join(t.function.arguments or "" for t in calls),
+                         "".join(json.dumps(arguments) for _, arguments in self.calls))
+        self.assertEqual(chunks[-1].finish_reason, "tool_calls")
+
+
+class GlmUnwilling(Scripted):
+    """Never calls by itself."""
+    make = staticmethod(scripted_glm)
+    thinking, quiet = ["Hm. "], ["It is ", "18 degrees."]
+
+    def test_a_call_is_forced(self):
+        tools = {t["function"]["name"]: t["function"]["parameters"] for t in (TOOL, OTHER, NOTE)}
+        seen = set()
+        for seed in range(24):
+            c = self.ask(tools=[TOOL, OTHER, NOTE], tool_choice="required", temperature=1,
+                         seed=seed, parallel_tool_calls=False, max_tokens=500,
+                         extra_body={"enable_thinking": False}).choices[0]
+            self.assertEqual(c.finish_reason, "tool_calls")
+            self.assertIsNone(c.message.content)
+            call, = c.message.tool_calls
+            Draft202012Validator(tools[call.function.name]).validate(
+                json.loads(call.function.arguments))
+            seen.add(call.function.name)
+        self.assertEqual(seen, set(tools))
+
+    def test_beside_tools_it_may_answer(self):
+        message = self.ask(tools=[NOTE], extra_body={
+            "guided_regex": "It is [0-9]+ degrees[.]"}).choices[0].message
+        self.assertEqual(message.content, "It is 18 degrees.")
+        self.assertEqual(message.reasoning_content, "Hm. ")
+        self.assertIsNone(message.tool_calls)
+
+    def test_what_cannot_be_followed_is_refused(self):
+        e = self.refused(tool_choice="required", tools=[{"type": "function", "function": {
+            "name": "f", "parameters": {"type": "object", "properties": {
+                "x": {"enum": ["</arg_value>"]}}}}}])
+        self.assertEqual(e.param, "tools")
+        self.assertIn("'enum' in 'x' with a string that contains </arg_value>", e.message)
 
 
 if __name__ == "__main__":

@@ -139,6 +139,18 @@ static const struct {
       "C[Yes.]0:get_weather({\"city\": \"12\"})1:get_weather({\"q\": [1, {\"a\": null}]})" },
     { GLM_QUIET, GLM_CALL(PAIR("text", "a \"b\"\n<c> \xC3\xA9") PAIR("n", "1.50")),
       "0:get_weather({\"text\": \"a \\\"b\\\"\\n<c> \xC3\xA9\", \"n\": 1.50})" },
+    /* a marker in a string of JSON ends no value, but everywhere else the first one does */
+    { GLM_QUIET, GLM_CALL(PAIR("q", "[\"\\\"</arg_value>\", {\"<b>\": 1}]") PAIR("n", "2")),
+      "0:get_weather({\"q\": [\"\\\"</arg_value>\", {\"<b>\": 1}], \"n\": 2})" },
+    { GLM_QUIET, GLM_CALL(PAIR("city", "[\"a") PAIR("q", " \"</arg_value>\" ")),
+      "0:get_weather({\"city\": \"[\\\"a\", \"q\":  \"</arg_value>\" })" },
+    { GLM_QUIET, GLM_CALL(PAIR("q", "\"a")) "b", "0:get_weather({\"q\": \"\\\"a\"})C[b]" },
+    { GLM_QUIET, GLM_CALL(PAIR("q", "[\"a") PAIR("n", "b\"")),
+      "0:get_weather({\"q\": \"[\\\"a\", \"n\": \"b\\\"\"})" },
+    { GLM_QUIET, GLM_CALL(PAIR("q", "5\" <b>") PAIR("n", "{<b>: \"")),
+      "0:get_weather({\"q\": \"5\\\" <b>\", \"n\": \"{<b>: \\\"\"})" },
+    { GLM_QUIET, "<tool_call>f" PAIR("q", "[\"a") "<arg_key>",
+      "0:f({\"q\": \"[\\\"a\"})C[<arg_key>]" },
     { GLM_QUIET, "<tool_call></tool_call>", "C[<tool_call></tool_call>]" },
     { GLM_QUIET, "<tool_call>is a marker", "C[<tool_call>is a marker]" },
     { GLM_QUIET, "<tool_call>f<b>", "C[<tool_call>f<b>]" },
@@ -151,6 +163,7 @@ static const struct {
     { LLAMA, "Hello {\"name\": 1}", "C[Hello {\"name\": 1}]" },
     { LLAMA, "\n{\"name\": \"f\", \"parameters\": {\"a\": \"}\"}}\n", "0:f({\"a\": \"}\"})" },
     { LLAMA, "{\"name\": \"f\", \"parameters\": {}} and more", "0:f({})C[and more]" },
+    { LLAMA, "{\"name\": \"f\", \"parameters\": {}}</to", "0:f({})C[</to]" },
     { LLAMA, "{\"answer\": 42}", "C[{\"answer\": 42}]" },
     { LLAMA, " {\"nam", "C[ {\"nam]" },
     { LLAMA, " \n ", "C[ \n ]" },
@@ -243,6 +256,16 @@ START_TEST(only_what_may_be_a_marker_waits)
     ck_assert_int_eq(memcmp(d.s, "{\"a\": \"b c", d.n), 0);
     chat_output_fini(&o);
 
+    /* A quote in a text that is no JSON hides no end. */
+    chat_output_init(&o, &configs[GLM_QUIET]);
+    text = "<tool_call>f" PAIR("a", "5\"");
+    n = strlen(text);
+    ck_assert(chat_output_next(&o, text, n, false, &d));
+    ck_assert(chat_output_next(&o, text, n, false, &d));
+    ck_assert_int_eq(d.part, CHAT_ARGUMENTS);
+    ck_assert_int_eq(memcmp(d.s, "{\"a\": \"5\\\"\"", d.n), 0);
+    chat_output_fini(&o);
+
     /* Line ends may wait, but not for ever. */
     char lines[300];
     size_t given = 0;
@@ -296,6 +319,7 @@ START_TEST(random_outputs)
                                           "<arg_key>",
                                           "</arg_key>",
                                           "<arg_value>",
+                                          "<tool_call>f<arg_key>a</arg_key><arg_value>[\"",
                                           "</arg_value>",
                                           "[",
                                           "]",

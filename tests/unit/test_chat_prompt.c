@@ -275,6 +275,9 @@ END_TEST
     "\"parameters\":{\"type\":\"object\",\"not\":{}}}}"
 #define NO_OBJECT                                                                              \
     "{\"type\":\"function\",\"function\":{\"name\":\"g\",\"parameters\":{\"type\":\"array\"}}}"
+#define MARKER                                                                                 \
+    "{\"type\":\"function\",\"function\":{\"name\":\"g\",\"parameters\":{\"type\":\"object\","   \
+    "\"properties\":{\"x\":{\"enum\":[\"</arg_value>\"]}}}}}"
 #define CHOOSE(name) "{\"type\":\"function\",\"function\":{\"name\":\"" name "\"}}"
 #define CHOICES                                                                                \
     "'tool_choice' must be \"auto\", \"none\", \"required\" or {\"type\": \"function\", "          \
@@ -340,12 +343,18 @@ static const struct {
       "'tool_choice' names the function 'f', which is not among 'tools'." },
     { "qwen3", M "\"tool_choice\":\"required\"}", "tool_choice",
       "'tool_choice' asks for a call, but there are no 'tools'." },
-    { "glm-4.7", M "\"tools\":[" TOOL "],\"tool_choice\":\"required\"}", "tool_choice",
-      "'tool_choice' must be \"auto\" or \"none\": calls of the chat format glm-4.7, which are not "
-      "JSON, cannot be forced." },
-    { "glm-4.7", M "\"tools\":[" TOOL "],\"guided_regex\":\"a\"}", "guided_regex",
-      "'guided_regex' cannot be used together with 'tools' in the chat format glm-4.7; send "
-      "'tool_choice' \"none\"." },
+    { "glm-4.7", M "\"tools\":[" TOOL "," NOT("") "],\"tool_choice\":\"required\"}", "tools",
+      "'tools[1].function.parameters' has a 'not' that is not supported; with 'strict' false "
+      "calls need not follow it." },
+    { "glm-4.7", M "\"tools\":[" TOOL "," MARKER "],\"guided_regex\":\"a\"}", "tools",
+      "'tools[1].function.parameters' has a 'enum' in 'x' with a string that contains "
+      "</arg_value>, which ends it in the calls of this model; with 'strict' false calls need not "
+      "follow it." },
+    { "glm-4.7", M "\"tools\":[" TOOL "," TOOL "],\"tool_choice\":\"required\"}", "tools",
+      "'tools[1].function.name' is that of another tool; this model's calls could not be told "
+      "apart." },
+    { "glm-4.7", M "\"tools\":[" NO_OBJECT "],\"tool_choice\":\"required\"}", "tools",
+      "'tools[0].function.parameters' must have the 'type' \"object\" for calls to follow it." },
     { "qwen3", M "\"tools\":[" TOOL "," NOT("") "],\"tool_choice\":\"required\"}", "tools",
       "'tools[1].function.parameters' has a 'not' that is not supported; with 'strict' false "
       "calls need not follow it." },
@@ -474,11 +483,40 @@ START_TEST(fields_of_a_chat)
 }
 END_TEST
 
+/* Which arguments a call writes without quotes. */
+START_TEST(arguments_that_can_only_be_strings)
+{
+    static const char *const want[] = { "s", "list", "values", "one", "ref", "all" };
+    struct api_completion *c = accept(
+        CHAT_GLM47,
+        M "\"tools\":[{\"type\":\"function\",\"function\":{\"name\":\"f\",\"parameters\":{"
+          "\"$defs\":{\"k\":{\"enum\":[\"a\"]},\"c\":{\"$ref\":\"#/$defs/c\"}},"
+          "\"type\":\"object\",\"properties\":{\"s\":{\"type\":\"string\",\"maxLength\":3},"
+          "\"list\":{\"type\":[\"string\"]},\"values\":{\"enum\":[\"a\",\"1\"]},"
+          "\"one\":{\"const\":\"a\"},\"ref\":{\"$ref\":\"#/$defs/k\"},"
+          "\"all\":{\"allOf\":[{\"$ref\":\"#/$defs/k\"}]},"
+          "\"circle\":{\"$ref\":\"#/$defs/c\"},\"nowhere\":{\"$ref\":\"#/x\"},"
+          "\"any\":{\"anyOf\":[{\"type\":\"string\"},{\"type\":\"null\"}]},"
+          "\"two\":{\"type\":[\"string\",\"null\"]},\"number\":{\"enum\":[\"a\",1]},"
+          "\"none\":{\"enum\":[]},\"free\":{},\"true\":true}}}}]}");
+    const struct chat_tool *tool = &c->chat->tools[0];
+
+    ck_assert_uint_eq(tool->n_strings, sizeof want / sizeof want[0]);
+    for (uint32_t i = 0; i < tool->n_strings; i++)
+        ck_assert_str_eq(tool->strings[i], want[i]);
+    api_completion_free(c);
+}
+END_TEST
+
 /* ---- structures */
 
 #define CALL(name, arguments)                                                                  \
     "<tool_call>\n{\"name\": \"" name "\", \"arguments\": " arguments "}\n</tool_call>"
 #define PARIS CALL("get_weather", "{\"city\": \"Paris\"}")
+#define PAIR(name, value)                                                                      \
+    "<arg_key>" name "</arg_key><arg_value>" value "</arg_value>"
+#define GLM_PARIS "<tool_call>get_weather" PAIR("city", "Paris") PAIR("days", "2") "</tool_call>"
+#define QUIET "\"enable_thinking\":false"
 #define OK "\"guided_choice\":[\"ok\"]"
 #define FORMAT(of) "\"response_format\":{\"type\":\"json_schema\",\"json_schema\":" of "}"
 #define FLAG "{\"name\":\"flag\",\"strict\":true,\"schema\":{\"type\":\"boolean\"}}"
@@ -522,6 +560,23 @@ static const struct {
       CALL("g", "{}"), -1 },
     { "qwen3", M "\"tools\":[" TOOL ",{\"type\":\"function\",\"function\":{\"name\":\"h\"}}],"
       "\"tool_choice\":\"required\"}", CALL("h", "{\"a\": 1}"), 1 },
+    { "glm-4.7", M "\"tools\":[" TOOL "],\"tool_choice\":\"required\"}",
+      "Where?</think>" GLM_PARIS GLM_PARIS, 1 },
+    { "glm-4.7", M "\"tools\":[" TOOL "],\"tool_choice\":\"required\"}", "Where?" GLM_PARIS,
+      -1 },
+    { "glm-4.7", M "\"tools\":[" TOOL "],\"tool_choice\":\"required\"," QUIET "}", GLM_PARIS, 1 },
+    { "glm-4.7", M "\"tools\":[" TOOL "],\"tool_choice\":\"required\"," QUIET "}",
+      "<tool_call>get_weather</tool_call>", -1 },
+    { "glm-4.7", M "\"tools\":[" TOOL "],\"tool_choice\":\"required\"," QUIET "," OK "}", "ok",
+      -1 },
+    { "glm-4.7", M "\"tools\":[" TOOL "]," QUIET "," OK "}", "ok", 2 },
+    { "glm-4.7", M "\"tools\":[" TOOL "]," QUIET "," OK "}", GLM_PARIS, 1 },
+    { "glm-4.7", M "\"tools\":[" TOOL "]," QUIET "," OK ",\"parallel_tool_calls\":false}",
+      GLM_PARIS, 2 },
+    { "glm-4.7", M "\"tools\":[" TOOL "," NOT("\"strict\":false,") "]," QUIET
+      ",\"tool_choice\":" CHOOSE("g") "}", "<tool_call>g" PAIR("a", "1") "</tool_call>", 2 },
+    { "glm-4.7", M "\"tools\":[" TOOL "," NOT("\"strict\":false,") "]," QUIET
+      ",\"tool_choice\":" CHOOSE("g") "}", GLM_PARIS, -1 },
     { "llama-3.1", M "\"tools\":[" TOOL "],\"tool_choice\":\"required\"}",
       "{\"name\": \"get_weather\", \"parameters\": {\"city\": \"Paris\"}}", 2 },
 };
@@ -634,6 +689,7 @@ TCase *chat_prompt_case(void)
     tcase_add_test(tc, messages_cannot_write_control_tokens);
     tcase_add_loop_test(tc, what_is_refused, 0, sizeof refusals / sizeof refusals[0]);
     tcase_add_test(tc, fields_of_a_chat);
+    tcase_add_test(tc, arguments_that_can_only_be_strings);
     tcase_add_loop_test(tc, structures_of_a_chat, 0, sizeof structures / sizeof structures[0]);
     tcase_add_test(tc, grammars_are_kept_by_all_that_they_follow_from);
     tcase_add_test(tc, an_answer_comes_back);
