@@ -74,7 +74,7 @@ class Server:
 
 def write_text(server, n_tokens, seed):
     """Prose by the model, more than n_tokens of it."""
-    pieces, per_piece = n_tokens // 1500 + 1, 1600
+    pieces, per_piece = n_tokens // 1200 + 1, 1600    # a tenth may go, see below
 
     def piece(i):
         answer = server.complete(prompt=OPENINGS[i % len(OPENINGS)], max_tokens=per_piece,
