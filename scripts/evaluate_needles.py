@@ -74,7 +74,7 @@ class Server:
 
 def write_text(server, n_tokens, seed):
     """Prose by the model, more than n_tokens of it."""
-    pieces, per_piece = n_tokens // 1200 + 1, 1600    # a tenth may go, see below
+    pieces, per_piece = n_tokens // 1200 + 1, 1600    # some of it goes, see below
 
     def piece(i):
         answer = server.complete(prompt=OPENINGS[i % len(OPENINGS)], max_tokens=per_piece,
@@ -84,9 +84,10 @@ def write_text(server, n_tokens, seed):
 
     with ThreadPoolExecutor(16) as pool:
         texts = list(pool.map(piece, range(pieces)))
-    # What the model makes up about facts would be needles of its own.
+    # What the model makes up about facts would be needles of its own, and now and then it says the
+    # same word for pages.
     sentences = [s for t in texts for s in re.split(r"(?<=[.!?]) ", t)
-                 if not re.search(r"\d|<\|", s)]
+                 if not re.search(r"\d|<\||(\S+)(\s*\1){7}", s)]
     return " ".join(sentences)
 
 
