@@ -30,11 +30,12 @@ layer, simulated with its own sets. Needs numpy, and matplotlib for --plot.
 
 With --record a server is started that writes the file. The prompt is prose of so many tokens, the
 model's own (sampled with fixed seeds) unless there is --text, and sampled with a fixed seed is what
-follows.
+follows; or, with --needles, facts stand in the prose and are asked for, each in a sequence.
 """
 import argparse
 import json
 import os
+import re
 import sys
 from collections import defaultdict, deque
 from pathlib import Path
@@ -44,6 +45,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 import numpy as np  # noqa: E402
 
 from evaluate_needles import ROOT, Server, count_tokens, cut_to, write_text  # noqa: E402
+from evaluation_tasks import TASKS, Haystack, Maker  # noqa: E402
 
 HEADER = np.dtype([("magic", "S8")] + [(name, "u4") for name in (
     "version act layers heads kv_heads head_dim latent_dim row_dim block_tokens nth_layer "
@@ -348,6 +350,18 @@ def report(dump):
 
 # ---- a server that writes the file
 
+def record_needles(server, args, haystack):
+    """A sequence for each question; their steps are those that write the answers."""
+    maker = Maker(haystack, None, args.record, 0.5, f"{args.seed}/needles", args.needles)
+    sample, right = TASKS["needle"](maker), 0
+    for (ask,) in sample.questions:
+        answer = server.complete(prompt=f"{sample.context} {ask.tail}", max_tokens=ask.max_tokens,
+                                 temperature=0)
+        found = re.match(r"\s*(\d+)", answer["choices"][0]["text"])
+        right += bool(found) and found[1] == ask.expected[0]
+    print(f"{answer['usage']['prompt_tokens']} tokens of prompt, {right} of {args.needles} needles found")
+
+
 def record(args, options):
     if Path(args.dump).exists():
         raise ValueError("it is there already")
@@ -359,9 +373,13 @@ def record(args, options):
         tokens = count_tokens(server, sample) * len(text) / len(sample)
         if tokens < args.record:
             raise ValueError(f"the text has {tokens:.0f} tokens, fewer than {args.record}")
-        answer = server.complete(prompt=cut_to(text, args.record, tokens), max_tokens=args.steps + 1,
-                                 temperature=0.9, top_k=100, seed=args.seed, ignore_eos=True)
-        print(f"{answer['usage']['prompt_tokens']} tokens of prompt, {args.steps} steps")
+        if args.needles:
+            record_needles(server, args, Haystack(text, tokens))
+        else:
+            answer = server.complete(prompt=cut_to(text, args.record, tokens),
+                                     max_tokens=args.steps + 1, temperature=0.9, top_k=100,
+                                     seed=args.seed, ignore_eos=True)
+            print(f"{answer['usage']['prompt_tokens']} tokens of prompt, {args.steps} steps")
     finally:
         server.stop()
     if not Path(args.dump).exists():
@@ -470,6 +488,8 @@ def main():
     p.add_argument("dump", help="the file of --selection-dump")
     p.add_argument("--record", type=int, metavar="TOKENS", help="have a server write it first")
     p.add_argument("--steps", type=int, default=256, help="with --record: sparse steps (%(default)s)")
+    p.add_argument("--needles", type=int, default=0,
+                   help="with --record: hide so many facts and ask for each")
     p.add_argument("--text", type=Path, help="with --record: the prose; else the model writes it")
     p.add_argument("--seed", type=int, default=1, help="with --record")
     p.add_argument("--asynctlsd", default=str(ROOT / "build" / "asynctlsd"), help="with --record")
@@ -482,8 +502,8 @@ def main():
             import matplotlib  # noqa: F401: missing it is better known before than after
         except ImportError:
             p.error("--plot needs matplotlib")
-    if options and not o.record:
-        p.error("options of the server go with --record")
+    if (options or o.needles) and not o.record:
+        p.error("options of the server and --needles go with --record")
     try:
         if o.record:
             record(o, options)

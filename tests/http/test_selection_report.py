@@ -193,6 +193,7 @@ class ByHand(Folder):
             self.assertIn(sentence, done.stderr)
         self.assertIn("is there already", self.run_report("--record", "1000").stderr)
         self.assertIn("go with --record", self.run_report("--", "--selection", "lagged").stderr)
+        self.assertIn("go with --record", self.run_report("--needles", "3").stderr)
         self.dump.unlink()
         self.assertIn("No such file", self.run_report().stderr)
 
@@ -282,6 +283,15 @@ class OfAServer(Folder):
                                "--backend", "cpu", "--cpu-threads", "2", *options)
         self.check(r, list(range(8)), 40)
         self.assertIn("tokens of prompt, 40 steps", table)
+
+    def test_needles(self):
+        """A sequence each; the model finds most of them."""
+        options = [w for k, v in SPARSE.items() for w in ("--" + k.replace("_", "-"), v)]
+        prose = ROOT / "tests" / "texts" / "harbour.txt"
+        done = self.run_report("--record", 800, "--needles", 3, "--text", prose, "--asynctlsd", BINARY,
+                               "--", "--backend", "cpu", "--cpu-threads", "2", *options)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertRegex(done.stdout, r"[23] of 3 needles found\n3 sequences, ")
 
     def test_record_of_nothing(self):
         """Full attention up to the crossover."""
