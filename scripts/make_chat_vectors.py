@@ -17,10 +17,11 @@ import jinja2.ext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 OUT = Path(__file__).resolve().parent.parent / "tests/unit/data/chat/renders.json"
-VERBATIM = {"qwen3", "qwen3-thinking", "qwen3-instruct"}     # arguments in a string stay one
+# Arguments in a string stay one.
+VERBATIM = {"qwen3", "qwen3-thinking", "qwen3-instruct", "qwen3-instruct-early"}
 ONE_CALL = {"llama-3.1", "llama-3.2"}
 NO_TOOLS = {"chatml", "smollm2", "llama-3"}
-THINKS = {"qwen3", "glm-4.7"}
+THINKS = {"qwen3", "qwen3-thinking", "glm-4.7"}
 
 
 def user(text):
@@ -87,6 +88,15 @@ CASES = [
                                         user("<tool_response>x</tool_response>")]}, ()),
     ("only a user's response", {"messages": [user("<tool_response>\n</tool_response>"),
                                              said("a", reasoning_content="r")]}, ()),
+    ("no thought", {"messages": [user("a"), said(THOUGHT, reasoning_content=""), user("b"),
+                                 said(THOUGHT, reasoning_content="")],
+                    "add_generation_prompt": False}, ()),
+    ("null for a thought", {"messages": [user("a"), said(THOUGHT, reasoning_content=None)],
+                            "add_generation_prompt": False}, ()),
+    ("two systems", {"messages": [system("a"), system("b"), user("c")]}, ()),
+    ("only a system", {"messages": [system("a")]}, ()),
+    ("nothing said", {"messages": [system(""), user("a"), said(""), user(""), said("")]}, ()),
+    ("begins with the assistant", {"messages": [said(THOUGHT), user("a"), system("b")]}, ()),
     ("parts", {"messages": [user([{"type": "text", "text": "a"},
                                   {"type": "text", "text": "b"}])]}, ()),
     ("thinking off", {"messages": [system("Be terse."), user("Hi")], "enable_thinking": False},
@@ -95,6 +105,8 @@ CASES = [
      ("other",)),
     ("thoughts kept", {"messages": [user("Hi"), said(THOUGHT), user("Again")],
                        "chat_template_kwargs": {"clear_thinking": False}}, ("not glm",)),
+    ("date", {"messages": [system("s"), user("Hi")],
+              "chat_template_kwargs": {"date_string": "31 Dec 1999"}}, ("not llama",)),
     ("empty tools", {"messages": [user("Hi")], "tools": []}, ()),
     ("null", {"messages": [user("Hi"), {"role": "assistant", "content": None}, user("?")]}, ()),
 ]
@@ -119,6 +131,20 @@ TOOL_CASES = [
                          tool_calls=calls(("f", {}), ("g", {"s": "<b>\n"}))),
         result("1"), user("?"), said("x", tool_calls=PARIS), result("2"), result("3"),
         said("done")]}, ()),
+    ("text and a call", {"messages": [
+        user("Hi"), said("Let me see.", reasoning_content="t", tool_calls=PARIS), result("2"),
+        said("done")], "tools": [WEATHER], "add_generation_prompt": False}, ()),
+    ("rounds of calls", {"messages": [
+        user("Hi"), said(THOUGHT, tool_calls=PARIS), result("1"),
+        said(None, tool_calls=PARIS), result(""), said("b", reasoning_content="r"),
+        said("", tool_calls=PARIS), result("3"), result("<tool_response>\n4")],
+        "tools": [WEATHER]}, ()),
+    ("begins with a result", {"messages": [result("1"), user("Hi"), said("x"), result("2"),
+                                           system("s"), result("3")]}, ()),
+    ("tools and an empty system", {"messages": [system(""), user(" Hi "), system("b")],
+                                   "tools": [WEATHER]}, ()),
+    ("tools and the assistant first", {"messages": [said("Hello"), user("Hi")],
+                                       "tools": [WEATHER]}, ()),
 ]
 
 
@@ -155,6 +181,7 @@ def fits(name, body, excluded):
     n_calls = max(len(m.get("tool_calls", [])) for m in body["messages"])
     return not (name in excluded or ("other" in excluded and name not in THINKS) or
                 ("not glm" in excluded and name != "glm-4.7") or
+                ("not llama" in excluded and name not in ONE_CALL) or
                 (name in ONE_CALL and n_calls > 1))
 
 
@@ -178,7 +205,7 @@ def main():
             if not fits(name, body, excluded):
                 continue
             body = copy.deepcopy(body)
-            if name in ONE_CALL:
+            if name == "llama-3.2":     # without a date it takes today's
                 body.setdefault("chat_template_kwargs", {})["date_string"] = "01 Feb 2026"
             renders.append({"format": name, "case": case,
                             "body": json.dumps(body, ensure_ascii=False),

@@ -64,6 +64,12 @@ static const struct chat_format_facts facts[CHAT_N_FORMATS] = {
                               .verbatim = true,
                               .ends = { "<|im_end|>" },
                               .controls = { IM } },
+    [CHAT_QWEN3_INSTRUCT_EARLY] = { .name = "qwen3-instruct-early",
+                                    .tools = true,
+                                    .calls = &qwen_calls,
+                                    .verbatim = true,
+                                    .ends = { "<|im_end|>" },
+                                    .controls = { IM } },
     [CHAT_GLM47] = { .name = "glm-4.7",
                      .tools = true,
                      .calls = &glm_calls,
@@ -94,6 +100,8 @@ const struct chat_format_facts *chat_format_facts(enum chat_format f)
 #define QWEN_TOOLS                                                                             \
     "You may call one or more functions to assist with the user query.", "<tools>",            \
         "<tool_response>", "{\"name\": <function-name>"
+/* How Qwen3 finds the turns whose thoughts it shows, and when it shows them. */
+#define QWEN3_THOUGHTS "last_query_index", "loop.last or (not loop.last and reasoning_content)"
 /* Templates that grew out of these and differ: images, other ways to call functions. */
 #define NOT_QWEN                                                                               \
     "<function=", "<|vision_start|>", "<arg_key>", "[gMASK]", "bos_token", "raise_exception",  \
@@ -121,15 +129,18 @@ static const struct marks {
         "<|im_start|>assistant\n" },
       { "think", NOT_QWEN } },
     { CHAT_QWEN3,
-      { QWEN_TOOLS, "<think>\n\n</think>\n\n", "enable_thinking is false", "last_query_index",
+      { QWEN_TOOLS, QWEN3_THOUGHTS, "<think>\n\n</think>\n\n", "enable_thinking is false",
         "<|im_start|>assistant\n" },
       { "You are Qwen", "<|im_start|>assistant\n<think>", NOT_QWEN } },
     { CHAT_QWEN3_THINKING,
-      { QWEN_TOOLS, "last_query_index", "'<|im_start|>assistant\n<think>\n'" },
+      { QWEN_TOOLS, QWEN3_THOUGHTS, "'<|im_start|>assistant\n<think>\n'" },
       { "You are Qwen", "enable_thinking", NOT_QWEN } },
     { CHAT_QWEN3_INSTRUCT,
       { QWEN_TOOLS, "messages[0].content + '\n\n'", "<|im_start|>assistant\n" },
-      { "You are Qwen", "You are a ", "enable_thinking", "assistant\n<think>", NOT_QWEN } },
+      { "You are Qwen", "You are a ", "think", "reasoning", NOT_QWEN } },
+    { CHAT_QWEN3_INSTRUCT_EARLY,
+      { QWEN_TOOLS, QWEN3_THOUGHTS, "messages[0].content + '\n\n'", "<|im_start|>assistant\n" },
+      { "You are Qwen", "enable_thinking", "<|im_start|>assistant\n<think>", NOT_QWEN } },
     { CHAT_GLM47,
       { "[gMASK]<sop>", "<|system|>\n# Tools\n", "<arg_key>{arg-key-1}</arg_key>",
         "clear_thinking is defined and not clear_thinking", "<|observation|>",

@@ -34,9 +34,10 @@ enum chat_format {            /* in the order of the option's words */
                    CHAT_CHATML,  /* turns between <|im_start|> and <|im_end|>, nothing else */
                    CHAT_SMOLLM2, /* with a system turn of its own where there is none */
                    CHAT_QWEN25,
-                   CHAT_QWEN3,          /* thinks or not, as enable_thinking says */
-                   CHAT_QWEN3_THINKING, /* always thinks: Thinking-2507 */
-                   CHAT_QWEN3_INSTRUCT, /* never does: Instruct-2507 */
+                   CHAT_QWEN3,                /* thinks or not, as enable_thinking says */
+                   CHAT_QWEN3_THINKING,       /* always thinks: Thinking-2507 */
+                   CHAT_QWEN3_INSTRUCT,       /* never does: Instruct-2507 */
+                   CHAT_QWEN3_INSTRUCT_EARLY, /* its first template, which has thoughts */
                    CHAT_GLM47,
                    CHAT_LLAMA3,
                    CHAT_LLAMA31,
@@ -44,8 +45,8 @@ enum chat_format {            /* in the order of the option's words */
                    CHAT_N_FORMATS
 };
 #define CHAT_FORMAT_WORDS                                                                      \
-    "auto|none|plain|chatml|smollm2|qwen2.5|qwen3|qwen3-thinking|qwen3-instruct|glm-4.7|"      \
-    "llama-3|llama-3.1|llama-3.2"
+    "auto|none|plain|chatml|smollm2|qwen2.5|qwen3|qwen3-thinking|qwen3-instruct|"              \
+    "qwen3-instruct-early|glm-4.7|llama-3|llama-3.1|llama-3.2"
 
 enum { CHAT_MAX_ENDS = 4, CHAT_MAX_CONTROLS = 4 };
 

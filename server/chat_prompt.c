@@ -265,12 +265,15 @@ static void qwen3_assistant(struct chat_prompt *p, enum chat_format f, const str
                             uint32_t i, uint32_t query)
 {
     const struct chat_message *m = &c->messages[i];
-    struct part thoughts, content;
-    bool last = i + 1 == c->n_messages;
+    struct part thoughts = { 0 }, content = whole(m->content);
+    bool shown = false;
 
-    split_thoughts(m, &thoughts, &content);
+    /* To the instruct models' template markers of thoughts are text like any other. */
+    if (f != CHAT_QWEN3_INSTRUCT) {
+        split_thoughts(m, &thoughts, &content);
+        shown = i > query && (thoughts.n > 0 || i + 1 == c->n_messages);
+    }
     begin_turn(p, "assistant");
-    bool shown = i > query && (thoughts.n > 0 || (last && f != CHAT_QWEN3_INSTRUCT));
     if (shown) {
         mark(p, "<think>\n");
         put_part(p, drop_newlines(skip_newlines(thoughts)));
@@ -578,6 +581,7 @@ enum status chat_render(struct chat_prompt *out, enum chat_format f, const struc
     case CHAT_QWEN3:
     case CHAT_QWEN3_THINKING:
     case CHAT_QWEN3_INSTRUCT:
+    case CHAT_QWEN3_INSTRUCT_EARLY:
         render_qwen3(out, f, c);
         return ST_OK;
     case CHAT_GLM47:

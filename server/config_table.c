@@ -22,9 +22,9 @@ static const struct option table[] = {
     { .key = "chat-format", .type = OPTION_CHOICE, AT(chat_format), .initial = "auto",
       .choices = CHAT_FORMAT_WORDS,
       .help = "How conversations are written for the model: chatml, smollm2, qwen2.5, qwen3, "
-              "qwen3-thinking, qwen3-instruct, glm-4.7, llama-3, llama-3.1 or llama-3.2. auto: "
-              "as its folder's chat template says, if that is one of these; plain: \"User: "
-              "text\", for models that were not made for chat; none: no chat." },
+              "qwen3-thinking, qwen3-instruct, qwen3-instruct-early, glm-4.7, llama-3, llama-3.1 "
+              "or llama-3.2. auto: as its folder's chat template says, if that is one of these; "
+              "plain: \"User: text\", for models that were not made for chat; none: no chat." },
     { .key = "backend", .type = OPTION_LIST, AT(backends), .initial = "auto",
       .help = "The device that computes: cpu, cuda:N, or auto: cuda:0 where there is a GPU, "
               "else cpu. Several separated by commas, such as cuda:0,cuda:1, or cuda:all for "

@@ -25,6 +25,7 @@ GLM_CONTROLS = ["[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "
 # Qwen3's template in so many words as the server knows it by.
 QWEN3 = r"""{{- "# Tools\n\nYou may call one or more functions to assist with the user query." }}
 <tools> <tool_response> {\"name\": <function-name> last_query_index
+loop.last or (not loop.last and reasoning_content)
 <|im_start|>assistant\n {%- if enable_thinking is false %}<think>\n\n</think>\n\n"""
 
 # And GLM-4.7's.

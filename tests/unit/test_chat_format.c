@@ -17,7 +17,9 @@
     "\\\"arguments\\\": <args-json-object>}\\n</tool_call><|im_end|>\\n\" }}"                  \
     "{{- '\\n<tool_response>\\n' }}"
 #define FIRST "{{- messages[0].content + '\\n\\n' }}"
-#define QUERY "{%- set ns = namespace(last_query_index=messages|length - 1) %}"
+#define QUERY                                                                                  \
+    "{%- set ns = namespace(last_query_index=messages|length - 1) %}"                          \
+    "{%- if loop.last or (not loop.last and reasoning_content) %}"
 #define GENERATE "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}"
 #define SWITCH                                                                                 \
     "{%- if enable_thinking is defined and enable_thinking is false %}"                        \
@@ -56,7 +58,7 @@ static const struct {
     { CHAT_QWEN3_THINKING, TOOLS FIRST QUERY
       "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n<think>\\n' }}" },
     { CHAT_QWEN3_INSTRUCT, TOOLS FIRST GENERATE },
-    { CHAT_QWEN3_INSTRUCT, TOOLS FIRST QUERY GENERATE },
+    { CHAT_QWEN3_INSTRUCT_EARLY, TOOLS FIRST QUERY GENERATE },
     { CHAT_GLM47, GLM },
     { CHAT_LLAMA3, LLAMA3 },
     { CHAT_LLAMA31, LLAMA31 "{%- if builtin_tools is defined %}" },
@@ -66,6 +68,7 @@ static const struct {
     { CHAT_NONE, "{{ messages }}" },
     { CHAT_NONE, TURNS "{{ eos_token }}" GENERATE },
     { CHAT_NONE, TURNS "{% if message.content | trim %}" GENERATE },
+    { CHAT_NONE, TOOLS FIRST "{%- if last_query_index and reasoning_content %}" GENERATE },
     { CHAT_NONE, TOOLS FIRST QUERY GENERATE SWITCH "<function=" },
     { CHAT_NONE, TOOLS FIRST QUERY GENERATE SWITCH "<|vision_start|>" },
     { CHAT_NONE, TOOLS "{{- 'You are a helpful assistant.' }}" GENERATE },

@@ -83,20 +83,23 @@ START_TEST(recorded_renders)
 {
     static const char path[] = "tests/unit/data/chat/renders.json";
     struct json_file file;
+    int counts[CHAT_N_FORMATS] = { 0 };
     struct error err;
     char *text;
     size_t n;
-    int count = 0;
 
     if (file_read(&text, &n, path, 1 << 24, NULL, &err) != ST_OK ||
         json_file_parse(&file, path, text, n, 1 << 24, &err) != ST_OK)
         ck_abort_msg("%s", err.text);
     for (const cJSON *row = json_get(file.root, "renders")->child; row; row = row->next) {
-        check_text(json_get(row, "format")->valuestring, json_get(row, "case")->valuestring,
+        const char *format = json_get(row, "format")->valuestring;
+        check_text(format, json_get(row, "case")->valuestring,
                    json_get(row, "body")->valuestring, json_get(row, "text")->valuestring);
-        count++;
+        counts[format_of(format)]++;
     }
-    ck_assert_int_ge(count, 100);
+    for (int f = CHAT_PLAIN + 1; f < CHAT_N_FORMATS; f++)
+        ck_assert_msg(counts[f] >= 20, "%d renders of %s", counts[f],
+                      chat_format_facts(f)->name);
     json_file_fini(&file);
     mem_free(text);
 }
@@ -111,66 +114,11 @@ END_TEST
     "\"Get weather: \xC3\xA9\",\"parameters\":{\"type\":\"object\",\"properties\":"            \
     "{\"city\":{\"type\":\"string\"},\"days\":{\"type\":\"integer\"}},\"required\":"           \
     "[\"city\"]}}}"
-#define TOOL_TURNS                                                                             \
-    "{\"role\":\"assistant\",\"content\":\"\",\"reasoning_content\":\"need tool\","            \
-    "\"tool_calls\":[{\"function\":{\"name\":\"get_weather\",\"arguments\":"                   \
-    "{\"city\":\"Paris\",\"days\":2}}}]},"                                                     \
-    "{\"role\":\"tool\",\"content\":\"18C\"},{\"role\":\"tool\",\"content\":\"19C\"}"
-#define SPELLED                                                                                \
-    "{\"type\": \"function\", \"function\": {\"name\": \"get_weather\", "                      \
-    "\"description\": \"Get weather: \xC3\xA9\", \"parameters\": {\"type\": \"object\","       \
-    " \"properties\": {\"city\": {\"type\": \"string\"}, \"days\": {\"type\": "                \
-    "\"integer\"}}, \"required\": [\"city\"]}}}"
-#define QWEN_TOOLS                                                                             \
-    "# Tools\n\nYou may call one or more functions to assist with the user query.\n\nYou are " \
-    "provided with function signatures within <tools></tools> XML tags:\n<tools>\n" SPELLED    \
-    "\n</tools>\n\nFor each function call, return a json object with function name and "       \
-    "arguments within <tool_call></tool_call> XML tags:\n<tool_call>\n{\"name\": "             \
-    "<function-name>, \"arguments\": <args-json-object>}\n</tool_call><|im_end|>\n"
-#define LLAMA_SYSTEM                                                                           \
-    "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: "  \
-    "December 2023\nToday Date: 26 Jul 2024\n\n"
-#define ASK "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
 
-/* Formats whose templates are not recorded, and what the recorded ones are known by. */
+/* What no template says: the format that has none, and a role that is the server's. */
 static const struct {
     const char *format, *body, *want;
 } renders[] = {
-    { "qwen3", "{\"messages\":[" TERSE "," USER "," TOOL_TURNS "],\"tools\":[" TOOL "]}",
-      "<|im_start|>system\nBe terse.\n\n" QWEN_TOOLS
-      "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n<think>\nneed tool\n</think>\n\n"
-      "<tool_call>\n{\"name\": \"get_weather\", \"arguments\": {\"city\": \"Paris\", \"days\": "
-      "2}}\n"
-      "</tool_call><|im_end|>\n<|im_start|>user\n<tool_response>\n18C\n</tool_response>\n"
-      "<tool_response>\n19C\n</tool_response><|im_end|>\n<|im_start|>assistant\n" },
-    { "qwen3-thinking", "{\"messages\":[" USER "," HELLO "," AGAIN "]}",
-      "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello!<|im_end|>\n"
-      "<|im_start|>user\nAgain<|im_end|>\n<|im_start|>assistant\n<think>\n" },
-    { "qwen3-instruct", "{\"messages\":[" USER "],\"tools\":[" TOOL "]}",
-      "<|im_start|>system\n" QWEN_TOOLS ASK },
-    { "qwen3-instruct",
-      "{\"messages\":[" USER ",{\"role\":\"assistant\",\"content\":\"Hello\"}],"
-      "\"add_generation_prompt\":false}",
-      "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello<|im_end|>\n" },
-    { "qwen2.5", "{\"messages\":[" USER "]}",
-      "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant."
-      "<|im_end|>\n" ASK },
-    { "qwen2.5", "{\"messages\":[" TERSE "," USER "]}",
-      "<|im_start|>system\nBe terse.<|im_end|>\n" ASK },
-    { "qwen2.5", "{\"messages\":[" USER "," TOOL_TURNS "],\"tools\":[" TOOL "]}",
-      "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant."
-      "\n\n" QWEN_TOOLS "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n<tool_call>\n"
-      "{\"name\": \"get_weather\", \"arguments\": {\"city\": \"Paris\", \"days\": 2}}\n"
-      "</tool_call><|im_end|>\n<|im_start|>user\n<tool_response>\n18C\n</tool_response>\n"
-      "<tool_response>\n19C\n</tool_response><|im_end|>\n<|im_start|>assistant\n" },
-    { "smollm2", "{\"messages\":[" USER "]}",
-      "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face"
-      "<|im_end|>\n" ASK },
-    { "smollm2", "{\"messages\":[" TERSE "," USER "]}",
-      "<|im_start|>system\nBe terse.<|im_end|>\n" ASK },
-    { "llama-3.1", "{\"messages\":[" USER "]}",
-      LLAMA_SYSTEM "<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
-                   "<|start_header_id|>assistant<|end_header_id|>\n\n" },
     { "plain", "{\"messages\":[" TERSE "," USER "," HELLO "," AGAIN "]}",
       "System: Be terse.\n\nUser: Hi\n\nAssistant: <think>\nhmm\n</think>\n\nHello!\n\n"
       "User: Again\n\nAssistant:" },
