@@ -4,6 +4,7 @@
 #include "tests/support/backend_fixture.h"
 #include "tests/support/gpu_compare.h"
 #include "tests/support/gpu_fixture.h"
+#include "tests/support/kernel_reference.h"
 #include "tests/support/random_data.h"
 #include "tests/support/token_store.h"
 
@@ -32,11 +33,6 @@ struct problem {
     void *scratch;
     size_t q_floats, kv_bytes, index_bytes, table_ints, scratch_bytes;
 };
-
-static int blocks_of(int n_tokens)
-{
-    return (n_tokens + BLOCK_TOKENS - 1) / BLOCK_TOKENS;
-}
 
 /* Keys and values of one sequence through the CPU's rope_store, without rotation. */
 static void store_sequence(struct problem *p, int seq, struct test_random *r)

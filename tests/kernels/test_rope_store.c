@@ -53,11 +53,6 @@ static int first_row(int seq)
     return row;
 }
 
-static int blocks_of(int n_tokens)
-{
-    return (n_tokens + BLOCK_TOKENS - 1) / BLOCK_TOKENS;
-}
-
 static void make_norms(struct story *s, struct test_random *r)
 {
     for (int i = 0; i < MAX_DIM; i++) {
