@@ -302,10 +302,9 @@ static const struct setup setups[] = {
     { { 1, 3, 64, 1, 2, 100, 0, 1, 4 }, { 63, 64, 65, 128 }, true, true },
     { { 2, 1, 32, 2, 3, 64, 130, 64, 3 }, { 400, 127, 449 }, false, false },
     { { 1, 2, 32, 3, 6, 384, 4, 64, 4 }, { 321, 383, 384, 500 }, true, true },
-    /* forced ones alone are more than are kept */
+    /* of the next two the forced blocks alone are more than are kept */
     { { 2, 2, 16, 0, 1, 40, 4, 64, 3 }, { 190, 191, 640 }, false, false },
     { { 1, 1, 32, 1, 2, 100, 1, 300, 2 }, { 250, 640 }, false, false },
-    /* and these are not */
     { { 2, 4, 128, 0, 8, 100, 4, 64, 2 }, { 640, 576 }, false, true },
     { { 1, 1, 32, 0, 7, 70, 64, 65, 2 }, { 700, 64 }, false, true },
     { { 1, 20, 64, 4, 4, 60, 4, 20, 5 }, { 700, 1, 0, 511, 640 }, true, true },

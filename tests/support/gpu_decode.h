@@ -6,7 +6,7 @@
 /* A decode_fixture.h on the GPU.  Its contexts are stored once, as long as they ever become, and
  * each step sees a part of them. */
 
-/* Begin with queries, and with channels where the shape has a use for them. */
+/* decode_init() with random queries and, unless attention is latent, random channels. */
 void gpu_decode_init(struct decode_fixture *d, const struct decode_setup *s, int max_blocks,
                      uint64_t seed);
 

@@ -17,7 +17,8 @@ struct hot_books {               /* of all sets, in the layouts of hot_rows.h */
 
 struct hot_fixture {
     struct decode_fixture *d;    /* borrowed */
-    int rows_per_head, away;     /* of ten blocks, about how many are off the device */
+    int rows_per_head;           /* of each set */
+    int away;                    /* of ten blocks, about how many are off the device */
     size_t n_rows, n_positions;  /* of the books' position and used, and of row_of */
     int32_t set[DECODE_MOST_SEQS]; /* -1; the test gives them */
     int32_t *table, *host_table; /* [seqs, max_blocks] */
