@@ -46,11 +46,6 @@ struct problem {
     const bf16 *gpu_q, *gpu_kv;
 };
 
-static int blocks_of(int n_tokens)
-{
-    return (n_tokens + BLOCK_TOKENS - 1) / BLOCK_TOKENS;
-}
-
 static size_t row_dim(const struct problem *p)
 {
     return (size_t)(p->heads * p->shape.head_dim);

@@ -85,11 +85,6 @@ static int first_row(int seq)
     return row;
 }
 
-static int blocks_of(int n_tokens)
-{
-    return (n_tokens + BLOCK_TOKENS - 1) / BLOCK_TOKENS;
-}
-
 static void *int32s(int n)
 {
     return mem_alloc((size_t)n * sizeof(int32_t));

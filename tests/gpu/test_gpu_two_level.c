@@ -2,7 +2,9 @@
 
 #include "engine/base/mem.h"
 #include "tests/support/backend_fixture.h"
+#include "tests/support/gpu_compare.h"
 #include "tests/support/gpu_fixture.h"
+#include "tests/support/kernel_reference.h"
 #include "tests/support/random_data.h"
 #include "tests/support/token_store.h"
 
@@ -31,11 +33,6 @@ struct problem {
     void *scratch;
     size_t q_floats, kv_bytes, index_bytes, table_ints, scratch_bytes;
 };
-
-static int blocks_of(int n_tokens)
-{
-    return (n_tokens + BLOCK_TOKENS - 1) / BLOCK_TOKENS;
-}
 
 /* Keys and values of one sequence through the CPU's rope_store, without rotation. */
 static void store_sequence(struct problem *p, int seq, struct test_random *r)
@@ -195,14 +192,8 @@ static void run_gpu(struct problem *p, float *out, struct selected_lists *lists)
 static float difference(const struct setup *s, const float *got, const float *want, int list)
 {
     int n = s->heads / s->shape.kv_heads * kv_value_dim(&s->shape);
-    float worst = 0;
 
-    for (int i = list * n; i < (list + 1) * n; i++) {
-        float off = fabsf(got[i] - want[i]);
-        if (!(off <= worst))
-            worst = off;
-    }
-    return worst;
+    return largest_difference(got + list * n, want + list * n, (size_t)n);
 }
 
 /* With next to no scale the output is the mean of the values chosen: one token that differs moves
@@ -226,7 +217,8 @@ static void compare(const char *name, const struct setup *s, float tolerance, ui
         float off = difference(s, got, p.out, list);
         n_lists++;
         n_off += !(off <= tolerance);
-        worst = off <= worst ? worst : off;
+        if (off > worst || isnan(off))
+            worst = off;
         if (!(off <= tolerance))
             printf("  sequence %d of %d tokens, KV head %d: %g off\n", list / s->shape.kv_heads,
                    s->n_tokens[list / s->shape.kv_heads], list % s->shape.kv_heads,

@@ -39,11 +39,6 @@ struct problem {
     int32_t *chosen, *n_chosen;  /* [seqs, kv_heads, keep], [seqs, kv_heads] */
 };
 
-static int blocks_of(int n_tokens)
-{
-    return (n_tokens + BLOCK_TOKENS - 1) / BLOCK_TOKENS;
-}
-
 static int q_stride(const struct problem *p)
 {
     return p->heads * p->shape.head_dim + Q_GAP;

@@ -1,67 +1,36 @@
 #include "kernels/ops.h"
 
 #include "engine/base/mem.h"
-#include "tests/support/backend_fixture.h"
 #include "tests/support/closeness.h"
+#include "tests/support/hot_fixture.h"
 #include "tests/support/kernel_reference.h"
-#include "tests/support/random_data.h"
-#include "tests/support/token_store.h"
 
 #include <check.h>
 #include <string.h>
 
 /* Decoding with blocks off the device, step after step, held against the same steps with
- * everything in kv and against a model of the sets that does the obvious.  Whatever must not be
- * read is NaN: kv slots of nobody, host slots of blocks that are in kv, rows never filled. */
-enum { MAX_SEQS = 5, STEPS = 14, UNUSED = -7 };
+ * everything in kv and against a model of the sets that does the obvious. */
+enum { MAX_SEQS = 5, STEPS = 14 };
 
 struct setup {
-    int kv_heads, group, head_dim, kind;
-    int keep_blocks, keep_tokens, sinks, recent, rows_per_head;
-    int seqs, away;              /* of ten blocks, about how many are off the device */
+    struct decode_setup decode;
+    int rows_per_head, away;     /* as of struct hot_fixture */
     int32_t n_tokens[MAX_SEQS];  /* at the start; 0: padding */
     bool has_set[MAX_SEQS];
 };
 
-struct books {                   /* as of struct hot_rows */
-    uint16_t *row_of;
-    int32_t *position;
-    uint32_t *used;
-    int32_t *hand;
-};
-
 struct history {
-    struct setup s;
-    struct kv_shape shape;
+    struct decode_fixture d;
+    struct hot_fixture hot;
     struct backend *be;
     struct stream *stream;
-    struct test_random r;
-    int heads, max_blocks, n_blocks, lists;
-    size_t block;                /* elements of K and V of a block */
-    int16_t channels[4 * INDEX_CHANNELS_KEPT];
-    int32_t n_tokens[MAX_SEQS], set[MAX_SEQS];
-    int32_t *ids;                /* [seqs, max_blocks] of a block in truth, index and tier */
-    int32_t *table, *host_table; /* [seqs, max_blocks] of the call with sets */
-    bf16 *truth, *kv, *tier;     /* [n_blocks] blocks */
-    uint8_t *index;
-    float *q, *want, *got;       /* [seqs, heads * head_dim] */
-    int32_t *kept, *n_kept, *chosen, *n_chosen;
+    float *want, *got;           /* [seqs, heads * head_dim] */
+    struct selected_lists lists; /* of the step */
     void *scratch;
     uint32_t step;
     uint64_t counts[HOT_COUNTS], model_counts[HOT_COUNTS], stall, misses_before;
-    bf16 *rows;                  /* [seqs, kv_heads, N, kv_row_dim] */
-    struct books books, model;
+    struct hot_books books, model;   /* rows and row_of of the model are unused */
 };
-
-static int blocks_of(int n_tokens)
-{
-    return (n_tokens + BLOCK_TOKENS - 1) / BLOCK_TOKENS;
-}
-
-static void *nothing(size_t bytes)
-{
-    return memset(mem_alloc(bytes), 0xff, bytes);
-}
 
 static void random_bytes(struct test_random *r, void *out, size_t n)
 {
@@ -71,210 +40,121 @@ static void random_bytes(struct test_random *r, void *out, size_t n)
 
 /* ---- a history's start */
 
-static struct books make_books(const struct history *h)
-{
-    size_t heads = (size_t)(h->s.seqs * h->s.kv_heads);
-    size_t rows = heads * (size_t)h->s.rows_per_head;
-
-    return (struct books){
-        .row_of = mem_alloc(heads * (size_t)(h->max_blocks * BLOCK_TOKENS) * sizeof(uint16_t)),
-        .position = nothing(rows * sizeof(int32_t)),
-        .used = mem_alloc(rows * sizeof(uint32_t)),
-        .hand = mem_calloc(heads, sizeof(int32_t)),
-    };
-}
-
-/* The model keeps no row_of of its own; used is garbage that is often a step to come. */
+/* row_of is garbage, and so is used, that is often a step to come. */
 static void fill_books(struct history *h)
 {
-    size_t heads = (size_t)(h->s.seqs * h->s.kv_heads);
-    size_t rows = heads * (size_t)h->s.rows_per_head;
-
-    random_bytes(&h->r, h->books.row_of,
-                 heads * (size_t)(h->max_blocks * BLOCK_TOKENS) * sizeof(uint16_t));
-    for (size_t i = 0; i < rows; i++)
-        h->books.used[i] = h->model.used[i] = (uint32_t)random_below(&h->r, 2 * STEPS);
+    random_bytes(&h->d.r, h->books.row_of, h->hot.n_positions * sizeof(uint16_t));
+    for (size_t i = 0; i < h->hot.n_rows; i++)
+        h->books.used[i] = h->model.used[i] = (uint32_t)random_below(&h->d.r, 2 * STEPS);
 }
 
 static void start_history(struct history *h, const struct setup *s, const char *isa, int threads,
                           uint64_t seed)
 {
+    struct decode_fixture *d = &h->d;
+    int seqs = s->decode.seqs, max_blocks = 0;
+
     memset(h, 0, sizeof *h);
-    h->s = *s;
-    h->r = test_random(seed);
-    h->shape = (struct kv_shape){
-        .kv_heads = s->kv_heads, .head_dim = s->head_dim,
-        .latent_dim = s->kind & 4 ? latent_dim_of(s->head_dim) : 0,
-        .filter = s->kind & 1 ? FILTER_BOUNDS : FILTER_COARSE,
-        .index = s->kind & 2 ? INDEX_CHANNELS : INDEX_ROTATED };
     h->be = open_with_threads(isa, threads);
     if (!h->be)
         return;
     h->stream = stream_create(h->be);
-    h->heads = s->kv_heads * s->group;
-    h->lists = s->seqs * s->kv_heads;
-    memcpy(h->n_tokens, s->n_tokens, sizeof h->n_tokens);
-    for (int i = 0; i < s->seqs; i++) {
+    for (int i = 0; i < seqs; i++) {
         int most = blocks_of(s->n_tokens[i] + STEPS * BLOCK_TOKENS / 2);
-        h->max_blocks = most > h->max_blocks ? most : h->max_blocks;
-        h->set[i] = s->has_set[i] ? s->seqs - 1 - i : -1;
+        max_blocks = most > max_blocks ? most : max_blocks;
     }
-    h->n_blocks = s->seqs * h->max_blocks;
-    h->block = kv_block_bytes(&h->shape) / sizeof(bf16);
-    size_t pool = (size_t)h->n_blocks * kv_block_bytes(&h->shape);
-    size_t q = (size_t)(s->seqs * h->heads * s->head_dim) * sizeof(float);
-    size_t ints = (size_t)h->n_blocks * sizeof(int32_t), lists = (size_t)h->lists;
-    h->ids = mem_alloc(ints);
-    random_order(&h->r, h->ids, h->n_blocks);
-    h->table = nothing(ints);
-    h->host_table = nothing(ints);
-    h->truth = nothing(pool);
-    h->kv = nothing(pool);
-    h->tier = nothing(pool);
-    h->index = nothing((size_t)h->n_blocks * index_block_bytes(&h->shape));
-    h->q = mem_alloc(q);
-    h->want = mem_calloc(1, q);
-    h->got = mem_calloc(1, q);
-    h->kept = nothing(lists * (size_t)s->keep_blocks * sizeof(int32_t));
-    h->n_kept = nothing(lists * sizeof(int32_t));
-    h->chosen = nothing(lists * (size_t)s->keep_tokens * sizeof(int32_t));
-    h->n_chosen = nothing(lists * sizeof(int32_t));
-    h->scratch = nothing(backend_ops(h->be)->attend_two_level_scratch(
-        &h->shape, s->seqs, h->heads, h->max_blocks, s->keep_blocks, s->keep_tokens));
-    h->rows = nothing(lists * (size_t)s->rows_per_head * kv_row_dim(&h->shape) * sizeof(bf16));
-    h->books = make_books(h);
-    h->model = make_books(h);
+    decode_init(d, &s->decode, max_blocks, seed);
+    memcpy(d->n_tokens, s->n_tokens, sizeof s->n_tokens);
+    hot_init(&h->hot, d, s->rows_per_head, s->away);
+    for (int i = 0; i < seqs; i++)
+        h->hot.set[i] = s->has_set[i] ? seqs - 1 - i : -1;
+    h->hot.host_stride = kv_block_bytes(&d->shape);
+    h->hot.host = mem_alloc(d->kv_bytes);
+    h->want = mem_calloc(d->n_q, sizeof *h->want);
+    h->got = mem_calloc(d->n_q, sizeof *h->got);
+    h->lists = decode_new_lists(d);
+    h->scratch = nan_alloc(decode_scratch_bytes(d, backend_ops(h->be)));
+    h->books = hot_new_books(&h->hot);
+    h->model = hot_new_books(&h->hot);
     fill_books(h);
-    if (h->shape.index == INDEX_CHANNELS)
-        random_channels(&h->r, h->channels, &h->shape);
+    if (d->shape.index == INDEX_CHANNELS)
+        random_channels(&d->r, d->channels, &d->shape);
 }
 
 static void end_history(struct history *h)
 {
-    void *all[] = { h->ids, h->table, h->host_table, h->truth, h->kv, h->tier, h->index, h->q,
-                    h->want, h->got, h->kept, h->n_kept, h->chosen, h->n_chosen, h->scratch,
-                    h->rows, h->books.row_of, h->books.position, h->books.used,
-                    h->books.hand, h->model.row_of, h->model.position, h->model.used,
-                    h->model.hand };
-
-    for (size_t i = 0; i < sizeof all / sizeof all[0]; i++)
-        mem_free(all[i]);
+    mem_free(h->hot.host);
+    mem_free(h->want);
+    mem_free(h->got);
+    mem_free(h->scratch);
+    decode_free_lists(&h->lists);
+    hot_free_books(&h->books);
+    hot_free_books(&h->model);
+    hot_fini(&h->hot);
+    decode_fini(&h->d);
     stream_destroy(h->stream);
     backend_close(h->be);
 }
 
 /* ---- what changes from step to step */
 
-/* Positions from..n - 1 of a sequence, through rope_store without rotation. */
-static void store_tokens(struct history *h, int seq, int from, int n)
-{
-    store_random_tokens(h->be, h->stream, &(struct token_store){
-        .kv = h->truth, .index = h->index, .table = h->ids + seq * h->max_blocks,
-        .channels = h->channels, .shape = h->shape, .heads = h->heads, .from = from,
-        .n = n - from }, &h->r);
-}
-
-static bf16 *block_at(const struct history *h, bf16 *pool, int32_t id)
-{
-    return pool + (size_t)id * h->block;
-}
-
-/* Every block anew in kv or in the tier, at a place that is new as well. */
-static void place_blocks(struct history *h)
-{
-    size_t pool = (size_t)h->n_blocks * kv_block_bytes(&h->shape);
-    int32_t *kv_slots = mem_alloc((size_t)h->n_blocks * sizeof *kv_slots);
-    int32_t *host_slots = mem_alloc((size_t)h->n_blocks * sizeof *host_slots);
-
-    random_order(&h->r, kv_slots, h->n_blocks);
-    random_order(&h->r, host_slots, h->n_blocks);
-    memset(h->kv, 0xff, pool);
-    memset(h->tier, 0xff, pool);
-    for (int i = 0; i < h->n_blocks; i++) {
-        int seq = i / h->max_blocks, block = i % h->max_blocks, n = blocks_of(h->n_tokens[seq]);
-        bool away = h->set[seq] >= 0 && block < n - 1 && random_below(&h->r, 10) < h->s.away;
-        h->table[i] = h->host_table[i] = UNUSED;
-        if (block >= n)
-            continue;
-        const bf16 *from = block_at(h, h->truth, h->ids[i]);
-        if (away) {
-            h->table[i] = -1;
-            h->host_table[i] = host_slots[i];
-            memcpy(block_at(h, h->tier, host_slots[i]), from, kv_block_bytes(&h->shape));
-        } else {
-            h->table[i] = kv_slots[i];
-            memcpy(block_at(h, h->kv, kv_slots[i]), from, kv_block_bytes(&h->shape));
-        }
-    }
-    mem_free(kv_slots);
-    mem_free(host_slots);
-}
-
 static void forget_set(struct history *h, int set)
 {
-    int n = h->s.kv_heads * h->s.rows_per_head;
+    hot_forget_set(&h->hot, &h->books, set);
+    hot_forget_set(&h->hot, &h->model, set);
+}
 
-    for (int i = set * n; i < (set + 1) * n; i++)
-        h->books.position[i] = h->model.position[i] = -1;
+static void next_queries(struct history *h)
+{
+    struct decode_fixture *d = &h->d;
+    float *q = mem_alloc(d->n_q * sizeof *q);
+
+    random_floats(&d->r, q, d->n_q, 1);
+    if (h->step == 1)
+        memcpy(d->q, q, d->n_q * sizeof *q);
+    else
+        decode_drift(d, q);
+    mem_free(q);
 }
 
 /* Contexts grow, queries drift, and now and then sequences trade their sets, of which
  * only the positions are reset, or one starts again with another text. */
 static void next_step(struct history *h)
 {
-    const struct setup *s = &h->s;
-    size_t n = (size_t)(s->seqs * h->heads * s->head_dim);
-    float *q = mem_alloc(n * sizeof *q);
+    struct decode_fixture *d = &h->d;
+    int traded[2];
 
     h->step++;
-    random_floats(&h->r, q, n, 1);
-    for (size_t i = 0; i < n; i++)
-        h->q[i] = h->step == 1 ? q[i] : 0.8f * h->q[i] + 0.6f * q[i];
-    mem_free(q);
-    for (int seq = 0; seq < s->seqs; seq++) {
-        int more = 1 + random_below(&h->r, BLOCK_TOKENS / 2 - 1), from = h->n_tokens[seq];
-        bool again = h->step > 1 && random_below(&h->r, 8) == 0;
+    next_queries(h);
+    for (int seq = 0; seq < d->s.seqs; seq++) {
+        int more = 1 + random_below(&d->r, BLOCK_TOKENS / 2 - 1), from = d->n_tokens[seq];
+        bool again = h->step > 1 && random_below(&d->r, 8) == 0;
         if (from == 0)
             continue;
         if (h->step > 1)
-            h->n_tokens[seq] += more;
-        if (again && h->set[seq] >= 0)
-            forget_set(h, h->set[seq]);
-        store_tokens(h, seq, h->step == 1 || again ? 0 : from, h->n_tokens[seq]);
+            d->n_tokens[seq] += more;
+        if (again && h->hot.set[seq] >= 0)
+            forget_set(h, h->hot.set[seq]);
+        decode_store(d, h->be, h->stream, seq, h->step == 1 || again ? 0 : from,
+                     d->n_tokens[seq]);
     }
-    int a = random_below(&h->r, s->seqs), b = random_below(&h->r, s->seqs);
-    if (h->set[a] >= 0 && h->set[b] >= 0 && a != b) {
-        int32_t other = h->set[a];
-        h->set[a] = h->set[b];
-        h->set[b] = other;
-        forget_set(h, h->set[a]);
-        forget_set(h, h->set[b]);
+    if (hot_trade_sets(&h->hot, traded)) {
+        forget_set(h, traded[0]);
+        forget_set(h, traded[1]);
     }
-    place_blocks(h);
+    hot_place_blocks(&h->hot);
 }
 
 /* ---- a step by each of the two */
 
-static int longest(const struct history *h)
-{
-    int most = 0;
-
-    for (int i = 0; i < h->s.seqs; i++)
-        most = h->n_tokens[i] > most ? h->n_tokens[i] : most;
-    return most;
-}
-
 static struct attend_two_level_args arguments(const struct history *h)
 {
-    const struct setup *s = &h->s;
+    struct attend_two_level_args a = decode_args(&h->d);
 
-    return (struct attend_two_level_args){
-        .out = h->want, .q = h->q, .q_stride = h->heads * s->head_dim, .kv = h->truth,
-        .index = h->index, .kv_table = h->ids, .index_table = h->ids, .n_tokens = h->n_tokens,
-        .channels = h->channels, .scratch = h->scratch, .shape = h->shape, .seqs = s->seqs,
-        .heads = h->heads, .max_blocks = h->max_blocks, .keep_blocks = s->keep_blocks,
-        .keep_tokens = s->keep_tokens, .sink_tokens = s->sinks, .recent_tokens = s->recent,
-        .max_n_tokens = longest(h), .scale = 0.2f };
+    a.out = h->want;
+    a.scratch = h->scratch;
+    a.scale = 0.2f;
+    return a;
 }
 
 /* What the step chooses, for the model. */
@@ -282,36 +162,24 @@ static void choose(struct history *h)
 {
     struct attend_two_level_args a = arguments(h);
 
-    backend_ops(h->be)->block_filter(h->stream, &(struct block_filter_args){
-        .kept = h->kept, .n_kept = h->n_kept, .q = a.q, .q_stride = a.q_stride,
-        .index = a.index, .table = a.index_table, .n_tokens = a.n_tokens,
-        .channels = a.channels, .scratch = a.scratch, .shape = a.shape, .seqs = a.seqs,
-        .heads = a.heads, .max_blocks = a.max_blocks, .keep_blocks = a.keep_blocks,
-        .sink_tokens = a.sink_tokens, .recent_tokens = a.recent_tokens,
-        .max_n_tokens = a.max_n_tokens });
-    backend_ops(h->be)->token_select(h->stream, &(struct token_select_args){
-        .chosen = h->chosen, .n_chosen = h->n_chosen, .kept = h->kept, .n_kept = h->n_kept,
-        .q = a.q, .q_stride = a.q_stride, .index = a.index, .table = a.index_table,
-        .n_tokens = a.n_tokens, .channels = a.channels, .scratch = a.scratch,
-        .shape = a.shape, .seqs = a.seqs, .heads = a.heads, .max_blocks = a.max_blocks,
-        .keep_blocks = a.keep_blocks, .keep_tokens = a.keep_tokens,
-        .sink_tokens = a.sink_tokens, .recent_tokens = a.recent_tokens });
+    decode_filter_blocks(backend_ops(h->be), h->stream, &a, &h->lists);
+    decode_select_tokens(backend_ops(h->be), h->stream, &a, &h->lists);
 }
 
 static void run_both(struct history *h)
 {
     struct attend_two_level_args a = arguments(h);
     struct hot_rows hot = {
-        .host = h->tier, .host_stride = kv_block_bytes(&h->shape), .host_table = h->host_table,
-        .set = h->set, .rows = h->rows, .row_of = h->books.row_of,
-        .position = h->books.position, .used = h->books.used, .hand = h->books.hand,
-        .step = &h->step,
-        .counts = h->counts, .stall = &h->stall, .rows_per_head = h->s.rows_per_head };
+        .host = (const bf16 *)(const void *)h->hot.host, .host_stride = h->hot.host_stride,
+        .host_table = h->hot.host_table, .set = h->hot.set, .rows = h->books.rows,
+        .row_of = h->books.row_of, .position = h->books.position, .used = h->books.used,
+        .hand = h->books.hand, .step = &h->step, .counts = h->counts, .stall = &h->stall,
+        .rows_per_head = h->hot.rows_per_head };
 
     backend_ops(h->be)->attend_two_level(h->stream, &a);
     a.out = h->got;
-    a.kv = h->kv;
-    a.kv_table = h->table;
+    a.kv = h->hot.kv;
+    a.kv_table = h->hot.table;
     a.hot = &hot;
     backend_ops(h->be)->attend_two_level(h->stream, &a);
     ck_assert_int_eq(stream_sync(h->stream, NULL), ST_OK);
@@ -330,7 +198,7 @@ static int row_with(const int32_t *position, int n, int32_t p)
 /* The next one to replace, from the hand on: empty or idle, and not taken already. */
 static int next_row(const struct history *h, int head, const bool *taken)
 {
-    int n = h->s.rows_per_head, idle_steps = n / h->s.keep_tokens;
+    int n = h->hot.rows_per_head, idle_steps = n / h->d.s.keep_tokens;
     const int32_t *position = h->model.position + head * n;
     const uint32_t *used = h->model.used + head * n;
 
@@ -344,18 +212,18 @@ static int next_row(const struct history *h, int head, const bool *taken)
 
 static void model_list(struct history *h, int seq, int g)
 {
-    int list = seq * h->s.kv_heads + g, n = h->s.rows_per_head, n_missing = 0;
-    int head = h->set[seq] * h->s.kv_heads + g;
+    int list = seq * h->d.s.kv_heads + g, n = h->hot.rows_per_head, n_missing = 0;
+    int head = h->hot.set[seq] * h->d.s.kv_heads + g;
     int32_t *position = h->model.position + head * n;
     uint32_t *used = h->model.used + head * n;
-    const int32_t *chosen = h->chosen + list * h->s.keep_tokens;
-    int32_t *missing = mem_alloc((size_t)h->s.keep_tokens * sizeof *missing);
+    const int32_t *chosen = h->lists.chosen + list * h->d.s.keep_tokens;
+    int32_t *missing = mem_alloc((size_t)h->d.s.keep_tokens * sizeof *missing);
     bool *taken = mem_calloc((size_t)n, sizeof *taken);    /* used by this step */
-    int *replaced = mem_calloc((size_t)h->s.keep_tokens, sizeof *replaced);
+    int *replaced = mem_calloc((size_t)h->d.s.keep_tokens, sizeof *replaced);
 
-    for (int i = 0; i < h->n_chosen[list]; i++) {
+    for (int i = 0; i < h->lists.n_chosen[list]; i++) {
         int32_t p = chosen[i];
-        if (h->table[seq * h->max_blocks + p / BLOCK_TOKENS] >= 0) {
+        if (h->hot.table[seq * h->d.max_blocks + p / BLOCK_TOKENS] >= 0) {
             h->model_counts[HOT_RESIDENT]++;
             continue;
         }
@@ -386,49 +254,27 @@ static void model_list(struct history *h, int seq, int g)
 
 /* ---- comparing */
 
-static void check_rows(const struct history *h, int seq, int g)
-{
-    int n = h->s.rows_per_head, head = h->set[seq] * h->s.kv_heads + g;
-    size_t row_floats = kv_row_dim(&h->shape);
-
-    for (int row = 0; row < n; row++) {
-        int32_t p = h->books.position[head * n + row];
-        if (p < 0)
-            continue;
-        int32_t id = h->ids[seq * h->max_blocks + p / BLOCK_TOKENS];
-        const bf16 *want = block_at(h, h->truth, id) +
-                           (size_t)(g * BLOCK_TOKENS + p % BLOCK_TOKENS) * row_floats;
-        const bf16 *got = h->rows + (size_t)(head * n + row) * row_floats;
-        ck_assert_msg(memcmp(got, want, row_floats * sizeof *got) == 0,
-                      "step %u: row %d of sequence %d, head %d is not position %d", h->step, row,
-                      seq, g, p);
-        ck_assert_int_eq(h->books.row_of[(size_t)head * (size_t)(h->max_blocks * BLOCK_TOKENS) +
-                                         (size_t)p], row);
-    }
-}
-
 static void check_step(struct history *h)
 {
-    size_t rows = (size_t)(h->lists * h->s.rows_per_head);
-    size_t floats = (size_t)(h->heads * kv_value_dim(&h->shape));
+    size_t floats = (size_t)(h->d.heads * kv_value_dim(&h->d.shape));
 
-    for (int seq = 0; seq < h->s.seqs; seq++) {
-        if (h->n_tokens[seq] == 0)
+    for (int seq = 0; seq < h->d.s.seqs; seq++) {
+        if (h->d.n_tokens[seq] == 0)
             continue;
         ck_assert(floats_identical("hot rows", h->got + (size_t)seq * floats,
                                    h->want + (size_t)seq * floats, floats));
-        for (int g = 0; h->set[seq] >= 0 && g < h->s.kv_heads; g++) {
+        for (int g = 0; h->hot.set[seq] >= 0 && g < h->d.s.kv_heads; g++) {
             model_list(h, seq, g);
-            check_rows(h, seq, g);
+            hot_check_rows(&h->hot, &h->books, h->step, seq, g);
         }
     }
-    for (size_t i = 0; i < rows; i++)
+    for (size_t i = 0; i < h->hot.n_rows; i++)
         if (h->books.position[i] != h->model.position[i] ||
             h->books.used[i] != h->model.used[i])
             ck_abort_msg("step %u: row %zu has position %d of step %u, not %d of step %u",
                          h->step, i, h->books.position[i], h->books.used[i],
                          h->model.position[i], h->model.used[i]);
-    for (int i = 0; i < h->lists; i++)
+    for (int i = 0; i < h->d.lists; i++)
         ck_assert_int_eq(h->books.hand[i], h->model.hand[i]);
     for (int i = 0; i < HOT_COUNTS; i++)
         ck_assert_msg(h->counts[i] == h->model_counts[i], "step %u: count %d is %llu, not %llu",
@@ -467,19 +313,19 @@ static struct setup setup_of(int i)
     static const int keeps[][2] = { { 3, 70 }, { 5, 150 }, { 2, 1 }, { 8, 400 }, { 40, 2000 } };
     static const int more[] = { 0, 1, 60, 500 };
     struct setup s = {
-        .kv_heads = 1 + i % 3, .group = 1 + i % 4, .head_dim = head_dims[i % 5],
-        .kind = i % 5 == 2 ? i % 2 : i % 4, .keep_blocks = keeps[i / 2 % 5][0],
-        .keep_tokens = keeps[i / 2 % 5][1], .sinks = i % 3, .recent = i % 2 * 30,
-        .seqs = MAX_SEQS, .away = i % 5 == 4 ? 10 : 3 + i % 7,
+        .decode = { .kv_heads = 1 + i % 3, .group = 1 + i % 4, .head_dim = head_dims[i % 5],
+                    .kind = i % 5 == 2 ? i % 2 : i % 4, .keep_blocks = keeps[i / 2 % 5][0],
+                    .keep_tokens = keeps[i / 2 % 5][1], .sinks = i % 3, .recent = i % 2 * 30,
+                    .seqs = MAX_SEQS },
+        .rows_per_head = keeps[i / 2 % 5][1] + more[i % 4], .away = i % 5 == 4 ? 10 : 3 + i % 7,
         .n_tokens = { 700, 130, 0, 400, 1 }, .has_set = { true, false, true, true, true },
     };
 
-    s.rows_per_head = s.keep_tokens + more[i % 4];
     if (i >= N_PLAIN) {
-        s.kv_heads = 1;
-        s.group = latent_shapes[i % N_LATENT_SHAPES].heads;
-        s.head_dim = latent_shapes[i % N_LATENT_SHAPES].head_dim;
-        s.kind = 4 + i % 2;
+        s.decode.kv_heads = 1;
+        s.decode.group = latent_shapes[i % N_LATENT_SHAPES].heads;
+        s.decode.head_dim = latent_shapes[i % N_LATENT_SHAPES].head_dim;
+        s.decode.kind = 4 + i % 2;
     }
     return s;
 }
@@ -497,9 +343,9 @@ END_TEST
  * of a list become tasks of their own. */
 START_TEST(a_large_set)
 {
-    struct setup s = { .kv_heads = 1, .group = 2, .head_dim = 32, .keep_blocks = 40,
-                       .keep_tokens = 2100, .sinks = 4, .recent = 64,
-                       .rows_per_head = HOT_MOST_ROWS, .seqs = 1, .away = 10,
+    struct setup s = { .decode = { .kv_heads = 1, .group = 2, .head_dim = 32, .keep_blocks = 40,
+                                   .keep_tokens = 2100, .sinks = 4, .recent = 64, .seqs = 1 },
+                       .rows_per_head = HOT_MOST_ROWS, .away = 10,
                        .n_tokens = { 5000 }, .has_set = { true } };
 
     run_history(&s, "auto", 8, 1);
@@ -509,13 +355,13 @@ END_TEST
 /* A row that holds nothing, though row_of says it were the one. */
 START_TEST(an_empty_row_is_never_a_hit)
 {
-    struct setup s = { .kv_heads = 1, .group = 1, .head_dim = 16, .keep_blocks = 4,
-                       .keep_tokens = 64, .rows_per_head = 64, .seqs = 1, .away = 10,
-                       .n_tokens = { 400 }, .has_set = { true } };
+    struct setup s = { .decode = { .kv_heads = 1, .group = 1, .head_dim = 16, .keep_blocks = 4,
+                                   .keep_tokens = 64, .seqs = 1 },
+                       .rows_per_head = 64, .away = 10, .n_tokens = { 400 }, .has_set = { true } };
     struct history h;
 
     start_history(&h, &s, "auto", 1, 2);
-    for (int p = 0; p < h.max_blocks * BLOCK_TOKENS; p++)
+    for (int p = 0; p < h.d.max_blocks * BLOCK_TOKENS; p++)
         h.books.row_of[p] = (uint16_t)(p % s.rows_per_head);
     next_step(&h);
     choose(&h);

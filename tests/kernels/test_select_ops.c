@@ -45,11 +45,6 @@ struct problem {
     bool *forced, *taken;
 };
 
-static int blocks_of(int n_tokens)
-{
-    return (n_tokens + BLOCK_TOKENS - 1) / BLOCK_TOKENS;
-}
-
 static struct kv_shape shape_of(const struct setup *s)
 {
     return (struct kv_shape){

@@ -95,6 +95,19 @@ void assert_rows_near(const char *shape, const struct row_pair *p)
     }
 }
 
+float largest_difference(const float *got, const float *want, size_t n)
+{
+    float most = 0;
+
+    for (size_t i = 0; i < n; i++) {
+        float off = fabsf(got[i] - want[i]);
+        if (isnan(off))
+            return off;
+        most = fmaxf(most, off);
+    }
+    return most;
+}
+
 static bool unwritten(const unsigned char *at, size_t bytes)
 {
     for (size_t i = 0; i < bytes; i++)

@@ -40,6 +40,9 @@ struct row_pair {
 /* End the test, saying `shape`, where an element is further off than allowed. */
 void assert_rows_near(const char *shape, const struct row_pair *p);
 
+/* The largest difference of two elements; NaN where one is NaN, so compare with !(... <= limit). */
+float largest_difference(const float *got, const float *want, size_t n);
+
 /* End the test where one of the bytes is not 0xff: what gpu_put(NULL, ...) gave and
  * nothing may write. */
 void assert_unwritten(const char *shape, const void *got, size_t bytes);

@@ -1,5 +1,7 @@
 #include "tests/support/kernel_reference.h"
 
+#include "engine/base/mem.h"
+
 #include <check.h>
 #include <math.h>
 #include <string.h>
@@ -62,6 +64,16 @@ int latent_dim_of(int head_dim)
     while (2 * latent < head_dim)
         latent *= 2;
     return latent;
+}
+
+int blocks_of(int n_tokens)
+{
+    return (n_tokens + BLOCK_TOKENS - 1) / BLOCK_TOKENS;
+}
+
+void *nan_alloc(size_t bytes)
+{
+    return memset(mem_alloc(bytes), 0xff, bytes);
 }
 
 void random_order(struct test_random *r, int32_t *out, int n)

@@ -23,6 +23,13 @@ extern const struct latent_shape { int head_dim, heads; } latent_shapes[N_LATENT
 /* The largest power of two below: of a latent key of so many channels how many are latent. */
 int latent_dim_of(int head_dim);
 
+/* Blocks that a context of so many tokens takes. */
+int blocks_of(int n_tokens);
+
+/* All bytes are 0xff, so that what was never written shows: NaN in every float type, -1 in every
+ * integer.  Free with mem_free(). */
+void *nan_alloc(size_t bytes);
+
 /* 0 .. n - 1 in random order. */
 void random_order(struct test_random *r, int32_t *out, int n);
 

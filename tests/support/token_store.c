@@ -1,11 +1,14 @@
 #include "tests/support/token_store.h"
 
 #include "engine/base/mem.h"
+#include "tests/support/kernel_reference.h"
 
 struct kv_shape test_kv_shape(int kv_heads, int head_dim, int kind)
 {
+    bool latent = kind & 4 || head_dim == LATENT_ROW;
+
     return (struct kv_shape){ .kv_heads = kv_heads, .head_dim = head_dim,
-                              .latent_dim = head_dim == LATENT_ROW ? LATENT_ROW - 64 : 0,
+                              .latent_dim = latent ? latent_dim_of(head_dim) : 0,
                               .filter = kind & 1 ? FILTER_BOUNDS : FILTER_COARSE,
                               .index = kind & 2 ? INDEX_CHANNELS : INDEX_ROTATED };
 }

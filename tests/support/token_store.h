@@ -15,8 +15,9 @@ struct token_store {
     int heads, from, n;
 };
 
-/* kind: bit 0 is FILTER_BOUNDS, bit 1 INDEX_CHANNELS.  A head_dim of LATENT_ROW is one of latent
- * attention, of 512 + 64 values. */
+/* kind: bit 0 is FILTER_BOUNDS, bit 1 INDEX_CHANNELS, bit 2 latent attention, of whose row
+ * latent_dim_of() are latent.  A head_dim of LATENT_ROW is one of latent attention anyhow, of
+ * 512 + 64 values. */
 enum { LATENT_ROW = 576 };
 struct kv_shape test_kv_shape(int kv_heads, int head_dim, int kind);
 
