@@ -31,10 +31,10 @@ extern "C" {
  *               block's keys as stored (after rope, rounded to bf16)
  *
  *   means       (filter FILTER_MEANS only, which needs INDEX_ROTATED)
- *     mean_scale, mean_sign: scale and sign as below of means of MEAN_TOKENS
- *               neighbouring keys as stored, ((k0 + k1) + (k2 + k3)) / 4 not
- *               rounded to bf16; [BLOCK_TOKENS / MEAN_TOKENS].  Made when the
- *               block's last key is stored: a block that is not full has none
+ *     mean_scale, mean_sign: scale and sign as below of the means of
+ *               MEAN_TOKENS neighbouring keys as stored, (k0 + k1) / 2 not
+ *               rounded to bf16; [BLOCK_MEANS].  Made when the block's last key
+ *               is stored: a block that is not full has none
  *
  *   token index (always: the token selection reads it; FILTER_COARSE too)
  *     INDEX_ROTATED, a 2-bit key in two bit planes.  With x = R k, R the
@@ -77,7 +77,7 @@ typedef uint16_t bf16;  /* storage only; arithmetic is float */
 #define LAYOUT_FN static inline
 #endif
 
-enum { BLOCK_TOKENS = 64, INDEX_CHANNELS_KEPT = 32, MEAN_TOKENS = 4,
+enum { BLOCK_TOKENS = 64, INDEX_CHANNELS_KEPT = 32, MEAN_TOKENS = 2,
        BLOCK_MEANS = BLOCK_TOKENS / MEAN_TOKENS };
 
 enum filter_kind { FILTER_BOUNDS, FILTER_COARSE, FILTER_MEANS };

@@ -24,7 +24,8 @@ extern "C" {
  *   FILTER_MEANS   as INDEX_ROTATED's, the maximum over the block's means
  *
  * Always kept: the blocks of the first sink_tokens and of the last
- * recent_tokens positions, and with FILTER_MEANS one that is not full; then by score, equal scores keep the earlier block.
+ * recent_tokens positions, and with FILTER_MEANS one that is not full; then by
+ * score, equal scores keep the earlier block.
  * Fewer blocks than keep_blocks: all are kept.
  *
  * Where more blocks must be kept than keep_blocks, the earlier ones of them are.

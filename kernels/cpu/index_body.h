@@ -118,7 +118,8 @@ static void put_signs(uint8_t *to, const float *y, int bytes)
     }
 }
 
-/* n channels, from channel `from` on, of mean `i` of the block, x; their scale is number `number`. */
+/* n channels, from channel `from` on, of mean `i` of the block, x; their scale is number
+ * `number`. */
 static void add_mean(const struct index_record *r, const float *x, int from, int n, int i,
                      int number)
 {
@@ -136,14 +137,12 @@ static void add_mean(const struct index_record *r, const float *x, int from, int
 
 static void leaf_add_means(const struct index_record *r, const bf16 *keys, size_t stride)
 {
-    _Static_assert(MEAN_TOKENS == 4, "the sum");
+    _Static_assert(MEAN_TOKENS == 2, "the sum");
     for (int i = 0; i < BLOCK_MEANS; i++) {
         const bf16 *k = keys + (size_t)i * MEAN_TOKENS * stride;
         float x[MOST_HEAD_DIM];
         for (int d = 0; d < r->head_dim; d++)
-            x[d] = ((bf16_to_float(k[d]) + bf16_to_float(k[stride + (size_t)d])) +
-                    (bf16_to_float(k[2 * stride + (size_t)d]) +
-                     bf16_to_float(k[3 * stride + (size_t)d]))) * 0.25f;
+            x[d] = (bf16_to_float(k[d]) + bf16_to_float(k[stride + (size_t)d])) * 0.5f;
         if (r->latent_dim == 0) {
             add_mean(r, x, 0, r->head_dim, i, i);
         } else {

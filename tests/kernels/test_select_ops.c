@@ -354,20 +354,6 @@ static void keep_any_blocks(struct problem *p, struct test_random *r)
 
 /* ---- the reference */
 
-static int bit(const uint8_t *codes, int at)
-{
-    return codes[at / 8] >> at % 8 & 1;
-}
-
-static int bits(const uint8_t *codes, int at, int n)
-{
-    int value = 0;
-
-    for (int i = 0; i < n; i++)
-        value |= bit(codes, at * n + i) << i;
-    return value;
-}
-
 /* What is scored of a record: its tokens, by one plane or both, or its means. */
 enum level { COARSE, FINE, MEAN };
 
@@ -380,8 +366,8 @@ static double rotated_score(const struct problem *p, const uint8_t *record, int 
     double sum = 0;
 
     for (int d = 0; d < p->shape.head_dim; d++) {
-        int large = bit(record + l->large + number * bytes, d);
-        sum += x[d] * (bit(signs, d) ? 1 : -1) * (level != FINE ? 1 : large ? 1.5 : 0.5);
+        int large = code_bits(record + l->large + number * bytes, d, 1);
+        sum += x[d] * (code_bits(signs, d, 1) ? 1 : -1) * (level != FINE ? 1 : large ? 1.5 : 0.5);
     }
     return sum * (double)get_bf16(record + (level == MEAN ? l->mean_scale : l->scale) + 2 * number);
 }
@@ -397,8 +383,8 @@ static double latent_score(const struct problem *p, const uint8_t *record, int n
     double score = 0;
 
     for (int d = 0; d < p->shape.head_dim; d++) {
-        int large = bit(record + l->large + number * bytes, d);
-        sum[d >= p->shape.latent_dim] += n[d] * (bit(signs, d) ? 1 : -1) *
+        int large = code_bits(record + l->large + number * bytes, d, 1);
+        sum[d >= p->shape.latent_dim] += n[d] * (code_bits(signs, d, 1) ? 1 : -1) *
                                          (level == FINE && large ? 3 : 1);
     }
     for (int part = 0; part < 2; part++)
@@ -417,8 +403,8 @@ static double channels_score(const struct problem *p, const uint8_t *record, int
 
     for (int i = 0; i < KEPT; i++)
         sum += q[channels[i]] *
-               (fine ? bits(record + l->fine + token * KEPT / 2, i, 4) - 8
-                     : bits(record + l->coarse + token * KEPT / 4, i, 2) - 1.5);
+               (fine ? code_bits(record + l->fine + token * KEPT / 2, i, 4) - 8
+                     : code_bits(record + l->coarse + token * KEPT / 4, i, 2) - 1.5);
     return sum * (double)get_bf16(record + (fine ? l->scale4 : l->scale2) + 2 * token);
 }
 
@@ -477,7 +463,7 @@ static struct queries *make_queries(const struct problem *p, int seq, int g)
     return q;
 }
 
-/* Of token, or mean, `number` of a record. */
+/* Of token, or mean, `number`. */
 static double score_of(const struct problem *p, const struct queries *q, const uint8_t *record,
                        int g, int number, enum level level)
 {
