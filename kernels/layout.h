@@ -30,6 +30,12 @@ extern "C" {
  *     lo, hi    bf16 [head_dim] each: channel-wise minimum and maximum of the
  *               block's keys as stored (after rope, rounded to bf16)
  *
+ *   means       (filter FILTER_MEANS only, which needs INDEX_ROTATED)
+ *     mean_scale, mean_sign: scale and sign as below of the means of
+ *               MEAN_TOKENS neighbouring keys as stored, (k0 + k1) / 2 not
+ *               rounded to bf16; [BLOCK_MEANS].  Made when the block's last key
+ *               is stored: a block that is not full has none
+ *
  *   token index (always: the token selection reads it; FILTER_COARSE too)
  *     INDEX_ROTATED, a 2-bit key in two bit planes.  With x = R k, R the
  *     rotation below, and scale = 0.996 * rms(k) rounded to bf16:
@@ -71,9 +77,10 @@ typedef uint16_t bf16;  /* storage only; arithmetic is float */
 #define LAYOUT_FN static inline
 #endif
 
-enum { BLOCK_TOKENS = 64, INDEX_CHANNELS_KEPT = 32 };
+enum { BLOCK_TOKENS = 64, INDEX_CHANNELS_KEPT = 32, MEAN_TOKENS = 2,
+       BLOCK_MEANS = BLOCK_TOKENS / MEAN_TOKENS };
 
-enum filter_kind { FILTER_BOUNDS, FILTER_COARSE };
+enum filter_kind { FILTER_BOUNDS, FILTER_COARSE, FILTER_MEANS };
 enum index_kind { INDEX_ROTATED, INDEX_CHANNELS };
 
 struct kv_shape {
@@ -86,6 +93,7 @@ struct kv_shape {
 /* Byte offsets inside an index record; -1 where the part is absent. */
 struct index_layout {
     int lo, hi;                          /* FILTER_BOUNDS */
+    int mean_scale, mean_sign;           /* FILTER_MEANS */
     int scale, sign, large;              /* INDEX_ROTATED */
     int coarse, fine, scale2, scale4;    /* INDEX_CHANNELS */
     int record_bytes;                    /* multiple of 16 */
@@ -117,13 +125,18 @@ LAYOUT_FN int index_parts(const struct kv_shape *s)
 
 LAYOUT_FN struct index_layout index_layout(const struct kv_shape *s)
 {
-    struct index_layout l = { -1, -1, -1, -1, -1, -1, -1, -1, -1, 0 };
+    struct index_layout l = { -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, 0 };
     int at = 0;
 
     if (s->filter == FILTER_BOUNDS) {
         l.lo = at;
         l.hi = at + 2 * s->head_dim;
         at += 4 * s->head_dim;
+    }
+    if (s->filter == FILTER_MEANS) {
+        l.mean_scale = at;
+        l.mean_sign = l.mean_scale + BLOCK_MEANS * 2 * index_parts(s);
+        at = l.mean_sign + BLOCK_MEANS * s->head_dim / 8;
     }
     if (s->index == INDEX_ROTATED) {
         l.scale = at;

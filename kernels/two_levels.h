@@ -21,9 +21,11 @@ extern "C" {
  *   FILTER_COARSE  the maximum over its tokens of the coarse product:
  *     INDEX_ROTATED   scale * sum_d (sign[d] ? x[d] : -x[d]),  x = R q
  *     INDEX_CHANNELS  scale2 * sum_i q[c[i]] * (code[i] - 1.5)
+ *   FILTER_MEANS   as INDEX_ROTATED's, the maximum over the block's means
  *
  * Always kept: the blocks of the first sink_tokens and of the last
- * recent_tokens positions; then by score, equal scores keep the earlier block.
+ * recent_tokens positions, and with FILTER_MEANS one that is not full; then by
+ * score, equal scores keep the earlier block.
  * Fewer blocks than keep_blocks: all are kept.
  *
  * Where more blocks must be kept than keep_blocks, the earlier ones of them are.

@@ -54,7 +54,7 @@ RECORD = np.dtype([("kind", "u4"), ("layer", "u4"), ("sequence", "u8"), ("first"
                    ("keep_blocks", "u4"), ("keep_tokens", "u4"), ("hot_rows", "u4"), ("step", "u4"),
                    ("bytes", "u8")])
 VERSION, ROWS, STEP = 1, 1, 2
-FILTERS, INDEXES = ("bounds", "coarse"), ("rotated", "channels")
+FILTERS, INDEXES = ("bounds", "coarse", "means"), ("rotated", "channels")
 SELECTIONS = ("exact", "lagged")
 DISTANCES = (1, 2, 4, 8, 16, 32, 64, 128)
 SIZES = (1, 2, 4, 8, 16, 32)

@@ -61,6 +61,8 @@ static bool cpu_supports(const struct shape_query *q, struct error *why)
         error_set(why, ST_UNSUPPORTED,
                   "head dimension %d: the CPU back end does powers of two from 16 to 256",
                   kv->head_dim);
+    else if (kv->filter == FILTER_MEANS && kv->index != INDEX_ROTATED)
+        error_set(why, ST_UNSUPPORTED, "filter means needs token-index rotated");
     else if (kv->index == INDEX_CHANNELS && kv->head_dim < INDEX_CHANNELS_KEPT)
         error_set(why, ST_UNSUPPORTED, "head dimension %d has fewer than %d channels to keep",
                   kv->head_dim, INDEX_CHANNELS_KEPT);

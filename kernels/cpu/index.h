@@ -53,6 +53,8 @@ struct index_leaf {
     void (*turn_pairs)(float *x, const float *cos_sin, int n);
     /* Index the key of token `token` of the block, as stored. */
     void (*add_key)(const struct index_record *r, const bf16 *key, int token);
+    /* The means of a full block: its keys, `stride` elements from one to the next. */
+    void (*add_means)(const struct index_record *r, const bf16 *keys, size_t stride);
     /* out = R x */
     void (*rotate)(float *out, const float *x, int n);
     /* sum of max(q * lo, q * hi) */
@@ -77,6 +79,14 @@ void scalar_look_up(float *best, const struct index_codes *codes, const float *t
                     int queries);
 
 extern const struct index_leaf scalar_index_leaf, avx2_index_leaf, avx512_index_leaf;
+
+/* What is made of a block when the key of token `token` has been stored in it, at `keys`. */
+static inline void finish_block(const struct index_leaf *leaf, const struct index_record *r,
+                                const bf16 *keys, size_t stride, int token)
+{
+    if (r->layout.mean_sign >= 0 && token == BLOCK_TOKENS - 1)
+        leaf->add_means(r, keys, stride);
+}
 
 /* The first row from `row` on that begins a run of rows of one block: where work on rows
  * that update its record may be cut. */

@@ -107,6 +107,51 @@ static bf16 scale_of(const float *x, int n)
     return float_to_bf16(0.996f * sqrtf(mean_square(x, n)));
 }
 
+/* The signs of y, 8 to a byte. */
+static void put_signs(uint8_t *to, const float *y, int bytes)
+{
+    for (int b = 0; b < bytes; b++) {
+        unsigned s = 0;
+        for (int i = 0; i < 8; i++)
+            s |= (unsigned)(y[8 * b + i] >= 0) << i;
+        to[b] = (uint8_t)s;
+    }
+}
+
+/* n channels, from channel `from` on, of mean `i` of the block, x; their scale is number
+ * `number`. */
+static void add_mean(const struct index_record *r, const float *x, int from, int n, int i,
+                     int number)
+{
+    float y[MOST_PART_DIM];
+    bf16 scale = scale_of(x + from, n);
+    uint8_t *sign = r->base + r->layout.mean_sign + (i * r->head_dim + from) / 8;
+
+    put_scale(r, r->layout.mean_scale, number, scale);
+    memset(sign, 0, (size_t)n / 8);
+    if (bf16_to_float(scale) == 0)
+        return;
+    leaf_rotate(y, x + from, n);
+    put_signs(sign, y, n / 8);
+}
+
+static void leaf_add_means(const struct index_record *r, const bf16 *keys, size_t stride)
+{
+    _Static_assert(MEAN_TOKENS == 2, "the sum");
+    for (int i = 0; i < BLOCK_MEANS; i++) {
+        const bf16 *k = keys + (size_t)i * MEAN_TOKENS * stride;
+        float x[MOST_HEAD_DIM];
+        for (int d = 0; d < r->head_dim; d++)
+            x[d] = (bf16_to_float(k[d]) + bf16_to_float(k[stride + (size_t)d])) * 0.5f;
+        if (r->latent_dim == 0) {
+            add_mean(r, x, 0, r->head_dim, i, i);
+        } else {
+            add_mean(r, x, 0, r->latent_dim, i, 2 * i);
+            add_mean(r, x, r->latent_dim, r->head_dim - r->latent_dim, i, 2 * i + 1);
+        }
+    }
+}
+
 /* n channels of the key x from channel `from` on; their scale is number `number` of the block. */
 static void add_rotated(const struct index_record *r, const float *x, int from, int n,
                         int token, int number)
@@ -124,13 +169,11 @@ static void add_rotated(const struct index_record *r, const float *x, int from, 
     if (scale == 0)
         return;
     leaf_rotate(y, x + from, n);
+    put_signs(sign, y, bytes);
     for (int b = 0; b < bytes; b++) {
-        unsigned s = 0, l = 0;
-        for (int i = 0; i < 8; i++) {
-            s |= (unsigned)(y[8 * b + i] >= 0) << i;
+        unsigned l = 0;
+        for (int i = 0; i < 8; i++)
             l |= (unsigned)(fabsf(y[8 * b + i]) >= scale) << i;
-        }
-        sign[b] = (uint8_t)s;
         large[b] = (uint8_t)l;
     }
 }

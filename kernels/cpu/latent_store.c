@@ -55,6 +55,7 @@ static void store_row(const struct latent_store *l, int row, const float *norm)
         .latent_dim = l->latent,
     };
     l->leaf->add_key(&record, out, token);
+    finish_block(l->leaf, &record, a->pool + block, kv_row_dim(&a->shape), token);
 }
 
 static void latent_task(void *arg, int task, int worker)

@@ -65,6 +65,8 @@ static void store_row(const struct rope_store *r, int row, int kv_head, const fl
         .head_dim = head_dim,
     };
     r->leaf->add_key(&record, out, token);
+    finish_block(r->leaf, &record, out - (size_t)token * kv_row_dim(&a->shape),
+                 kv_row_dim(&a->shape), token);
 }
 
 static void rope_task(void *arg, int task, int worker)

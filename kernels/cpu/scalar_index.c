@@ -42,6 +42,7 @@ const struct index_leaf scalar_index_leaf = {
     .turn = leaf_turn,
     .turn_pairs = leaf_turn_pairs,
     .add_key = leaf_add_key,
+    .add_means = leaf_add_means,
     .rotate = leaf_rotate,
     .bound = leaf_bound,
     .scale_scores = leaf_scale_scores,

@@ -281,6 +281,48 @@ static void score_block(const struct selection *a, const struct target *t, int b
                                     left < BLOCK_TOKENS ? left : BLOCK_TOKENS));
 }
 
+/* Blocks [first, end), of which the means fill the room of one block's tokens. */
+static void score_means(const struct selection *a, const struct target *t, int first, int end,
+                        const struct prepared *p, uint32_t *keys)
+{
+    const struct index_layout *l = &a->layout;
+    size_t bytes = (size_t)BLOCK_MEANS * (size_t)a->shape.head_dim / 8;
+    size_t scales = (size_t)(BLOCK_MEANS * index_parts(&a->shape));
+    uint64_t sign[BLOCK_TOKENS * MOST_HEAD_DIM / 64] = { 0 };
+    bf16 scale[2 * BLOCK_TOKENS] = { 0 };
+    bool forced[MEAN_TOKENS];
+    float score[BLOCK_TOKENS];
+
+    for (int i = 0; i < end - first; i++) {
+        int block = first + i;
+        /* A block that is not full has no means, and is the newest. */
+        forced[i] = (block + 1) * BLOCK_TOKENS > t->n_tokens ||
+                    always_kept(block, t->n_tokens, a->sink_tokens, a->recent_tokens);
+        if (forced[i])
+            continue;
+        const uint8_t *record = record_at(a, t, block);
+        memcpy((uint8_t *)sign + (size_t)i * bytes, record + l->mean_sign, bytes);
+        memcpy(scale + (size_t)i * scales, record + l->mean_scale, scales * sizeof *scale);
+    }
+    if (p->tiles) {
+        a->leaf->score_latent(score, &(struct latent_codes){
+            .scale = scale, .sign = (const uint8_t *)sign, .latent_dim = a->shape.latent_dim,
+            .head_dim = a->shape.head_dim, .work = p->work }, p->tiles, a->group);
+    } else {
+        a->leaf->look_up(score, &(struct index_codes){ .part = { (const uint8_t *)sign },
+                                                       .parts = 1, .bytes = a->code_bytes },
+                         p->tables, a->group);
+        a->leaf->scale_scores(score, scale, BLOCK_TOKENS);
+    }
+    for (int i = 0; i < end - first; i++) {
+        const float *own = score + i * BLOCK_MEANS;
+        float best = own[0];
+        for (int k = 1; k < BLOCK_MEANS; k++)
+            best = own[k] > best ? own[k] : best;
+        keys[i] = forced[i] ? TOP_FORCED : top_key(best);
+    }
+}
+
 static void score_kept_block(const struct selection *a, const struct target *t, int block,
                              const struct prepared *p, uint32_t *keys)
 {
@@ -306,8 +348,13 @@ static void score_task(void *arg, int task, int worker)
         to = t.n_blocks;
     if (from >= to)
         return;
-    if (a->kept || a->shape.filter == FILTER_COARSE)
+    if (a->kept || a->shape.filter != FILTER_BOUNDS)
         p = prepare(a, &t, worker);
+    if (!t.kept && a->shape.filter == FILTER_MEANS) {
+        for (int i = from; i < to; i += MEAN_TOKENS)
+            score_means(a, &t, i, to - i < MEAN_TOKENS ? to : i + MEAN_TOKENS, &p, keys + i);
+        return;
+    }
     for (int i = from; i < to; i++) {
         if (t.kept)
             score_kept_block(a, &t, t.kept[i], &p, keys + i * BLOCK_TOKENS);

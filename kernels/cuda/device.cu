@@ -340,6 +340,10 @@ static bool device_supports(const struct shape_query *q, struct error *why)
 {
     const struct kv_shape *kv = &q->kv;
 
+    if (kv->filter == FILTER_MEANS) {
+        error_set(why, ST_UNSUPPORTED, "filter means: the CUDA back end has coarse and bounds");
+        return false;
+    }
     if (kv->latent_dim)
         return supports_latent(q, why) && supports_width(q, why);
     if (kv->head_dim != 64 && kv->head_dim != 128) {

@@ -99,6 +99,11 @@ START_TEST(refuses_shapes_at_load)
     q = good;
     q.kv = (struct kv_shape){ .kv_heads = 3, .head_dim = 16, .index = INDEX_CHANNELS };
     ck_assert(!ops->supports(&q, &why));
+    q.kv = (struct kv_shape){ .kv_heads = 3, .head_dim = 64, .filter = FILTER_MEANS };
+    ck_assert(ops->supports(&q, &why));
+    q.kv.index = INDEX_CHANNELS;
+    ck_assert(!ops->supports(&q, &why));
+    ck_assert_str_eq(why.text, "filter means needs token-index rotated");
 }
 END_TEST
 

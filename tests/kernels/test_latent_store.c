@@ -44,7 +44,11 @@ static int q_stride(const struct story *s)
     return s->f.heads * q_head_stride(s) + GAP;
 }
 
-/* The shape of latent_shapes[kind % N_LATENT_SHAPES]; further bits: bounds, interleaved. */
+static const enum filter_kind filters[] = { FILTER_COARSE, FILTER_BOUNDS, FILTER_MEANS };
+enum { N_FILTERS = sizeof filters / sizeof filters[0] };
+
+/* The shape of latent_shapes[kind % N_LATENT_SHAPES]; what is left chooses the filter, and whether
+ * pairs are interleaved. */
 static struct story *make_story(int kind, uint64_t seed)
 {
     struct story *s = mem_calloc(1, sizeof *s);
@@ -54,8 +58,8 @@ static struct story *make_story(int kind, uint64_t seed)
     kind /= N_LATENT_SHAPES;
     store_init(&s->f, &(struct kv_shape){
         .kv_heads = 1, .head_dim = of.head_dim, .latent_dim = latent_dim_of(of.head_dim),
-        .filter = kind & 1 ? FILTER_BOUNDS : FILTER_COARSE, .index = INDEX_ROTATED }, of.heads);
-    s->interleaved = kind & 2;
+        .filter = filters[kind % N_FILTERS], .index = INDEX_ROTATED }, of.heads);
+    s->interleaved = kind / N_FILTERS;
     s->rope = of.head_dim - s->f.shape.latent_dim;
     s->half = seed % 2;
     s->kv = mem_alloc((size_t)(s->f.rows * kv_stride(s)) * sizeof *s->kv);
@@ -209,6 +213,10 @@ static void check_stored(const struct story *s, const struct stored *got)
         memcpy(want.kv + at, got->kv + at, row_dim * sizeof(bf16));
         index_row(s, want.index + (size_t)s->f.index_block[row] * index_block_bytes(&s->f.shape),
                   want.kv + at, token);
+        if (token == BLOCK_TOKENS - 1)
+            add_record_means(want.index + (size_t)s->f.index_block[row] *
+                                              index_block_bytes(&s->f.shape),
+                             &s->f.shape, want.kv + at - (size_t)token * row_dim, row_dim);
     }
     check_queries(s, got);
     store_assert_pools(&s->f, got, &want);
@@ -217,7 +225,7 @@ static void check_stored(const struct story *s, const struct stored *got)
 
 /* ---- tests */
 
-enum { N_KINDS = 4 * N_LATENT_SHAPES, ALL = 1000 };
+enum { N_KINDS = 2 * N_FILTERS * N_LATENT_SHAPES, ALL = 1000 };
 
 /* Every shape against the reference, and every instruction set to the bit. */
 START_TEST(rows_are_where_they_belong)

@@ -293,8 +293,11 @@ static void expect_rows(const struct story *s, const struct stored *got, struct 
             check_key(s, row, g, token);
             for (int i = 0; i < dim; i++)
                 token[dim + i] = nearest_bf16(v[i]);
-            index_token(s, record_at(s, want->index, row, g), g, token,
-                        s->f.positions[row] % BLOCK_TOKENS);
+            int number = s->f.positions[row] % BLOCK_TOKENS;
+            index_token(s, record_at(s, want->index, row, g), g, token, number);
+            if (number == BLOCK_TOKENS - 1)
+                add_record_means(record_at(s, want->index, row, g), &s->f.shape,
+                                 token - number * 2 * dim, (size_t)(2 * dim));
         }
 }
 
@@ -311,14 +314,14 @@ static void check_stored(const struct story *s, const struct stored *got)
 /* ---- tests */
 
 static const int head_dims[] = { 16, 32, 64, 128, 256 };
-enum { N_DIMS = sizeof head_dims / sizeof head_dims[0], N_KINDS = 4 };
+enum { N_DIMS = sizeof head_dims / sizeof head_dims[0], MEANS = 4, N_KINDS = 5 };
 
 static struct kv_shape shape_of(int kv_heads, int head_dim, int kind)
 {
     return (struct kv_shape){
         .kv_heads = kv_heads,
         .head_dim = head_dim,
-        .filter = kind & 1 ? FILTER_BOUNDS : FILTER_COARSE,
+        .filter = kind == MEANS ? FILTER_MEANS : kind & 1 ? FILTER_BOUNDS : FILTER_COARSE,
         .index = kind & 2 && head_dim >= INDEX_CHANNELS_KEPT ? INDEX_CHANNELS : INDEX_ROTATED,
     };
 }

@@ -16,8 +16,11 @@
  * are NaN, or of 0x7f, for which they are larger than any other. */
 enum { MAX_SEQS = 12, MAX_DIM = 576, MAX_GROUP = 20, Q_GAP = 3, UNWRITTEN = -77 };
 
-/* A kind of index is a sum of these; latent rows have no channels. */
-enum { BOUNDS = 1, CHANNELS = 2, LATENT = 4, N_KINDS = 6 };
+/* A kind of index is a sum of these; latent rows and means have no channels. */
+enum { BOUNDS = 1, CHANNELS = 2, LATENT = 4, MEANS = 8 };
+static const int kinds[] = { 0, BOUNDS, CHANNELS, BOUNDS | CHANNELS, LATENT, LATENT | BOUNDS, MEANS,
+                             LATENT | MEANS };
+enum { N_KINDS = sizeof kinds / sizeof kinds[0] };
 
 struct setup {
     int kv_heads, group, head_dim, kind;
@@ -48,7 +51,8 @@ static struct kv_shape shape_of(const struct setup *s)
         .kv_heads = s->kv_heads,
         .head_dim = s->head_dim,
         .latent_dim = s->kind & LATENT ? latent_dim_of(s->head_dim) : 0,
-        .filter = s->kind & BOUNDS ? FILTER_BOUNDS : FILTER_COARSE,
+        .filter = s->kind & BOUNDS ? FILTER_BOUNDS
+                  : s->kind & MEANS ? FILTER_MEANS : FILTER_COARSE,
         .index = s->kind & CHANNELS && s->head_dim >= INDEX_CHANNELS_KEPT ? INDEX_CHANNELS
                                                                           : INDEX_ROTATED,
     };
@@ -119,6 +123,23 @@ static void fill_token(const struct problem *p, uint8_t *record, int token,
         put_bf16(record + l->scale4 + 2 * token, scale / 3);
 }
 
+/* Means of a full block, one part in eight zeros. */
+static void fill_means(const struct problem *p, uint8_t *record, struct test_random *r)
+{
+    int latent = p->shape.latent_dim ? p->shape.latent_dim : p->shape.head_dim;
+    int parts = index_parts(&p->shape), at = p->layout.mean_sign;
+
+    for (int i = 0; i < BLOCK_MEANS * parts; i++) {
+        int bytes = (i % parts ? p->shape.head_dim - latent : latent) / 8;
+        float scale = random_below(r, 8) ? 0.2f + fabsf(random_normal(r)) : 0;
+        put_bf16(record + p->layout.mean_scale + 2 * i, scale);
+        random_bytes(r, record + at, bytes);
+        if (scale == 0)
+            memset(record + at, 0, (size_t)bytes);
+        at += bytes;
+    }
+}
+
 static void fill_bounds(const struct problem *p, uint8_t *record, struct test_random *r)
 {
     for (int d = 0; d < p->shape.head_dim; d++) {
@@ -149,6 +170,8 @@ static void fill_index(struct problem *p, struct test_random *r)
                     p, record, token % BLOCK_TOKENS, &own);
                 if (p->layout.lo >= 0 && token % BLOCK_TOKENS == 0)
                     fill_bounds(p, record, &own);
+                if (p->layout.mean_sign >= 0 && token % BLOCK_TOKENS == BLOCK_TOKENS - 1)
+                    fill_means(p, record, &own);
             }
 }
 
@@ -331,65 +354,57 @@ static void keep_any_blocks(struct problem *p, struct test_random *r)
 
 /* ---- the reference */
 
-static int bit(const uint8_t *codes, int at)
-{
-    return codes[at / 8] >> at % 8 & 1;
-}
+/* What is scored of a record: its tokens, by one plane or both, or its means. */
+enum level { COARSE, FINE, MEAN };
 
-static int bits(const uint8_t *codes, int at, int n)
-{
-    int value = 0;
-
-    for (int i = 0; i < n; i++)
-        value |= bit(codes, at * n + i) << i;
-    return value;
-}
-
-static double rotated_score(const struct problem *p, const uint8_t *record, int token,
-                            const double *x, bool fine)
+static double rotated_score(const struct problem *p, const uint8_t *record, int number,
+                            const double *x, enum level level)
 {
     const struct index_layout *l = &p->layout;
     int bytes = p->shape.head_dim / 8;
+    const uint8_t *signs = record + (level == MEAN ? l->mean_sign : l->sign) + number * bytes;
     double sum = 0;
 
     for (int d = 0; d < p->shape.head_dim; d++) {
-        int sign = bit(record + l->sign + token * bytes, d);
-        int large = bit(record + l->large + token * bytes, d);
-        sum += x[d] * (sign ? 1 : -1) * (!fine ? 1 : large ? 1.5 : 0.5);
+        int large = code_bits(record + l->large + number * bytes, d, 1);
+        sum += x[d] * (code_bits(signs, d, 1) ? 1 : -1) * (level != FINE ? 1 : large ? 1.5 : 0.5);
     }
-    return sum * (double)get_bf16(record + l->scale + 2 * token);
+    return sum * (double)get_bf16(record + (level == MEAN ? l->mean_scale : l->scale) + 2 * number);
 }
 
 /* latent.h, from a query's whole numbers and their units. */
-static double latent_score(const struct problem *p, const uint8_t *record, int token,
-                           const int *n, const double *unit, bool fine)
+static double latent_score(const struct problem *p, const uint8_t *record, int number,
+                           const int *n, const double *unit, enum level level)
 {
     const struct index_layout *l = &p->layout;
     int bytes = p->shape.head_dim / 8, sum[2] = { 0 };
+    const uint8_t *signs = record + (level == MEAN ? l->mean_sign : l->sign) + number * bytes;
+    const uint8_t *scales = record + (level == MEAN ? l->mean_scale : l->scale) + 4 * number;
     double score = 0;
 
     for (int d = 0; d < p->shape.head_dim; d++) {
-        int sign = bit(record + l->sign + token * bytes, d);
-        int large = bit(record + l->large + token * bytes, d);
-        sum[d >= p->shape.latent_dim] += n[d] * (sign ? 1 : -1) * (fine && large ? 3 : 1);
+        int large = code_bits(record + l->large + number * bytes, d, 1);
+        sum[d >= p->shape.latent_dim] += n[d] * (code_bits(signs, d, 1) ? 1 : -1) *
+                                         (level == FINE && large ? 3 : 1);
     }
     for (int part = 0; part < 2; part++)
-        score += (double)get_bf16(record + l->scale + 2 * (2 * token + part)) * unit[part] *
-                 (fine ? 0.5 : 1) * sum[part];
+        score += (double)get_bf16(scales + 2 * part) * unit[part] *
+                 (level == FINE ? 0.5 : 1) * sum[part];
     return score;
 }
 
 static double channels_score(const struct problem *p, const uint8_t *record, int token,
-                             const int16_t *channels, const double *q, bool fine)
+                             const int16_t *channels, const double *q, enum level level)
 {
+    bool fine = level == FINE;
     enum { KEPT = INDEX_CHANNELS_KEPT };
     const struct index_layout *l = &p->layout;
     double sum = 0;
 
     for (int i = 0; i < KEPT; i++)
         sum += q[channels[i]] *
-               (fine ? bits(record + l->fine + token * KEPT / 2, i, 4) - 8
-                     : bits(record + l->coarse + token * KEPT / 4, i, 2) - 1.5);
+               (fine ? code_bits(record + l->fine + token * KEPT / 2, i, 4) - 8
+                     : code_bits(record + l->coarse + token * KEPT / 4, i, 2) - 1.5);
     return sum * (double)get_bf16(record + (fine ? l->scale4 : l->scale2) + 2 * token);
 }
 
@@ -448,23 +463,28 @@ static struct queries *make_queries(const struct problem *p, int seq, int g)
     return q;
 }
 
-static double token_score(const struct problem *p, const struct queries *q, int seq, int g,
-                          int position, bool fine)
+/* Of token, or mean, `number`. */
+static double score_of(const struct problem *p, const struct queries *q, const uint8_t *record,
+                       int g, int number, enum level level)
 {
-    const uint8_t *record = record_at(p, seq, g, position / BLOCK_TOKENS);
     double best = -INFINITY;
 
     for (int i = 0; i < p->s.group; i++)
         best = fmax(best, p->shape.latent_dim
-                              ? latent_score(p, record, position % BLOCK_TOKENS, q->whole[i],
-                                             q->unit[i], fine)
+                              ? latent_score(p, record, number, q->whole[i], q->unit[i], level)
                           : p->shape.index == INDEX_ROTATED
-                              ? rotated_score(p, record, position % BLOCK_TOKENS,
-                                              q->rotated[i], fine)
-                              : channels_score(p, record, position % BLOCK_TOKENS,
+                              ? rotated_score(p, record, number, q->rotated[i], level)
+                              : channels_score(p, record, number,
                                                p->channels + g * INDEX_CHANNELS_KEPT,
-                                               q->of[i], fine));
+                                               q->of[i], level));
     return best;
+}
+
+static double token_score(const struct problem *p, const struct queries *q, int seq, int g,
+                          int position, enum level level)
+{
+    return score_of(p, q, record_at(p, seq, g, position / BLOCK_TOKENS), g,
+                    position % BLOCK_TOKENS, level);
 }
 
 static double block_score(const struct problem *p, const struct queries *q, int seq, int g,
@@ -477,9 +497,16 @@ static double block_score(const struct problem *p, const struct queries *q, int 
             best = fmax(best, bounds_score(p, record_at(p, seq, g, block), q->of[i]));
         return best;
     }
+    if (p->shape.filter == FILTER_MEANS) {
+        if ((block + 1) * BLOCK_TOKENS > p->s.n_tokens[seq])
+            return INFINITY;     /* it has none, and is kept */
+        for (int i = 0; i < BLOCK_MEANS; i++)
+            best = fmax(best, score_of(p, q, record_at(p, seq, g, block), g, i, MEAN));
+        return best;
+    }
     for (int i = 0; i < BLOCK_TOKENS; i++)
         if (block * BLOCK_TOKENS + i < p->s.n_tokens[seq])
-            best = fmax(best, token_score(p, q, seq, g, block * BLOCK_TOKENS + i, false));
+            best = fmax(best, token_score(p, q, seq, g, block * BLOCK_TOKENS + i, COARSE));
     return best;
 }
 
@@ -490,6 +517,8 @@ static bool token_is_forced(const struct problem *p, int seq, int position)
 
 static bool block_is_forced(const struct problem *p, int seq, int block)
 {
+    if (p->shape.filter == FILTER_MEANS && (block + 1) * BLOCK_TOKENS > p->s.n_tokens[seq])
+        return true;
     for (int i = 0; i < BLOCK_TOKENS; i++)
         if (block * BLOCK_TOKENS + i < p->s.n_tokens[seq] &&
             token_is_forced(p, seq, block * BLOCK_TOKENS + i))
@@ -571,7 +600,7 @@ static void check_select(struct problem *p)
                 continue;
             place[n] = position;
             p->forced[n] = token_is_forced(p, seq, position);
-            p->score[n++] = token_score(p, q, seq, g, position, true);
+            p->score[n++] = token_score(p, q, seq, g, position, FINE);
         }
         mem_free(q);
         if (p->s.n_tokens[seq] > 0)
@@ -584,8 +613,8 @@ static void check_select(struct problem *p)
 /* ---- tests */
 
 /* kind, group, head_dim and budgets; every kind meets every head dimension, and every shape
- * of latent rows both filters. */
-enum { N_PLAIN = 40, N_SETUPS = N_PLAIN + 2 * N_LATENT_SHAPES };
+ * of latent rows all filters. */
+enum { N_PLAIN = 50, N_SETUPS = N_PLAIN + 3 * N_LATENT_SHAPES };
 
 static struct setup setup_of(int i)
 {
@@ -595,7 +624,7 @@ static struct setup setup_of(int i)
                                     { 47, 3000 }, { 46, 2999 }, { 64, 5000 } };
     struct setup s = {
         .kv_heads = 1 + i % 3, .group = groups[i % 7], .head_dim = head_dims[i % 5],
-        .kind = i / 5 % 4, .keep_blocks = keeps[i / 3 % 7][0],
+        .kind = i < 40 ? i / 5 % 4 : MEANS, .keep_blocks = keeps[i / 3 % 7][0],
         .keep_tokens = keeps[i / 3 % 7][1], .sinks = i % 4 * 2, .recent = i % 2 * 50,
         .seqs = 8, .n_tokens = { 3000, 1, 63, 0, 64, 65, 128, 1111 },
     };
@@ -603,7 +632,8 @@ static struct setup setup_of(int i)
     if (i >= N_PLAIN) {
         s.head_dim = latent_shapes[i % N_LATENT_SHAPES].head_dim;
         s.group = latent_shapes[i % N_LATENT_SHAPES].heads;
-        set_kind(&s, i < N_PLAIN + N_LATENT_SHAPES ? LATENT : LATENT | BOUNDS);
+        static const int latent[] = { LATENT, LATENT | BOUNDS, LATENT | MEANS };
+        set_kind(&s, latent[(i - N_PLAIN) / N_LATENT_SHAPES]);
     }
     return s;
 }
@@ -667,7 +697,7 @@ START_TEST(ties_go_to_the_earlier)
 
     for (int i = 0; i < 4; i++) {
         s.alike = alike[i];
-        set_kind(&s, _i);
+        set_kind(&s, kinds[_i]);
         s.head_dim = 64;
         s.keep_blocks = 17;
         s.keep_tokens = 333;
@@ -729,7 +759,7 @@ START_TEST(company_and_threads_change_nothing)
     struct setup s = setup_of(3 * 3);
     int n;
 
-    set_kind(&s, _i);
+    set_kind(&s, kinds[_i]);
     s.n_tokens[0] = 9000;        /* several pieces */
     struct problem *p = make_problem(&s, 400);
     filter(test_backend("auto"), p, 0, s.seqs);
@@ -771,7 +801,7 @@ START_TEST(sinks_and_recents)
     struct setup s = { .kv_heads = 2, .group = 2, .head_dim = 32, .seqs = 3,
                        .n_tokens = { 200, 192, 1 } };
 
-    set_kind(&s, _i);
+    set_kind(&s, kinds[_i]);
     for (int i = 0; i < N * N; i++) {
         s.sinks = edges[i / N];
         s.recent = edges[i % N];
@@ -790,7 +820,7 @@ END_TEST
 /* A context of a million tokens that repeats a thousand blocks, so ties everywhere. */
 START_TEST(a_million_tokens)
 {
-    struct setup s = { .kv_heads = 1, .group = 1, .head_dim = 32, .kind = _i,
+    struct setup s = { .kv_heads = 1, .group = 1, .head_dim = 32, .kind = kinds[_i],
                        .keep_blocks = 5000, .keep_tokens = 4096, .sinks = 4, .recent = 64,
                        .seqs = 1, .n_tokens = { 1 << 20 }, .shared = 1001 };
     struct problem *p = make_problem(&s, 450);
@@ -812,7 +842,7 @@ START_TEST(two_levels_are_the_three_operations)
     struct stream *stream = stream_create(be);
     struct test_random r = test_random(600);
 
-    set_kind(&s, _i);
+    set_kind(&s, kinds[_i]);
     struct problem *p = make_problem(&s, 600);
     size_t pool = (size_t)p->n_blocks * kv_block_bytes(&p->shape);
     size_t row = (size_t)(p->heads * kv_value_dim(&p->shape)), floats = (size_t)s.seqs * row;

@@ -13,10 +13,12 @@ enum { MAX_TOKENS = 1400, BUDGET_BLOCKS = 16, BUDGET_TOKENS = 1024 };
 static const struct { const char *dir; enum filter_kind filter; const char *isa; } kinds[] = {
     { "models/asynctlsd-books-9m", FILTER_COARSE, "auto" },
     { "models/asynctlsd-books-9m", FILTER_BOUNDS, "auto" },
+    { "models/asynctlsd-books-9m", FILTER_MEANS, "auto" },
     { "models/asynctlsd-books-9m", FILTER_COARSE, "avx2" },
     { "models/asynctlsd-books-9m", FILTER_COARSE, "scalar" },
     { "build/models/glm4-moe-lite", FILTER_COARSE, "auto" },
     { "build/models/glm4-moe-lite", FILTER_BOUNDS, "avx2" },
+    { "build/models/glm4-moe-lite", FILTER_MEANS, "avx2" },
     { "build/models/glm4-moe-lite-small", FILTER_BOUNDS, "auto" },
     { "build/models/glm4-moe-lite-small", FILTER_COARSE, "scalar" },
 };

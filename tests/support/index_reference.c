@@ -26,6 +26,17 @@ void set_bits(uint8_t *codes, int at, unsigned value)
     codes[at / 8] = (uint8_t)(codes[at / 8] | value << at % 8);
 }
 
+int code_bits(const uint8_t *codes, int number, int n)
+{
+    int value = 0;
+
+    for (int i = 0; i < n; i++) {
+        int at = number * n + i;
+        value |= (codes[at / 8] >> at % 8 & 1) << i;
+    }
+    return value;
+}
+
 float rms_exactly(const float *x, int n)
 {
     float *sum = mem_alloc((size_t)n * sizeof *sum);
@@ -82,4 +93,26 @@ void widen_record(uint8_t *record, const struct kv_shape *shape, const bf16 *key
         if (token == 0 || x > get_bf16(record + l.hi + 2 * i))
             memcpy(record + l.hi + 2 * i, &key[i], sizeof key[i]);
     }
+}
+
+void add_record_means(uint8_t *record, const struct kv_shape *shape, const bf16 *keys,
+                      size_t stride)
+{
+    const struct index_layout l = index_layout(shape);
+    int dim = shape->head_dim, first = shape->latent_dim ? shape->latent_dim : dim;
+    float *x = mem_alloc((size_t)dim * sizeof *x);
+    uint8_t *large = mem_alloc((size_t)dim / 8);
+
+    for (int i = 0; i < BLOCK_MEANS && l.mean_sign >= 0; i++) {
+        const bf16 *k = keys + (size_t)(2 * i) * stride;
+        uint8_t *scale = record + l.mean_scale + 2 * index_parts(shape) * i;
+        uint8_t *sign = record + l.mean_sign + dim / 8 * i;
+        for (int d = 0; d < dim; d++)
+            x[d] = (bf16_value(k[d]) + bf16_value((k + stride)[d])) / 2;
+        index_part(scale, sign, large, x, first);
+        if (first < dim)
+            index_part(scale + 2, sign + first / 8, large, x + first, dim - first);
+    }
+    mem_free(x);
+    mem_free(large);
 }

@@ -3,6 +3,7 @@
 
 #include "kernels/layout.h"
 
+#include <stddef.h>
 #include <stdint.h>
 
 /* The index of layout.h made one value at a time, in its arithmetic: to the bit. */
@@ -12,6 +13,9 @@ void put_bf16(uint8_t *at, float value);
 
 /* Into bits `at`.. of codes, which are 0. */
 void set_bits(uint8_t *codes, int at, unsigned value);
+
+/* Number `number` of the codes, each of n bits. */
+int code_bits(const uint8_t *codes, int number, int n);
 
 float rms_exactly(const float *x, int n);
 
@@ -23,5 +27,9 @@ void index_part(uint8_t *scale, uint8_t *sign, uint8_t *large, const float *key,
 
 /* The bounds of a record after token `token` of its block; none if it has no bounds. */
 void widen_record(uint8_t *record, const struct kv_shape *shape, const bf16 *key, int token);
+
+/* The means of a record whose block is full, if it has any; keys lie `stride` elements apart. */
+void add_record_means(uint8_t *record, const struct kv_shape *shape, const bf16 *keys,
+                      size_t stride);
 
 #endif

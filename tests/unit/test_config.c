@@ -251,9 +251,11 @@ static const struct {
       "my.conf:1: drain-timeout is '5', which is not a time such as 30s, 500ms or 5m" },
     { "ping-interval 0", "my.conf:1: ping-interval is '0', which is not between 100ms and 3600s" },
     { "prefix-cache true", "my.conf:1: prefix-cache is 'true', which is neither yes nor no" },
-    { "filter best", "my.conf:1: filter is 'best', which is not one of bounds|coarse" },
+    { "filter best", "my.conf:1: filter is 'best', which is not one of "
+      "bounds|coarse|means" },
     { "filter bounds|coarse",
-      "my.conf:1: filter is 'bounds|coarse', which is not one of bounds|coarse" },
+      "my.conf:1: filter is 'bounds|coarse', which is not one of "
+      "bounds|coarse|means" },
     { "cpu-isa sse", "my.conf:1: cpu-isa is 'sse', which is not one of "
       "auto|scalar|avx2|avx512" },
     { "served-model-name a,,b", "my.conf:1: served-model-name has an entry that is empty" },
