@@ -75,7 +75,7 @@ RUN make -j"$(nproc)" $MAKE_VARIANT B=/src/out all
 # hadolint ignore=DL3006
 FROM libraries-${VARIANT}
 # A number, so that a cluster can see that it is not root's.
-RUN useradd --system --uid 10001 --user-group --no-create-home --shell /usr/sbin/nologin asynctlsd
+RUN useradd --uid 10001 --user-group --no-create-home --shell /usr/sbin/nologin asynctlsd
 COPY --from=build /src/out/asynctlsd /usr/local/bin/asynctlsd
 COPY configs/asynctlsd.conf /etc/asynctlsd/asynctlsd.conf
 COPY models/asynctlsd-books-9m /usr/share/asynctlsd/models/asynctlsd-books-9m
