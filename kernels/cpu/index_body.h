@@ -107,32 +107,46 @@ static bf16 scale_of(const float *x, int n)
     return float_to_bf16(0.996f * sqrtf(mean_square(x, n)));
 }
 
-/* The signs of y, 8 to a byte. */
-static void put_signs(uint8_t *to, const float *y, int bytes)
+/* n channels x of a key, which are rotated by themselves: their scale and planes, without the
+ * second where large is NULL. */
+static void put_rotated(uint8_t *scale, uint8_t *sign, uint8_t *large, const float *x, int n)
 {
-    for (int b = 0; b < bytes; b++) {
-        unsigned s = 0;
-        for (int i = 0; i < 8; i++)
+    float y[MOST_PART_DIM];
+    bf16 rounded = scale_of(x, n);
+    float limit = bf16_to_float(rounded);
+
+    memcpy(scale, &rounded, sizeof rounded);
+    memset(sign, 0, (size_t)n / 8);
+    if (large)
+        memset(large, 0, (size_t)n / 8);
+    if (limit == 0)
+        return;
+    leaf_rotate(y, x, n);
+    for (int b = 0; b < n / 8; b++) {
+        unsigned s = 0, l = 0;
+        for (int i = 0; i < 8; i++) {
             s |= (unsigned)(y[8 * b + i] >= 0) << i;
-        to[b] = (uint8_t)s;
+            l |= (unsigned)(fabsf(y[8 * b + i]) >= limit) << i;
+        }
+        sign[b] = (uint8_t)s;
+        if (large)
+            large[b] = (uint8_t)l;
     }
 }
 
-/* n channels, from channel `from` on, of mean `i` of the block, x; their scale is number
- * `number`. */
-static void add_mean(const struct index_record *r, const float *x, int from, int n, int i,
-                     int number)
+/* The key x as number `number` of those whose scales, signs and second plane begin at these
+ * offsets; large -1: it has none. */
+static void add_rotated(const struct index_record *r, const float *x, int number, int scale,
+                        int sign, int large)
 {
-    float y[MOST_PART_DIM];
-    bf16 scale = scale_of(x + from, n);
-    uint8_t *sign = r->base + r->layout.mean_sign + (i * r->head_dim + from) / 8;
+    int first = r->latent_dim ? r->latent_dim : r->head_dim, parts = r->latent_dim ? 2 : 1;
 
-    put_scale(r, r->layout.mean_scale, number, scale);
-    memset(sign, 0, (size_t)n / 8);
-    if (bf16_to_float(scale) == 0)
-        return;
-    leaf_rotate(y, x + from, n);
-    put_signs(sign, y, n / 8);
+    for (int part = 0; part < parts; part++) {
+        int from = part * first, n = part ? r->head_dim - first : first;
+        int at = (number * r->head_dim + from) / 8;
+        put_rotated(r->base + scale + 2 * (number * parts + part), r->base + sign + at,
+                    large < 0 ? NULL : r->base + large + at, x + from, n);
+    }
 }
 
 static void leaf_add_means(const struct index_record *r, const bf16 *keys, size_t stride)
@@ -143,38 +157,7 @@ static void leaf_add_means(const struct index_record *r, const bf16 *keys, size_
         float x[MOST_HEAD_DIM];
         for (int d = 0; d < r->head_dim; d++)
             x[d] = (bf16_to_float(k[d]) + bf16_to_float(k[stride + (size_t)d])) * 0.5f;
-        if (r->latent_dim == 0) {
-            add_mean(r, x, 0, r->head_dim, i, i);
-        } else {
-            add_mean(r, x, 0, r->latent_dim, i, 2 * i);
-            add_mean(r, x, r->latent_dim, r->head_dim - r->latent_dim, i, 2 * i + 1);
-        }
-    }
-}
-
-/* n channels of the key x from channel `from` on; their scale is number `number` of the block. */
-static void add_rotated(const struct index_record *r, const float *x, int from, int n,
-                        int token, int number)
-{
-    float y[MOST_PART_DIM];
-    bf16 rounded = scale_of(x + from, n);
-    float scale = bf16_to_float(rounded);
-    int bytes = n / 8, at = (token * r->head_dim + from) / 8;
-    uint8_t *sign = r->base + r->layout.sign + at;
-    uint8_t *large = r->base + r->layout.large + at;
-
-    put_scale(r, r->layout.scale, number, rounded);
-    memset(sign, 0, (size_t)bytes);
-    memset(large, 0, (size_t)bytes);
-    if (scale == 0)
-        return;
-    leaf_rotate(y, x + from, n);
-    put_signs(sign, y, bytes);
-    for (int b = 0; b < bytes; b++) {
-        unsigned l = 0;
-        for (int i = 0; i < 8; i++)
-            l |= (unsigned)(fabsf(y[8 * b + i]) >= scale) << i;
-        large[b] = (uint8_t)l;
+        add_rotated(r, x, i, r->layout.mean_scale, r->layout.mean_sign, -1);
     }
 }
 
@@ -220,14 +203,10 @@ static void leaf_add_key(const struct index_record *r, const bf16 *key, int toke
         x[i] = bf16_to_float(key[i]);
     if (r->layout.lo >= 0)
         widen_bounds(r, key, x, token);
-    if (r->kind == INDEX_CHANNELS) {
+    if (r->kind == INDEX_CHANNELS)
         add_channels_kept(r, x, token);
-    } else if (r->latent_dim == 0) {
-        add_rotated(r, x, 0, r->head_dim, token, token);
-    } else {
-        add_rotated(r, x, 0, r->latent_dim, token, 2 * token);
-        add_rotated(r, x, r->latent_dim, r->head_dim - r->latent_dim, token, 2 * token + 1);
-    }
+    else
+        add_rotated(r, x, token, r->layout.scale, r->layout.sign, r->layout.large);
 }
 
 static float leaf_bound(const float *q, const bf16 *lo, const bf16 *hi, int n)

@@ -202,21 +202,42 @@ static void agreement(uint64_t *out, const uint8_t *sign, const uint8_t *large, 
     }
 }
 
-static float score_latent_tokens(const struct selection *a, const uint8_t *record,
-                                 const struct prepared *p, float *score, int n)
+static float largest(const float *score, int n)
 {
-    const struct index_layout *l = &a->layout;
-    float best;
+    float best = score[0];
 
-    a->leaf->score_latent(score, &(struct latent_codes){
-        .scale = (const bf16 *)(const void *)(record + l->scale),
-        .sign = record + l->sign, .large = a->kept ? record + l->large : NULL,
-        .latent_dim = a->shape.latent_dim, .head_dim = a->shape.head_dim, .work = p->work },
-        p->tiles, a->group);
-    best = score[0];
-    for (int t = 1; t < n; t++)
-        best = score[t] > best ? score[t] : best;
+    for (int i = 1; i < n; i++)
+        best = score[i] > best ? score[i] : best;
     return best;
+}
+
+/* Rotated keys, BLOCK_TOKENS of them. */
+struct planes {
+    const bf16 *scale;
+    const uint8_t *sign, *large; /* large NULL: only the signs count */
+};
+
+/* Scores of all of them, and the largest of the first n. */
+static float score_planes(const struct selection *a, const struct planes *keys,
+                          const struct prepared *p, float *score, int n)
+{
+    uint64_t agree[BLOCK_TOKENS * MOST_PART_DIM / 64];
+    struct index_codes codes = { .part = { keys->sign }, .parts = 1, .bytes = a->code_bytes };
+
+    if (p->tiles) {
+        a->leaf->score_latent(score, &(struct latent_codes){
+            .scale = keys->scale, .sign = keys->sign, .large = keys->large,
+            .latent_dim = a->shape.latent_dim, .head_dim = a->shape.head_dim, .work = p->work },
+            p->tiles, a->group);
+        return largest(score, n);
+    }
+    if (keys->large) {
+        agreement(agree, keys->sign, keys->large, a->code_bytes);
+        codes.part[1] = (const uint8_t *)agree;
+        codes.parts = 2;
+    }
+    a->leaf->look_up(score, &codes, p->tables, a->group);
+    return a->leaf->scale_scores(score, keys->scale, n);
 }
 
 /* Scores of all BLOCK_TOKENS tokens of a block, and the largest of the first n; those
@@ -225,26 +246,16 @@ static float score_tokens(const struct selection *a, const uint8_t *record,
                           const struct prepared *p, float *score, int n)
 {
     const struct index_layout *l = &a->layout;
-    uint64_t agree[BLOCK_TOKENS * MOST_PART_DIM / 64];
-    struct index_codes codes = { .parts = 1, .bytes = a->code_bytes };
-    int scale;
 
-    if (p->tiles)
-        return score_latent_tokens(a, record, p, score, n);
-    if (a->shape.index == INDEX_ROTATED) {
-        codes.part[0] = record + l->sign;
-        scale = l->scale;
-        if (a->kept) {
-            agreement(agree, record + l->sign, record + l->large, a->code_bytes);
-            codes.part[1] = (const uint8_t *)agree;
-            codes.parts = 2;
-        }
-    } else {
-        codes.part[0] = record + (a->kept ? l->fine : l->coarse);
-        scale = a->kept ? l->scale4 : l->scale2;
-    }
-    a->leaf->look_up(score, &codes, p->tables, a->group);
-    return a->leaf->scale_scores(score, (const bf16 *)(const void *)(record + scale), n);
+    if (a->shape.index == INDEX_ROTATED)
+        return score_planes(a, &(struct planes){
+            .scale = (const bf16 *)(const void *)(record + l->scale), .sign = record + l->sign,
+            .large = a->kept ? record + l->large : NULL }, p, score, n);
+    a->leaf->look_up(score, &(struct index_codes){
+        .part = { record + (a->kept ? l->fine : l->coarse) }, .parts = 1,
+        .bytes = a->code_bytes }, p->tables, a->group);
+    return a->leaf->scale_scores(
+        score, (const bf16 *)(const void *)(record + (a->kept ? l->scale4 : l->scale2)), n);
 }
 
 static float bounds_score(const struct selection *a, const struct target *t,
@@ -304,23 +315,10 @@ static void score_means(const struct selection *a, const struct target *t, int f
         memcpy((uint8_t *)sign + (size_t)i * bytes, record + l->mean_sign, bytes);
         memcpy(scale + (size_t)i * scales, record + l->mean_scale, scales * sizeof *scale);
     }
-    if (p->tiles) {
-        a->leaf->score_latent(score, &(struct latent_codes){
-            .scale = scale, .sign = (const uint8_t *)sign, .latent_dim = a->shape.latent_dim,
-            .head_dim = a->shape.head_dim, .work = p->work }, p->tiles, a->group);
-    } else {
-        a->leaf->look_up(score, &(struct index_codes){ .part = { (const uint8_t *)sign },
-                                                       .parts = 1, .bytes = a->code_bytes },
-                         p->tables, a->group);
-        a->leaf->scale_scores(score, scale, BLOCK_TOKENS);
-    }
-    for (int i = 0; i < end - first; i++) {
-        const float *own = score + i * BLOCK_MEANS;
-        float best = own[0];
-        for (int k = 1; k < BLOCK_MEANS; k++)
-            best = own[k] > best ? own[k] : best;
-        keys[i] = forced[i] ? TOP_FORCED : top_key(best);
-    }
+    score_planes(a, &(struct planes){ .scale = scale, .sign = (const uint8_t *)sign }, p, score,
+                 BLOCK_TOKENS);
+    for (int i = 0; i < end - first; i++)
+        keys[i] = forced[i] ? TOP_FORCED : top_key(largest(score + i * BLOCK_MEANS, BLOCK_MEANS));
 }
 
 static void score_kept_block(const struct selection *a, const struct target *t, int block,
