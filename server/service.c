@@ -51,13 +51,21 @@ static void look(struct service *sv, uint32_t engine, struct engine_stats *stats
     w->shrug = false;
 }
 
+/* When it has been looked. */
+static bool overdue(const struct service *sv, uint32_t engine, uint64_t now_ns)
+{
+    uint64_t limit_ns = sv->cfg->stall_timeout_ms * 1000000u;
+
+    return limit_ns && now_ns - sv->watches[engine].progress_ns > limit_ns;
+}
+
 bool service_engine_stalled(struct service *sv, uint32_t engine)
 {
-    uint64_t limit_ns = sv->cfg->stall_timeout_ms * 1000000u, now_ns = clock_now_ns();
+    uint64_t now_ns = clock_now_ns();
     struct engine_stats stats;
 
     look(sv, engine, &stats, now_ns);
-    return limit_ns && now_ns - sv->watches[engine].progress_ns > limit_ns;
+    return overdue(sv, engine, now_ns);
 }
 
 bool service_stalled(struct service *sv)
@@ -83,18 +91,20 @@ bool service_device_failed(const struct service *sv)
 static void note_progress(struct service *sv, uint64_t now_ns)
 {
     struct engine_stats stats;
+    bool failed = false;
 
     for (uint32_t i = 0; i < n_engines(sv); i++) {
         struct engine_watch *w = &sv->watches[i];
         look(sv, i, &stats, now_ns);
-        if (!service_engine_stalled(sv, i) || w->shrug)
+        failed |= stats.failed;
+        if (!overdue(sv, i, now_ns) || w->shrug)
             continue;
         w->shrug = true;
         log_error("service", "engine %u: no step for %.0f s with %u running and %u waiting "
                   "requests", i, (double)(now_ns - w->progress_ns) / 1e9, stats.running,
                   stats.waiting);
     }
-    if (service_device_failed(sv))
+    if (failed)
         service_fail(sv, "the device failed");
 }
 

@@ -2,6 +2,7 @@
 #define KERNELS_CUDA_SELECT_CUH
 
 #include "kernels/cuda/border.cuh"
+#include "kernels/cuda/mma.cuh"
 
 /* Exact choice of the largest by one thread block; shared by the kernels of the two levels.
  * Scores are compared as unsigned keys of the same order (keys.cuh). */
@@ -104,6 +105,19 @@ struct block_lists {
     unsigned *block_keys;           /* [max_blocks] */
     int *ids, *kv_ids;              /* [max_blocks] the tables */
 };
+
+/* Start copying the tables of a context; commit, and wait, before choose_kept(). */
+template <int THREADS>
+static __device__ __forceinline__ void start_tables(const block_lists &r,
+                                                    const int32_t *index_table,
+                                                    const int32_t *kv_table, int n_blocks)
+{
+#pragma unroll 1
+    for (int i = threadIdx.x; i < n_blocks; i += THREADS) {
+        copy_4(shared_address(r.ids + i), index_table + i);
+        copy_4(shared_address(r.kv_ids + i), kv_table + i);
+    }
+}
 
 /* The kept blocks from the filter's keys in global memory, ascending, with their ids; how many.
  * Bins are clear, before and after; keys and tables are not needed any more. */

@@ -526,11 +526,7 @@ __device__ __forceinline__ void prepare(const two_level &a, shared<DIM> *sh, con
                                         const __nv_bfloat16 *q, const int32_t *index_table,
                                         const int32_t *kv_table, int n_blocks)
 {
-#pragma unroll 1
-    for (int i = threadIdx.x; i < n_blocks; i += THREADS) {
-        copy_4(shared_address(r.ids + i), index_table + i);
-        copy_4(shared_address(r.kv_ids + i), kv_table + i);
-    }
+    start_tables<THREADS>(r, index_table, kv_table, n_blocks);
 #pragma unroll 1
     for (int i = threadIdx.x; i < ROWS * DIM / 2; i += THREADS) {
         int head = i / (DIM / 2), d = i % (DIM / 2) * 2;
