@@ -626,6 +626,12 @@ static enum status emit_whole(struct schema *s, const struct keys *k, const bool
     return emit_any_of(s, k->any_of ? k->any_of : k->one_of ? k->one_of : k->all_of, out);
 }
 
+static enum status refuse_no_schema(struct schema *s)
+{
+    return error_set(s->err, ST_INVALID, "has something%s that is no schema: one is an object, "
+                     "true or false", place_of(s).text);
+}
+
 static enum status emit_schema(struct schema *s, nfa_at *out)
 {
     struct keys k = { 0 };
@@ -636,8 +642,7 @@ static enum status emit_schema(struct schema *s, nfa_at *out)
     if (cJSON_IsFalse(s->at))
         return ST_OK;
     if (!cJSON_IsTrue(s->at) && !cJSON_IsObject(s->at))
-        return error_set(s->err, ST_INVALID, "has something%s that is no schema: one is an "
-                         "object, true or false", place_of(s).text);
+        return refuse_no_schema(s);
     TRY(read_keys(s, &k, in));
     if (!in[TYPE] && !in[WHOLE] && !in[OF_STRING] && !in[OF_NUMBER] && !in[OF_ARRAY] &&
         !in[OF_OBJECT]) {
@@ -751,6 +756,8 @@ static enum status emit_arguments(struct schema *s, const struct grammar_pairs *
     struct keys k = { 0 };
 
     if (s->root) {
+        if (!cJSON_IsObject(s->root))
+            return refuse_no_schema(s);
         TRY(read_keys(s, &k, in));
         TRY(read_types(s, &k, in, types));
         if (in[WHOLE])

@@ -553,6 +553,8 @@ static const struct { const char *schema, *sentence; } refused_calls[] = {
     { "{\"type\":\"object\",\"patternProperties\":{}}", "'patternProperties' that is not" },
     { "{\"type\":\"object\",\"required\":[\"x\"]}", "names what is not" },
     { "{\"type\":\"object\",\"properties\":{\"a\":false},\"required\":[\"a\"]}", "no text" },
+    { "[\"a\"]", "that is no schema" }, { "3", "that is no schema" },
+    { "true", "that is no schema" },
 };
 
 START_TEST(what_calls_are_refused)
