@@ -4,7 +4,7 @@
 # make SAN=address   or thread, undefined              make fuzz        each fuzz target, FUZZ_SECONDS each
 # make V=1           show commands                     make bench-cpu   speed beside measured ceilings
 # make run-smollm2   a small assistant, fetched        make evidence    the tables of docs/RESULTS.md
-# make lint format install clean
+# make test-emulated GPU tests without a GPU           make lint format install clean
 # Each variant has a build tree of its own: build, build-cpu, build-address, ...
 
 NVCC ?= $(firstword $(wildcard /usr/local/cuda/bin/nvcc) $(shell command -v nvcc))
@@ -91,7 +91,7 @@ $(VENV)/ready: tests/requirements.txt
 	$Q $(PY) -m venv $(VENV) && $(VENV)/bin/pip install -q --disable-pip-version-check -r $<
 	$Q touch $@
 
--include tests/model/model.mk tests/bench/bench.mk
+-include tests/model/model.mk tests/bench/bench.mk tests/emulator/emulator.mk
 
 # ---- what people type
 MODEL ?= models/asynctlsd-books-9m

@@ -47,7 +47,7 @@ struct ptx_launch {
 /* Returns when the kernel has ended. */
 void ptx_run(const struct ptx_kernel *k, const struct ptx_launch *l);
 
-/* Memory that kernels may touch, from p on; writable: also write.  Any thread. */
+/* Memory that kernels may touch, from p on; writable: also write. */
 void ptx_memory_add(const void *p, size_t bytes, bool writable);
 void ptx_memory_remove(const void *p);
 
