@@ -301,7 +301,8 @@ static bool find_memory(struct instruction *in, const struct parts *p, bool is_l
     if (in->type == PTX_F32 || in->type == PTX_F64)
         in->type = in->type == PTX_F32 ? PTX_U32 : PTX_U64;
     in->vector = ptx_has_part(p, "v4") ? 4 : ptx_has_part(p, "v2") ? 2 : 1;
-    in->space = ptx_has_part(p, "shared") || ptx_has_part(p, "shared::cta") ? PTX_SHARED : PTX_GENERIC;
+    if (ptx_has_part(p, "shared") || ptx_has_part(p, "shared::cta"))
+        in->space = PTX_SHARED;
     in->run = is_load ? load : store;
     return in->type != PTX_NONE && (is_load ? in->n_written == in->vector && in->n_read == 1
                                             : in->n_written == 0 && in->n_read == 1 + in->vector);
