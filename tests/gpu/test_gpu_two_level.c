@@ -328,8 +328,8 @@ START_TEST(kinds)
 }
 END_TEST
 
-/* No token is recent: the newest block is kept if its means are not there, full or not it is scored
- * otherwise.  Of 16 heads, and of all lists, there is no fused kernel. */
+/* No token is recent: of the newest block it is its means that decide, and one that is not full is
+ * kept because it has none.  Of 16 heads on one there is no fused kernel. */
 START_TEST(nothing_is_recent)
 {
     static const struct { int group, kv_heads, dim; } heads[] = {
@@ -474,6 +474,23 @@ START_TEST(lists_are_given)
 }
 END_TEST
 
+START_TEST(means_need_the_rotated_index)
+{
+    struct error why = { 0 };
+
+    if (!gpu_backend())
+        return;
+    for (int dim = 64; dim <= LATENT_ROW; dim += LATENT_ROW - 64) {
+        struct shape_query q = { .dim = 1024, .mlp_dim = 2048, .heads = 4, .vocab = 1000 };
+        q.kv = test_kv_shape(1, dim, TEST_MEANS);
+        ck_assert_msg(gpu_ops()->supports(&q, &why), "%s", why.text);
+        q.kv.index = INDEX_CHANNELS;
+        ck_assert(!gpu_ops()->supports(&q, &why));
+        ck_assert_str_eq(why.text, "filter means needs token-index rotated");
+    }
+}
+END_TEST
+
 TCase *gpu_two_level_case(void)
 {
     TCase *c = tcase_create("gpu_two_level");
@@ -487,5 +504,6 @@ TCase *gpu_two_level_case(void)
     tcase_add_loop_test(c, budgets, 0, 4);
     tcase_add_loop_test(c, latent_rows, 0, 7);
     tcase_add_loop_test(c, lists_are_given, 0, 3 * N_FUSED_KINDS);
+    tcase_add_test(c, means_need_the_rotated_index);
     return c;
 }
