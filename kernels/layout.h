@@ -33,8 +33,9 @@ extern "C" {
  *   means       (filter FILTER_MEANS only, which needs INDEX_ROTATED)
  *     mean_scale, mean_sign: scale and sign as below of the means of
  *               MEAN_TOKENS neighbouring keys as stored, (k0 + k1) / 2 not
- *               rounded to bf16; [BLOCK_MEANS].  Made when the block's last key
- *               is stored: a block that is not full has none
+ *               rounded to bf16; [BLOCK_MEANS].  All of them are there when the
+ *               block's last key is stored: a block that is not full has none
+ *               to be read
  *
  *   token index (always: the token selection reads it; FILTER_COARSE too)
  *     INDEX_ROTATED, a 2-bit key in two bit planes.  With x = R k, R the
@@ -184,6 +185,15 @@ LAYOUT_FN bool always_kept(int block, int n_tokens, int sink_tokens, int recent_
     return always_chosen(first, n_tokens, sink_tokens, recent_tokens) ||
            always_chosen(last < n_tokens ? last : n_tokens - 1, n_tokens, sink_tokens,
                          recent_tokens);
+}
+
+/* What the block filter keeps whatever its score: of FILTER_MEANS also a block that is not full,
+ * which has none and is the newest. */
+LAYOUT_FN bool filter_must_keep(enum filter_kind filter, int block, int n_tokens, int sink_tokens,
+                                int recent_tokens)
+{
+    return (filter == FILTER_MEANS && (block + 1) * BLOCK_TOKENS > n_tokens) ||
+           always_kept(block, n_tokens, sink_tokens, recent_tokens);
 }
 
 #ifdef __cplusplus

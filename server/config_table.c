@@ -93,7 +93,7 @@ static const struct option table[] = {
       .key = "filter", .type = OPTION_CHOICE, AT(engine.select.filter), .initial = "coarse",
       .choices = "bounds|coarse|means",
       .help = "How blocks are scored. coarse: by their best token at very low precision; "
-              "means: by the best mean of two tokens, which reads half, on the CPU alone; "
+              "means: by the best mean of two tokens, which reads half; "
               "bounds: by the minimum and maximum of their keys." },
     { .key = "token-index", .type = OPTION_CHOICE, AT(engine.select.index),
       .initial = "rotated",

@@ -306,9 +306,8 @@ static void score_means(const struct selection *a, const struct target *t, int f
 
     for (int i = 0; i < end - first; i++) {
         int block = first + i;
-        /* A block that is not full has no means, and is the newest. */
-        forced[i] = (block + 1) * BLOCK_TOKENS > t->n_tokens ||
-                    always_kept(block, t->n_tokens, a->sink_tokens, a->recent_tokens);
+        forced[i] = filter_must_keep(FILTER_MEANS, block, t->n_tokens, a->sink_tokens,
+                                     a->recent_tokens);
         if (forced[i])
             continue;
         const uint8_t *record = record_at(a, t, block);

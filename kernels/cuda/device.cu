@@ -340,8 +340,8 @@ static bool device_supports(const struct shape_query *q, struct error *why)
 {
     const struct kv_shape *kv = &q->kv;
 
-    if (kv->filter == FILTER_MEANS) {
-        error_set(why, ST_UNSUPPORTED, "filter means: the CUDA back end has coarse and bounds");
+    if (kv->filter == FILTER_MEANS && kv->index != INDEX_ROTATED) {
+        error_set(why, ST_UNSUPPORTED, "filter means needs token-index rotated");
         return false;
     }
     if (kv->latent_dim)

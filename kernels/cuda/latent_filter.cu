@@ -6,7 +6,8 @@
  * while it scores one.  With 12 warps and all 64 tokens of a block at a time 8 sequences of 131,072
  * tokens took 24 us more than copies without a score (H100): some 1,200 instructions a block, a
  * fifth of them products, which wait for each other.  16 warps with half as many tokens, as now,
- * are no more than 1 us ahead of that at 98,304 (H200). */
+ * are no more than 1 us ahead of that at 98,304 (H200).  With means (ITEMS of a block: its tokens,
+ * or its means) it is half of the bytes. */
 
 #include "kernels/cuda/latent_scores.cuh"
 
@@ -14,7 +15,11 @@ namespace {
 
 using namespace latent;
 
-enum { WARPS = 16, THREADS = WARPS * WARP, DEPTH = 2, ROW_TILES = 2, SCORE_WARPS = 4 };
+enum { WARPS = 16, THREADS = WARPS * WARP, ROW_TILES = 2, SCORE_WARPS = 4 };
+
+/* Records that a warp has on their way or in use. */
+template <int ITEMS>
+constexpr int depth = 2 * BLOCK_TOKENS / ITEMS;
 
 struct filter {
     const __nv_bfloat16 *q;
@@ -45,19 +50,22 @@ __global__ void __launch_bounds__(8 * WARP) make_queries(queries *made, const __
     make_part<P>(&made[seq], q, head, 1);
 }
 
+template <int ITEMS>
 struct memory {
     operands q;
-    __align__(16) unsigned char ring[WARPS][DEPTH][FILTER_BYTES];
+    __align__(16) unsigned char ring[WARPS][depth<ITEMS>][ITEMS * ITEM_BYTES];
 };
 
 /* Of the index block `id`, where there is one, by a warp. */
+template <int ITEMS>
 __device__ __forceinline__ void start_record(const filter &a, int id, unsigned to, bool there)
 {
-    enum { COPIES = FILTER_BYTES / 16 };
+    enum { COPIES = ITEMS * ITEM_BYTES / 16 };
     int lane = threadIdx.x % WARP;
 
     if (there) {
-        const uint8_t *from = a.index + (size_t)id * a.block_bytes + a.layout.scale + lane * 16;
+        const uint8_t *from = a.index + (size_t)id * a.block_bytes + lane * 16 +
+                              (ITEMS == BLOCK_MEANS ? a.layout.mean_scale : a.layout.scale);
         to += lane * 16;
 #pragma unroll
         for (int i = 0; i < COPIES; i += WARP)
@@ -67,15 +75,16 @@ __device__ __forceinline__ void start_record(const filter &a, int id, unsigned t
     copy_commit();               /* one group a record, empty or not, for copy_wait() */
 }
 
-/* The key of the best of a block's tokens; those from `left` on are not there. */
+/* The key of the best of a block's tokens or means; those from `left` on are not there. */
+template <int ITEMS>
 __device__ __forceinline__ unsigned score_record(unsigned record, int left, const operands *q)
 {
     float top = -INFINITY;
 
 #pragma unroll 1
-    for (int first = 0; first < BLOCK_TOKENS; first += 16 * ROW_TILES) {
+    for (int first = 0; first < ITEMS; first += 16 * ROW_TILES) {
         float best[2 * ROW_TILES];
-        score_rows<ROW_TILES, false>(best, record, first, q);
+        score_rows<ROW_TILES, false, ITEMS>(best, record, first, q);
 #pragma unroll
         for (int i = 0; i < 2 * ROW_TILES; i++)
             top = fmaxf(top, first + 8 * i + (int)threadIdx.x % WARP / 4 < left ? best[i]
@@ -85,10 +94,13 @@ __device__ __forceinline__ unsigned score_record(unsigned record, int left, cons
 }
 
 /* Grid: parts of a context, sequences. */
+template <int ITEMS>
 __global__ void __launch_bounds__(THREADS, 1) score_blocks(filter a)
 {
+    enum { DEPTH = depth<ITEMS>, RECORD = ITEMS * ITEM_BYTES };
+    constexpr bool MEANS = ITEMS == BLOCK_MEANS;
     extern __shared__ __align__(128) unsigned char shared[];
-    memory *m = (memory *)shared;
+    memory<ITEMS> *m = (memory<ITEMS> *)shared;
     int warp = threadIdx.x / WARP, seq = blockIdx.y;
 
     /* Lengths and tables come from the host, and of the index this step writes only each
@@ -104,7 +116,7 @@ __global__ void __launch_bounds__(THREADS, 1) score_blocks(filter a)
     if (!has_last)
 #pragma unroll 1
         for (int k = 0; k < DEPTH - 1; k++)
-            start_record(a, id_of(k), ring + k * FILTER_BYTES, k < n);
+            start_record<ITEMS>(a, id_of(k), ring + k * RECORD, k < n);
     wait_for_inputs();
     /* After that wait, so that the next kernel may read the queries without its own. */
     let_next_start();
@@ -114,26 +126,29 @@ __global__ void __launch_bounds__(THREADS, 1) score_blocks(filter a)
     if (has_last)                /* the queries are part of the first record's group */
 #pragma unroll 1
         for (int k = 0; k < DEPTH - 1; k++)
-            start_record(a, id_of(k), ring + k * FILTER_BYTES, k < n);
+            start_record<ITEMS>(a, id_of(k), ring + k * RECORD, k < n);
     copy_commit();
     int next_id = id_of(DEPTH - 1);  /* is there before it is wanted */
     copy_wait<0>();
     __syncthreads();
-    unsigned at = ring, free = ring + (DEPTH - 1) * FILTER_BYTES;
+    unsigned at = ring, free = ring + (DEPTH - 1) * RECORD;
     unsigned *keys = a.keys + (size_t)seq * a.max_blocks + first;
 #pragma unroll 1
     for (int k = 0; k < n; k++) {
-        start_record(a, next_id, free, k + DEPTH - 1 < n);
+        start_record<ITEMS>(a, next_id, free, k + DEPTH - 1 < n);
         next_id = id_of(k + DEPTH);
         copy_wait<DEPTH - 1>();
         __syncwarp();            /* the record is there */
-        unsigned key = score_record(at, n_tokens - (first + k) * BLOCK_TOKENS, &m->q);
+        /* What lies in the place of the means of a block that is not full does not matter. */
+        int left = MEANS ? (int)BLOCK_MEANS : n_tokens - (first + k) * BLOCK_TOKENS;
+        unsigned key = score_record<ITEMS>(at, left, &m->q);
         if (threadIdx.x % WARP == 0)
-            keys[k] = always_kept(first + k, n_tokens, a.sink_tokens, a.recent_tokens)
+            keys[k] = filter_must_keep(MEANS ? FILTER_MEANS : FILTER_COARSE, first + k, n_tokens,
+                                       a.sink_tokens, a.recent_tokens)
                           ? (unsigned)FORCED_KEY : key;
         __syncwarp();            /* all have read it: another takes its place next */
         free = at;
-        at = at == ring + (DEPTH - 1) * FILTER_BYTES ? ring : at + FILTER_BYTES;
+        at = at == ring + (DEPTH - 1) * RECORD ? ring : at + RECORD;
     }
 }
 
@@ -277,8 +292,12 @@ void latent::queue_scores(struct stream *s, const struct block_filter_args *args
     a.made = made;
     int parts = s->be->info.sm_count / args->seqs;
     parts = parts < 1 ? 1 : parts < blocks ? parts : blocks;
-    launch_early(s, "block_filter", score_blocks, dim3(parts, args->seqs), THREADS,
-                 sizeof(memory), a);
+    if (args->shape.filter == FILTER_MEANS)
+        launch_early(s, "block_filter", score_blocks<BLOCK_MEANS>, dim3(parts, args->seqs),
+                     THREADS, sizeof(memory<BLOCK_MEANS>), a);
+    else
+        launch_early(s, "block_filter", score_blocks<BLOCK_TOKENS>, dim3(parts, args->seqs),
+                     THREADS, sizeof(memory<BLOCK_TOKENS>), a);
 }
 
 void latent::queue_kept_scores(struct stream *s, const struct token_select_args *args,

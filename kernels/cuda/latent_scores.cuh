@@ -34,8 +34,8 @@ enum {
     TOKEN_BYTES = D / 8,         /* of a bit plane */
     SCALE_BYTES = 4,             /* of a token: two scales */
     PLANE_BYTES = BLOCK_TOKENS * TOKEN_BYTES,
-    FILTER_BYTES = BLOCK_TOKENS * (SCALE_BYTES + TOKEN_BYTES), /* of a record: scales and signs, */
-    SELECT_BYTES = FILTER_BYTES + PLANE_BYTES,                 /* and what the selection reads */
+    ITEM_BYTES = SCALE_BYTES + TOKEN_BYTES,    /* scales and signs of a token or a mean */
+    SELECT_BYTES = BLOCK_TOKENS * ITEM_BYTES + PLANE_BYTES, /* what the selection reads */
 };
 
 /* The queries of a sequence; a lane's right operands of two steps are one load. */
@@ -213,20 +213,21 @@ static __device__ __forceinline__ void add_words(int (&d)[M][TILES][4],
     }
 }
 
-/* Scores of 16 M tokens of a record in shared memory, from token `first` on: best[i] is the largest
- * over the heads of lane % 4 of token first + 8 i + lane / 4. */
-template <int M, bool CODES>
+/* Scores of 16 M tokens of a record of ITEMS in shared memory, from token `first` on: best[i] is
+ * the largest over the heads of lane % 4 of token first + 8 i + lane / 4. */
+template <int M, bool CODES, int ITEMS>
 static __device__ __forceinline__ void score_rows(float (&best)[2 * M], unsigned record, int first,
                                                   const operands *q)
 {
     int lane = threadIdx.x % WARP, c = lane % 4;
     unsigned scales = record + (first + lane / 4) * SCALE_BYTES;
-    unsigned signs = record + BLOCK_TOKENS * SCALE_BYTES + (first + lane / 4) * TOKEN_BYTES;
+    unsigned signs = record + ITEMS * SCALE_BYTES + (first + lane / 4) * TOKEN_BYTES;
     int d[M][TILES][4];
     float rope[M][TILES][4];
     words<M, CODES> w;
     int start[4];
 
+    static_assert(!CODES || ITEMS == BLOCK_TOKENS, "means have no second plane");
 #pragma unroll
     for (int i = 0; i < 4; i++)
         start[i] = ((const volatile int *)q->start)[i];

@@ -1,6 +1,12 @@
 /* Norm and rotation of queries and keys; keys, values and their index into the pools.
  *
- * A warp takes one head of one row, lane l channels l + 32 i. */
+ * A warp takes one head of one row, lane l channels l + 32 i.
+ *
+ * A mean needs its own keys and no others, so it is made when the last of them is stored and not
+ * when the block's last key is: then a decode step has at most one to make of a sequence and KV
+ * head, not 32 of them in every 64th, and a warp beside the key's makes it in the same time.  That
+ * warp makes the keys itself, to the same bits, because those of this launch are written by other
+ * thread blocks; of earlier launches they are in the pool. */
 
 #include "kernels/cuda/rotate.cuh"
 
@@ -8,6 +14,7 @@ namespace {
 
 enum { WARPS = 4 };
 
+/* To the same bits in every place: nothing is left to the compiler to fuse. */
 template <int PARTS>
 __device__ __forceinline__ void place(float (&x)[PARTS], const float (&norm)[PARTS],
                                       bool has_norm, const float *cos_sin, float eps)
@@ -25,8 +32,8 @@ __device__ __forceinline__ void place(float (&x)[PARTS], const float (&norm)[PAR
     for (int i = 0; i < PARTS / 2; i++) {
         float a = x[i], b = x[i + PARTS / 2];
         float c = cos_sin[lane + WARP * i], s = cos_sin[lane + WARP * i + DIM / 2];
-        x[i] = a * c - b * s;
-        x[i + PARTS / 2] = b * c + a * s;
+        x[i] = __fmaf_rn(a, c, -__fmul_rn(b, s));
+        x[i + PARTS / 2] = __fmaf_rn(b, c, __fmul_rn(a, s));
     }
 }
 
@@ -99,56 +106,135 @@ __device__ __forceinline__ record record_of(const struct rope_store_args &a, int
     return r;
 }
 
-/* Unit u is head u of the queries, then of the keys and values. */
-template <int DIM>
-__global__ void __launch_bounds__(WARPS * WARP) rope_store(struct rope_store_args a)
+/* The key of a row as it is stored. */
+template <int PARTS>
+__device__ __forceinline__ void make_key(float (&x)[PARTS], const struct rope_store_args &a,
+                                         int row, int kv_head, const float (&norm)[PARTS])
 {
-    enum { PARTS = DIM / WARP };
-    int lane = threadIdx.x % WARP, units = a.heads + a.shape.kv_heads;
-    int unit = blockIdx.x * WARPS + threadIdx.x / WARP, row = unit / units;
-    int head = unit % units, kv_head = head - a.heads;
-    const void *weight = kv_head < 0 ? a.q_norm : a.k_norm;
-    float norm[PARTS] = {}, x[PARTS];
-
-    if (row < a.rows && weight)
-        for (int i = 0; i < PARTS; i++)
-            norm[i] = weight_at(weight, lane + WARP * i, a.norm_type);
-    /* From the host: no kernel writes them. */
-    int position = row < a.rows ? a.positions[row] : 0;
-    bool leaves = row >= a.rows || (kv_head >= 0 && a.kv_block[row] < 0);
-    let_next_start();
-    wait_for_inputs();
-    if (leaves)
-        return;
-    __nv_bfloat16 *q = (__nv_bfloat16 *)a.q + (size_t)row * a.qkv_stride_q + head * DIM;
+    enum { DIM = PARTS * WARP };
+    int lane = threadIdx.x % WARP;
     const __nv_bfloat16 *k = (const __nv_bfloat16 *)a.k + (size_t)row * a.qkv_stride_k +
                              kv_head * DIM;
+
+#pragma unroll
+    for (int i = 0; i < PARTS; i++)
+        x[i] = __bfloat162float(k[lane + WARP * i]);
+    place(x, norm, a.k_norm != NULL, a.cos_sin + (size_t)row * DIM, a.eps);
+#pragma unroll
+    for (int i = 0; i < PARTS; i++)
+        x[i] = __bfloat162float(__float2bfloat16_rn(x[i]));
+}
+
+template <int PARTS>
+__device__ __forceinline__ void place_query(const struct rope_store_args &a, int row, int head,
+                                            const float (&norm)[PARTS])
+{
+    enum { DIM = PARTS * WARP };
+    int lane = threadIdx.x % WARP;
+    __nv_bfloat16 *q = (__nv_bfloat16 *)a.q + (size_t)row * a.qkv_stride_q + head * DIM;
+    float x[PARTS];
+
+#pragma unroll
+    for (int i = 0; i < PARTS; i++)
+        x[i] = __bfloat162float(q[lane + WARP * i]);
+    place(x, norm, a.q_norm != NULL, a.cos_sin + (size_t)row * DIM, a.eps);
+#pragma unroll
+    for (int i = 0; i < PARTS; i++)
+        q[lane + WARP * i] = __float2bfloat16_rn(x[i]);
+}
+
+template <int PARTS>
+__device__ __forceinline__ void store_key(const struct rope_store_args &a, int row, int kv_head,
+                                          int token, const float (&norm)[PARTS])
+{
+    enum { DIM = PARTS * WARP };
+    int lane = threadIdx.x % WARP;
     const __nv_bfloat16 *v = (const __nv_bfloat16 *)a.v + (size_t)row * a.qkv_stride_v +
                              kv_head * DIM;
-    const __nv_bfloat16 *from = kv_head < 0 ? q : k;
-    for (int i = 0; i < PARTS; i++)
-        x[i] = __bfloat162float(from[lane + WARP * i]);
-    place(x, norm, weight != NULL, a.cos_sin + (size_t)row * DIM, a.eps);
-    if (kv_head < 0) {
-        for (int i = 0; i < PARTS; i++)
-            q[lane + WARP * i] = __float2bfloat16_rn(x[i]);
-        return;
-    }
-    int token = position % BLOCK_TOKENS;
     __nv_bfloat16 *key = key_at(a, row, kv_head, token);
-    for (int i = 0; i < PARTS; i++) {
-        __nv_bfloat16 stored = __float2bfloat16_rn(x[i]);
-        key[lane + WARP * i] = stored;
-        key[DIM + lane + WARP * i] = v[lane + WARP * i];
-        x[i] = __bfloat162float(stored);
-    }
     record r = record_of(a, row, kv_head);
+    __nv_bfloat16 value[PARTS];
+    float x[PARTS];
+
+    /* Before anything is written, so that they are on their way together. */
+#pragma unroll
+    for (int i = 0; i < PARTS; i++)
+        value[i] = v[lane + WARP * i];
+    make_key(x, a, row, kv_head, norm);
+#pragma unroll
+    for (int i = 0; i < PARTS; i++) {
+        key[lane + WARP * i] = __float2bfloat16_rn(x[i]);
+        key[DIM + lane + WARP * i] = value[i];
+    }
     if (a.shape.index == INDEX_ROTATED)
         add_planes(r.base + r.layout.sign + token * (DIM / 8),
                    r.base + r.layout.large + token * (DIM / 8),
                    (__nv_bfloat16 *)(r.base + r.layout.scale) + token, x);
     else
         add_channels_kept(r, x, token);
+}
+
+/* The mean of the key of a row and the one before it. */
+template <int PARTS>
+__device__ __forceinline__ void store_mean(const struct rope_store_args &a, int row, int kv_head,
+                                           int token, const float (&norm)[PARTS])
+{
+    enum { DIM = PARTS * WARP };
+    static_assert(MEAN_TOKENS == 2, "the sum");
+    int lane = threadIdx.x % WARP, number = token / MEAN_TOKENS;
+    record r = record_of(a, row, kv_head);
+    float x[PARTS], before[PARTS];
+
+    /* Rows of a block are neighbours. */
+    if (row > 0 && a.kv_block[row - 1] == a.kv_block[row]) {
+        make_key(before, a, row - 1, kv_head, norm);
+    } else {
+        const __nv_bfloat16 *key = key_at(a, row, kv_head, token - 1);
+#pragma unroll
+        for (int i = 0; i < PARTS; i++)
+            before[i] = __bfloat162float(key[lane + WARP * i]);
+    }
+    make_key(x, a, row, kv_head, norm);
+    mean_of(x, before);
+    add_planes(r.base + r.layout.mean_sign + number * (DIM / 8), NULL,
+               (__nv_bfloat16 *)(r.base + r.layout.mean_scale) + number, x);
+}
+
+/* Heads of a row: those of the queries, of the keys and values, and of the keys again for their
+ * means. */
+__host__ __device__ inline int units_of_row(const struct rope_store_args &a)
+{
+    return a.heads + a.shape.kv_heads * (a.shape.filter == FILTER_MEANS ? 2 : 1);
+}
+
+template <int DIM>
+__global__ void __launch_bounds__(WARPS * WARP) rope_store(struct rope_store_args a)
+{
+    enum { PARTS = DIM / WARP };
+    int lane = threadIdx.x % WARP, units = units_of_row(a);
+    int unit = blockIdx.x * WARPS + threadIdx.x / WARP, row = unit / units;
+    int head = unit % units, kv_head = head - a.heads;
+    bool is_mean = kv_head >= a.shape.kv_heads;
+    const void *weight = kv_head < 0 ? a.q_norm : a.k_norm;
+    float norm[PARTS] = {};
+
+    if (row < a.rows && weight)
+        for (int i = 0; i < PARTS; i++)
+            norm[i] = weight_at(weight, lane + WARP * i, a.norm_type);
+    /* From the host: no kernel writes them. */
+    int token = row < a.rows ? a.positions[row] % BLOCK_TOKENS : 0;
+    bool leaves = row >= a.rows || (kv_head >= 0 && a.kv_block[row] < 0) ||
+                  (is_mean && token % MEAN_TOKENS != MEAN_TOKENS - 1);
+    let_next_start();
+    wait_for_inputs();
+    if (leaves)
+        return;
+    if (kv_head < 0)
+        place_query(a, row, head, norm);
+    else if (is_mean)
+        store_mean(a, row, kv_head - a.shape.kv_heads, token, norm);
+    else
+        store_key(a, row, kv_head, token, norm);
 }
 
 /* Bounds take all keys of a block, so a warp does a run of rows of one block and a KV
@@ -194,7 +280,7 @@ __global__ void __launch_bounds__(WARPS * WARP) widen_bounds(struct rope_store_a
 template <int DIM>
 void launch(struct stream *s, const struct rope_store_args &a)
 {
-    int units = a.rows * (a.heads + a.shape.kv_heads), runs = a.rows * a.shape.kv_heads;
+    int units = a.rows * units_of_row(a), runs = a.rows * a.shape.kv_heads;
 
     launch_early(s, "rope_store", rope_store<DIM>, dim3((units + WARPS - 1) / WARPS),
                  WARPS * WARP, 0, a);

@@ -81,7 +81,17 @@ static __device__ __forceinline__ void rotate_query(float *x, const __nv_bfloat1
     rotate<DIM>(x);
 }
 
-/* The two bit planes and the scale of a key as stored, x, or of a part of one. */
+/* x = (x + other) / 2, of keys as stored. */
+template <int PARTS>
+static __device__ __forceinline__ void mean_of(float (&x)[PARTS], const float (&other)[PARTS])
+{
+#pragma unroll
+    for (int i = 0; i < PARTS; i++)
+        x[i] = __fmul_rn(__fadd_rn(x[i], other[i]), 0.5f);
+}
+
+/* The two bit planes and the scale of a key as stored, x, or of a part of one; large NULL: without
+ * the second. */
 template <int PARTS>
 static __device__ __forceinline__ void add_planes(uint8_t *sign, uint8_t *large,
                                                   __nv_bfloat16 *scale, const float (&x)[PARTS])
@@ -99,7 +109,8 @@ static __device__ __forceinline__ void add_planes(uint8_t *sign, uint8_t *large,
         unsigned l = __ballot_sync(0xffffffffu, fabsf(y[i]) >= level && level != 0);
         if (threadIdx.x % WARP == 0) {
             ((unsigned *)sign)[i] = s;
-            ((unsigned *)large)[i] = l;
+            if (large)
+                ((unsigned *)large)[i] = l;
         }
     }
     if (threadIdx.x % WARP == 0)

@@ -20,12 +20,18 @@ struct selection {
     const int32_t *kept, *n_kept;  /* of the first level; NULL while it is this one */
     int32_t *out, *n_out;
     unsigned *keys;                /* [seqs, kv_heads, most_items] */
-    struct index_layout layout;
+    struct index_layout layout;    /* scale and sign: of what this level scores */
     int kv_heads, head_dim, group, q_stride, max_blocks, keep_blocks, keep;
     int sink_tokens, recent_tokens, most_items;
     size_t block_bytes;
-    bool bounds, channels_kept;
+    enum filter_kind filter;
+    bool channels_kept;
 };
+
+__device__ bool by_bounds(const selection &a)
+{
+    return a.filter == FILTER_BOUNDS && !a.kept;
+}
 
 /* The group's queries as the scores want them: rotated, or the kept channels, or as they
  * are.  x [group, head_dim]. */
@@ -37,11 +43,11 @@ __device__ void load_queries(const selection &a, int seq, int kv_head, float *x)
         const __nv_bfloat16 *q = a.q + (size_t)seq * a.q_stride +
                                  (size_t)(kv_head * a.group + h) * a.head_dim;
         float *out = x + h * a.head_dim, part[MAX_DIM / WARP];
-        if (a.channels_kept && !(a.bounds && !a.kept)) {
+        if (a.channels_kept && !by_bounds(a)) {
             out[lane] = __bfloat162float(q[a.channels[kv_head * INDEX_CHANNELS_KEPT + lane]]);
             continue;
         }
-        if (a.bounds && !a.kept) {
+        if (by_bounds(a)) {
             for (int d = lane; d < a.head_dim; d += WARP)
                 out[d] = __bfloat162float(q[d]);
             continue;
@@ -68,7 +74,7 @@ __device__ float bf16_at(const uint8_t *p, int i)
     return __bfloat162float(((const __nv_bfloat16 *)p)[i]);
 }
 
-/* Products of a token's low-precision key with one query, times its scale. */
+/* Products of the low-precision key of a token, or of a mean, with one query, times its scale. */
 __device__ float rotated_score(const selection &a, const uint8_t *record, int token,
                                const float *x)
 {
@@ -151,17 +157,19 @@ __global__ void __launch_bounds__(SCORE_WARPS * WARP) score_blocks(selection a)
     if (block * BLOCK_TOKENS >= n)
         return;
     const uint8_t *record = record_at(a, seq, kv_head, block);
+    int items = a.filter == FILTER_MEANS ? BLOCK_MEANS
+                                         : min((int)BLOCK_TOKENS, n - block * BLOCK_TOKENS);
     float best = -INFINITY;
-    if (a.bounds)
+    if (by_bounds(a))
         best = bounds_score(a, record, x);
     else
-        for (int t = lane; t < BLOCK_TOKENS && block * BLOCK_TOKENS + t < n; t += WARP)
+        for (int t = lane; t < items; t += WARP)
             best = fmaxf(best, token_score(a, record, t, x));
     best = warp_max(best);
     if (lane == 0)
         a.keys[((size_t)seq * a.kv_heads + kv_head) * a.most_items + block] =
-            always_kept(block, n, a.sink_tokens, a.recent_tokens) ? (unsigned)FORCED_KEY
-                                                                  : key_of(best);
+            filter_must_keep(a.filter, block, n, a.sink_tokens, a.recent_tokens)
+                ? (unsigned)FORCED_KEY : key_of(best);
 }
 
 /* A thread block a kept block. */
@@ -216,7 +224,7 @@ void fill_shape(selection *a, const struct kv_shape *shape, int heads)
     a->kv_heads = shape->kv_heads;
     a->head_dim = shape->head_dim;
     a->group = heads / shape->kv_heads;
-    a->bounds = shape->filter == FILTER_BOUNDS;
+    a->filter = shape->filter;
     a->channels_kept = shape->index == INDEX_CHANNELS;
 }
 
@@ -225,7 +233,7 @@ void score_latent_blocks(struct stream *s, const struct block_filter_args *args,
 {
     latent::queries *made = latent::queries_behind(keys, (size_t)args->seqs * args->max_blocks);
 
-    if (args->shape.filter == FILTER_COARSE)
+    if (args->shape.filter != FILTER_BOUNDS)
         latent::queue_queries(s, made, args->q, args->q_stride, args->heads, args->n_tokens,
                               args->seqs);
     latent::queue_scores(s, args, made, keys);
@@ -258,6 +266,10 @@ void cuda_block_filter(struct stream *s, const struct block_filter_args *args)
     if (!stream_enter(s) || args->seqs == 0)
         return;
     fill_shape(&a, &args->shape, args->heads);
+    if (a.filter == FILTER_MEANS) {
+        a.layout.scale = a.layout.mean_scale;
+        a.layout.sign = a.layout.mean_sign;
+    }
     a.q = (const __nv_bfloat16 *)args->q;
     a.index = args->index;
     a.table = args->table;

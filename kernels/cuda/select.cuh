@@ -155,7 +155,8 @@ static __device__ __forceinline__ border find_token_border(const unsigned *keys,
     border b;
 
     /* No estimate of a token is much above the best of the filter's of its block, which is among
-     * the largest but for the forced blocks. */
+     * the largest but for the forced blocks.  Of a mean's tokens one may be: it is in the last
+     * bin. */
     unsigned largest = c->largest;
     if (largest > POSITIVE)
         b.key = find_border_below(keys, n, keep, largest + BINADE, &b.equal, c);

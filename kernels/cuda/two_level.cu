@@ -750,7 +750,7 @@ void launch_both(struct stream *s, const two_level &a, const struct attend_two_l
 {
     struct cluster_launch launch;
 
-    queue_filter(s, a, args->shape.head_dim, args->max_n_tokens);
+    queue_filter(s, a, &args->shape, args->max_n_tokens);
     if (args->lagged)
         queue_lag_keys(s, args, a.keys, after_keys(a));
     stream_check(s, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
@@ -791,7 +791,7 @@ bool attend_two_level_fused(struct stream *s, const struct attend_two_level_args
     two_level a = {};
     int group = args->heads / shape->kv_heads;
 
-    if (!s->be->hopper || group > ROWS || shape->filter != FILTER_COARSE ||
+    if (!s->be->hopper || group > ROWS || shape->filter == FILTER_BOUNDS ||
         shape->index != INDEX_ROTATED)
         return false;
     a.out = (__nv_bfloat16 *)args->out;

@@ -213,9 +213,9 @@ static __device__ __forceinline__ float2 scales_at(unsigned scales, int tile)
     return unpack_bf16(load_shared_32(scales + tile * 2 * TILE + threadIdx.x % WARP / 4 * 4));
 }
 
-/* The first level: scores every block of every context into a.keys.  Queued as one launch,
- * with heads of `head_dim` channels. */
-void queue_filter(struct stream *s, const two_level &a, int head_dim, int max_n_tokens);
+/* The first level: scores every block of every context into a.keys, by its tokens or means.
+ * Queued as one launch. */
+void queue_filter(struct stream *s, two_level a, const struct kv_shape *shape, int max_n_tokens);
 
 }
 #endif

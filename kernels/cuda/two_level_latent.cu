@@ -160,7 +160,7 @@ __device__ __forceinline__ void score_record(const two_level &a, unsigned *keys,
     int lane = threadIdx.x % WARP;
     float best[2 * ROW_TILES];
 
-    score_rows<ROW_TILES, true>(best, record, 0, q);
+    score_rows<ROW_TILES, true, BLOCK_TOKENS>(best, record, 0, q);
 #pragma unroll
     for (int i = 0; i < 2 * ROW_TILES; i++) {
         int at = 8 * i + lane / 4;

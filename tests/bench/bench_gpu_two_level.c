@@ -2,7 +2,8 @@
  * beside our own full attention and the time that reading all of K and V takes at the memory's
  * rate.
  *
- *   bench-gpu-two-level [heads] [kv_heads] [head_dim] [exact|lagged] [tokens] [batch]
+ *   bench-gpu-two-level [heads] [kv_heads] [head_dim] [exact|lagged] [coarse|means] [tokens]
+ *                       [batch]
  *
  * A head_dim of 576 is that of latent attention: 20 1 576 has the shape of GLM-4.7-Flash.  tokens
  * and batch: this line of the table alone, for a profiler.
@@ -146,15 +147,16 @@ int main(int argc, char **argv)
 {
     static const int batches[] = { 1, 4, 8 };
     static const int lengths[] = { 1024, 2048, 4096, 8192, 16384, 32768, 49152, 98304, 131072 };
-    int only_tokens = argc > 5 ? (int)strtol(argv[5], NULL, 10) : 0;
-    int only_batch = argc > 6 ? (int)strtol(argv[6], NULL, 10) : 0;
+    bool means = argc > 5 && strcmp(argv[5], "means") == 0;
+    int only_tokens = argc > 6 ? (int)strtol(argv[6], NULL, 10) : 0;
+    int only_batch = argc > 7 ? (int)strtol(argv[7], NULL, 10) : 0;
     struct bench b = { .heads = argc > 1 ? (int)strtol(argv[1], NULL, 10) : 32,
                        .lags = argc > 4 && strcmp(argv[4], "lagged") == 0 };
 
     b.shape = (struct kv_shape){
         .kv_heads = argc > 2 ? (int)strtol(argv[2], NULL, 10) : 8,
         .head_dim = argc > 3 ? (int)strtol(argv[3], NULL, 10) : 128,
-        .filter = FILTER_COARSE,
+        .filter = means ? FILTER_MEANS : FILTER_COARSE,
         .index = INDEX_ROTATED,
     };
     if (b.shape.head_dim == 576)
@@ -162,10 +164,11 @@ int main(int argc, char **argv)
     if (!gpu_bench_open())
         return 1;
     b.gb_per_s = memory_rate();
-    printf("two-level attention%s, one layer, %d heads on %d of %d, us; \"all\" is reading all "
+    printf("two-level attention%s%s, one layer, %d heads on %d of %d, us; \"all\" is reading all "
            "of K and V at %.0f GB/s\n"
            "  tokens  batch  two-level          all   faster       full   faster  full reads, %%\n",
-           b.lags ? ", lagged" : "", b.heads, b.shape.kv_heads, b.shape.head_dim, b.gb_per_s);
+           b.lags ? ", lagged" : "", means ? ", filter means" : "", b.heads, b.shape.kv_heads,
+           b.shape.head_dim, b.gb_per_s);
     for (size_t i = 0; i < sizeof batches / sizeof batches[0]; i++)
         for (size_t j = 0; j < sizeof lengths / sizeof lengths[0]; j++) {
             b.seqs = batches[i];

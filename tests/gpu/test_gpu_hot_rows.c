@@ -375,7 +375,7 @@ START_TEST(kinds)
         return;
     for (int dim = 64; dim <= 128; dim *= 2) {
         struct setup s = base_setup(4, 2, dim);
-        s.decode.kind = _i;
+        s.decode.kind = test_kinds[_i];
         run_history(&s, "kinds", 50 + (uint64_t)_i);
     }
 }
@@ -390,9 +390,9 @@ START_TEST(room)
 
     if (!gpu_backend())
         return;
-    for (int kind = 0; kind < 2; kind++) {
+    for (int kind = 0; kind < TEST_ROTATED_KINDS; kind++) {
         struct setup s = base_setup(2, 2, 128);
-        s.decode.kind = kind;
+        s.decode.kind = test_rotated_kinds[kind];
         s.decode.keep_blocks = keep[_i][0];
         s.decode.keep_tokens = keep[_i][1];
         s.rows_per_head = keep[_i][2];
@@ -416,7 +416,7 @@ START_TEST(long_context)
     s.decode.keep_tokens = 1024;
     s.rows_per_head = _i ? HOT_MOST_ROWS : 4096;
     s.away = 9;
-    s.decode.kind = _i == 2 ? 1 : 0;
+    s.decode.kind = _i == 2 ? 1 : _i == 3 ? TEST_MEANS : 0;
     s.steps = 4;
     run_history(&s, "long context", 90 + (uint64_t)_i);
 }
@@ -430,7 +430,7 @@ START_TEST(lagged)
         return;
     for (int dim = 64; dim <= 128; dim *= 2) {
         struct setup s = base_setup(4, 2, dim);
-        s.decode.kind = _i;
+        s.decode.kind = test_kinds[_i];
         s.decode.seqs = 6;
         s.decode.keep_blocks = 7;
         s.steps = 20;
@@ -440,15 +440,15 @@ START_TEST(lagged)
 }
 END_TEST
 
-/* Latent rows: coarse and bounds, few sequences and many, exact and lagged, the first
+/* Latent rows: every kind of filter, few sequences and many, exact and lagged, the first
  * configuration's budgets, budgets without a fused kernel. */
 START_TEST(latent_rows)
 {
     if (!gpu_backend())
         return;
-    for (int kind = 0; kind < 2; kind++) {
+    for (int kind = 0; kind < TEST_ROTATED_KINDS; kind++) {
         struct setup s = base_setup(_i == 1 ? 5 : 20, 1, LATENT_ROW);
-        s.decode.kind = kind;
+        s.decode.kind = test_rotated_kinds[kind];
         s.lagged = _i == 2;
         s.steps = s.lagged ? 12 : 4;
         s.decode.seqs = _i == 3 ? 30 : _i == 4 ? 1 : 6;
@@ -476,10 +476,10 @@ TCase *gpu_hot_rows_case(void)
     tcase_add_checked_fixture(c, clean, NULL);
     tcase_add_loop_test(c, shapes, 0, 8);
     tcase_add_loop_test(c, batches, 0, 7);
-    tcase_add_loop_test(c, kinds, 0, 4);
+    tcase_add_loop_test(c, kinds, 0, TEST_KINDS);
     tcase_add_loop_test(c, room, 0, 6);
-    tcase_add_loop_test(c, long_context, 0, 3);
-    tcase_add_loop_test(c, lagged, 0, 4);
+    tcase_add_loop_test(c, long_context, 0, 4);
+    tcase_add_loop_test(c, lagged, 0, TEST_KINDS);
     tcase_add_loop_test(c, latent_rows, 0, 6);
     return c;
 }

@@ -234,7 +234,7 @@ START_TEST(kinds)
         return;
     for (int dim = 64; dim <= 128; dim *= 2) {
         struct setup s = base_setup(4, 2, dim);
-        s.decode.kind = _i;
+        s.decode.kind = test_kinds[_i];
         run_history(&s, "kinds", 6e-3f, 20 + (uint64_t)_i);
     }
 }
@@ -245,9 +245,9 @@ START_TEST(latent_rows)
 {
     if (!gpu_backend())
         return;
-    for (int kind = 0; kind < 2; kind++) {
+    for (int kind = 0; kind < TEST_ROTATED_KINDS; kind++) {
         struct setup s = base_setup(20, 1, LATENT_ROW);
-        s.decode.kind = kind;
+        s.decode.kind = test_rotated_kinds[kind];
         s.steps = 30;
         s.decode.seqs = 9;
         s.n_tokens = _i ? 13000 : 1500;
@@ -271,9 +271,9 @@ START_TEST(budgets)
 
     if (!gpu_backend())
         return;
-    for (int kind = 0; kind < 2; kind++) {
+    for (int kind = 0; kind < TEST_ROTATED_KINDS; kind++) {
         struct setup s = base_setup(4, 2, 128);
-        s.decode.kind = kind;
+        s.decode.kind = test_rotated_kinds[kind];
         s.decode.keep_blocks = rows[_i].blocks;
         s.decode.keep_tokens = rows[_i].tokens;
         s.decode.sinks = rows[_i].sinks;
@@ -309,7 +309,7 @@ START_TEST(what_is_exact)
     for (int what = ALL_BLOCKS; what <= NO_SLOTS; what++) {
         struct setup s = base_setup(4, 2, 128);
         struct history h;
-        s.decode.kind = _i;
+        s.decode.kind = test_kinds[_i];
         s.decode.keep_blocks = what == ALL_BLOCKS ? 26 : 6;
         s.steps = what == FIRST_STEP ? 1 : STEPS;
         start_history(&h, &s, 60 + (uint64_t)_i);
@@ -333,9 +333,9 @@ TCase *gpu_lagged_case(void)
     tcase_set_timeout(c, 240);
     tcase_add_checked_fixture(c, gpu_clean, NULL);
     tcase_add_loop_test(c, shapes, 0, 8);
-    tcase_add_loop_test(c, kinds, 0, 4);
+    tcase_add_loop_test(c, kinds, 0, TEST_KINDS);
     tcase_add_loop_test(c, latent_rows, 0, 2);
     tcase_add_loop_test(c, budgets, 0, 7);
-    tcase_add_loop_test(c, what_is_exact, 0, 4);
+    tcase_add_loop_test(c, what_is_exact, 0, TEST_KINDS);
     return c;
 }

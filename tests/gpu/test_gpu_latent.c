@@ -7,6 +7,7 @@
 #include "tests/support/backend_fixture.h"
 #include "tests/support/gpu_compare.h"
 #include "tests/support/gpu_fixture.h"
+#include "tests/support/index_reference.h"
 #include "tests/support/kernel_reference.h"
 #include "tests/support/token_store.h"
 
@@ -92,7 +93,8 @@ END_TEST
 
 /* ---- rows and their index */
 
-struct store_setup { int rows, heads, from; enum filter_kind filter; bool interleaved; };
+/* kind: as of test_kv_shape().  chunk: rows of a call to the GPU. */
+struct store_setup { int rows, heads, from, kind, chunk; bool interleaved; };
 
 struct store {
     struct store_setup s;
@@ -111,7 +113,7 @@ static void make_store(struct store *t, const struct store_setup *s, uint64_t se
 
     memset(t, 0, sizeof *t);
     t->s = *s;
-    t->shape = test_kv_shape(1, LATENT_ROW, s->filter == FILTER_BOUNDS);
+    t->shape = test_kv_shape(1, LATENT_ROW, s->kind);
     t->n_blocks = (s->from + s->rows) / BLOCK_TOKENS + 2;
     t->pool_bytes = (size_t)t->n_blocks * kv_block_bytes(&t->shape);
     t->index_bytes = (size_t)t->n_blocks * index_block_bytes(&t->shape);
@@ -194,7 +196,19 @@ static void store_on_gpu(struct store *t)
     a.kv_block = a.index_block = gpu_put(t->blocks, ints);
     a.pool = gpu_put(pool, t->pool_bytes);
     a.index = gpu_put(NULL, t->index_bytes);
-    gpu_ops()->latent_store(gpu_stream(), &a);
+    for (int row = 0; row < t->s.rows; row += t->s.chunk) {
+        struct latent_store_args part = a;
+        size_t at = (size_t)row, q_row = (size_t)(t->s.heads * LATENT_ROW);
+        part.rows = t->s.rows - row < t->s.chunk ? t->s.rows - row : t->s.chunk;
+        part.q = (bf16 *)a.q + at * q_row;
+        part.q_rope = (const bf16 *)a.q_rope + at * q_row;
+        part.kv = (const bf16 *)a.kv + at * (size_t)a.kv_stride;
+        part.cos_sin += at * ROPE;
+        part.positions += at;
+        part.kv_block += at;
+        part.index_block += at;
+        gpu_ops()->latent_store(gpu_stream(), &part);
+    }
     gpu_get(t->gpu_pool, a.pool, t->pool_bytes);
     gpu_get(t->gpu_index, a.index, t->index_bytes);
     gpu_get(t->gpu_q, a.q, t->n_q * sizeof *t->gpu_q);
@@ -227,6 +241,27 @@ static void check_index(const struct store *t)
     }
     printf("latent store: %d of %d rows are the same to the bit\n", n_same, n_rows);
     ck_assert_int_ge(n_same * 4, n_rows);
+}
+
+/* Of full blocks the means are those of the rows stored, to the bit; how many blocks. */
+static int check_means(const struct store *t)
+{
+    const struct index_layout l = index_layout(&t->shape);
+    const size_t record = index_block_bytes(&t->shape), block = kv_block_bytes(&t->shape);
+    uint8_t *want = mem_alloc(record);
+    int n = 0;
+
+    for (int first = 0; first + BLOCK_TOKENS <= t->s.rows; first++) {
+        if (t->positions[first] % BLOCK_TOKENS != 0 || t->blocks[first + BLOCK_TOKENS - 1] < 0)
+            continue;
+        size_t at = (size_t)t->blocks[first];
+        add_record_means(want, &t->shape, t->gpu_pool + at * block / 2, LATENT_ROW);
+        ck_assert_mem_eq(t->gpu_index + at * record + l.mean_scale, want + l.mean_scale,
+                         (size_t)(l.scale - l.mean_scale));
+        n++;
+    }
+    mem_free(want);
+    return n;
 }
 
 /* Of blocks that were begun at their first token the bounds are those of the rows stored. */
@@ -278,22 +313,26 @@ static void compare_store(const struct store_setup *s, uint64_t seed)
         mem_free(want);
     }
     check_index(&t);
-    if (s->filter == FILTER_BOUNDS)
+    if (t.shape.filter == FILTER_BOUNDS)
         check_bounds(&t);
+    if (t.shape.filter == FILTER_MEANS)
+        ck_assert_int_ge(check_means(&t), s->rows / 100);
     mem_free(q);
     free_store(&t);
 }
 
 START_TEST(rows_equal_cpu)
 {
-    static const int rows[] = { 1, 3, 64, 130 };
+    static const int rows[] = { 1, 3, 64, 130, 300 };
+    static const int kinds[][2] = { { 0, 300 }, { 1, 300 }, { 0, 300 }, { 1, 300 },
+                                    { TEST_MEANS, 300 }, { TEST_MEANS, 13 }, { TEST_MEANS, 64 } };
 
     if (!gpu_backend())
         return;
-    for (int kind = 0; kind < 4; kind++)
+    for (int i = 0; i < (int)(sizeof kinds / sizeof kinds[0]); i++)
         compare_store(&(struct store_setup){
-            .rows = rows[_i], .heads = kind % 2 ? 5 : 20, .from = kind == 3 ? 40 : 64 * kind,
-            .filter = kind & 1 ? FILTER_BOUNDS : FILTER_COARSE, .interleaved = kind < 2 },
+            .rows = rows[_i], .heads = i % 2 ? 5 : 20, .from = i == 3 || i == 6 ? 40 : 64 * i,
+            .kind = kinds[i][0], .chunk = kinds[i][1], .interleaved = i < 2 || i == 5 },
             20 + (uint64_t)_i);
 }
 END_TEST
@@ -495,7 +534,7 @@ TCase *gpu_latent_case(void)
     tcase_set_timeout(c, 240);
     tcase_add_checked_fixture(c, gpu_clean, NULL);
     tcase_add_loop_test(c, products_equal_cpu, 0, 9);
-    tcase_add_loop_test(c, rows_equal_cpu, 0, 4);
+    tcase_add_loop_test(c, rows_equal_cpu, 0, 5);
     tcase_add_loop_test(c, decode_equals_cpu, 0, 5);
     tcase_add_loop_test(c, prefill_equals_cpu, 0, 5);
     return c;

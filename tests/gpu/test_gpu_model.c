@@ -160,8 +160,11 @@ static const struct { const char *dir; enum filter_kind filter; int tokens; } bu
     { "models/asynctlsd-books-9m", FILTER_BOUNDS, MAX_TOKENS / 64 * 64 },
     { "models/asynctlsd-books-9m", FILTER_COARSE, 192 },
     { "models/asynctlsd-books-9m", FILTER_BOUNDS, 192 },
+    { "models/asynctlsd-books-9m", FILTER_MEANS, MAX_TOKENS / 64 * 64 },
+    { "models/asynctlsd-books-9m", FILTER_MEANS, 192 },
     { "build/models/glm4-moe-lite", FILTER_COARSE, MAX_TOKENS / 64 * 64 },
     { "build/models/glm4-moe-lite", FILTER_BOUNDS, MAX_TOKENS / 64 * 64 },
+    { "build/models/glm4-moe-lite", FILTER_MEANS, MAX_TOKENS / 64 * 64 },
 };
 enum { N_BUDGETS = sizeof budgets / sizeof budgets[0] };
 
@@ -231,6 +234,8 @@ START_TEST(leaving_the_device_changes_nothing)
         { "build/models/glm4-moe-lite", FILTER_COARSE, 4, 128, 129, SELECTION_EXACT },
         { "build/models/glm4-moe-lite", FILTER_BOUNDS, 4, 100, 300, SELECTION_EXACT },
         { "build/models/glm4-moe-lite", FILTER_COARSE, 6, 200, 400, SELECTION_LAGGED },
+        { "models/asynctlsd-books-9m", FILTER_MEANS, 4, 128, 128, SELECTION_EXACT },
+        { "build/models/glm4-moe-lite", FILTER_MEANS, 4, 128, 200, SELECTION_LAGGED },
     };
     struct offload_history h = {
         .dir = kinds[_i].dir, .backend = gpu_backend(), .select = select_default(), .sparse = 7,
@@ -248,7 +253,7 @@ START_TEST(leaving_the_device_changes_nothing)
     offload_history_run(&h);
 }
 END_TEST
-enum { N_OFFLOAD_KINDS = 12 };
+enum { N_OFFLOAD_KINDS = 14 };
 
 /* A prompt that streams through the device, by the kernels of prompts and of single rows. */
 START_TEST(streaming_changes_nothing)

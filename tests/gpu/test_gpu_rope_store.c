@@ -138,6 +138,7 @@ static void make_parameters(struct story *t, struct test_random *r)
 static struct story *make_story(const struct setup *s, uint64_t seed)
 {
     static const char *const norms[] = { "no", "bf16", "f32" };
+    static const char *const filters[] = { "bounds", "coarse", "means" };
     struct story *t = mem_calloc(1, sizeof *t);
     struct test_random r = test_random(seed);
 
@@ -161,7 +162,7 @@ static struct story *make_story(const struct setup *s, uint64_t seed)
     make_parameters(t, &r);
     snprintf(t->shape, sizeof t->shape, "rope_store: heads %d on %d of %d, %s, %s, %s norm, %s",
              t->heads, s->shape.kv_heads, s->shape.head_dim,
-             s->shape.filter == FILTER_BOUNDS ? "bounds" : "coarse",
+             filters[s->shape.filter],
              s->shape.index == INDEX_ROTATED ? "rotated" : "channels", norms[s->norm],
              s->joined ? "joined" : "apart");
     return t;
@@ -587,15 +588,27 @@ struct part {
     int at, bytes;               /* in the record; at -1: absent */
 };
 
+/* Whether all tokens of a row's block are stored. */
+static bool in_full_block(const struct story *t, int row)
+{
+    int last = row - t->positions[row] % BLOCK_TOKENS + BLOCK_TOKENS - 1;
+
+    return last < t->rows && t->index_block[last] == t->index_block[row];
+}
+
 static void compare_parts(const struct story *t, const uint8_t *got, const uint8_t *want,
                           int row, int head)
 {
-    enum { KEPT = INDEX_CHANNELS_KEPT, N_PARTS = 9 };
+    enum { KEPT = INDEX_CHANNELS_KEPT, N_PARTS = 11 };
     const struct index_layout l = index_layout(&t->s.shape);
     int dim = t->s.shape.head_dim, token = t->positions[row] % BLOCK_TOKENS;
+    int mean = token / MEAN_TOKENS;
+    bool has_means = l.mean_scale >= 0 && in_full_block(t, row);
     const struct part parts[N_PARTS] = {
         { "lo", l.lo, 2 * dim },
         { "hi", l.hi, 2 * dim },
+        { "mean_scale", has_means ? l.mean_scale + 2 * mean : -1, 2 },
+        { "mean_sign", has_means ? l.mean_sign + mean * dim / 8 : -1, dim / 8 },
         { "sign", l.sign < 0 ? -1 : l.sign + token * dim / 8, dim / 8 },
         { "large", l.large < 0 ? -1 : l.large + token * dim / 8, dim / 8 },
         { "scale", l.scale < 0 ? -1 : l.scale + 2 * token, 2 },
@@ -649,13 +662,14 @@ static const int chunkings[][N_SEQS] = {
     { 65, 65, 65, 65, 65, 65 },       { 1, 13, 64, 100, 5, 40 },  { 63, 30, 63, 63, 7, 63 },
     { 1, 58, 30, 33, 50, 90 },
 };
-enum { N_CHUNKINGS = 7, N_KINDS = 4 };
+enum { N_CHUNKINGS = 7, MEANS = 4, N_KINDS = 5 };
 
 static struct setup setup_of(int kv_heads, int group, int head_dim, int kind, int round)
 {
     struct setup s = {
         .shape = { .kv_heads = kv_heads, .head_dim = head_dim,
-                   .filter = kind & 1 ? FILTER_BOUNDS : FILTER_COARSE,
+                   .filter = kind == MEANS ? FILTER_MEANS
+                             : kind & 1 ? FILTER_BOUNDS : FILTER_COARSE,
                    .index = kind & 2 ? INDEX_CHANNELS : INDEX_ROTATED },
         .group = group, .norm = round % 3, .joined = round / 3 % 2 == 0,
     };

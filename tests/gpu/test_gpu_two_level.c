@@ -237,10 +237,14 @@ static void compare(const char *name, const struct setup *s, float tolerance, ui
 static const int groups[] = { 1, 2, 3, 4, 5, 7, 8, 16 };
 enum { N_GROUPS = sizeof groups / sizeof groups[0] };
 
-static struct setup base_setup(int group, int kv_heads, int head_dim)
+/* What there are fused kernels for. */
+static const int fused_kinds[] = { 0, TEST_MEANS };
+enum { N_FUSED_KINDS = sizeof fused_kinds / sizeof fused_kinds[0] };
+
+static struct setup base_setup(int group, int kv_heads, int head_dim, int kind)
 {
     return (struct setup){
-        .shape = test_kv_shape(kv_heads, head_dim, 0),
+        .shape = test_kv_shape(kv_heads, head_dim, kind),
         .heads = kv_heads * group, .keep_blocks = 16, .keep_tokens = 256, .sinks = 4,
         .recent = 64,
     };
@@ -251,8 +255,9 @@ START_TEST(shapes)
     if (!gpu_backend())
         return;
     for (int dim = 64; dim <= 128; dim *= 2)
-        for (int uniform = 0; uniform < 2; uniform++) {
-            struct setup s = base_setup(groups[_i], 2, dim);
+        for (int i = 0; i < 2 * N_FUSED_KINDS; i++) {
+            struct setup s = base_setup(groups[_i], 2, dim, fused_kinds[i / 2]);
+            bool uniform = i % 2;
             s.seqs = 2;
             s.n_tokens[0] = 3000;
             s.n_tokens[1] = 1111;
@@ -275,14 +280,16 @@ START_TEST(lengths)
 
     if (!gpu_backend())
         return;
-    struct setup s = base_setup(4, 2, 128);
-    s.seqs = MAX_SEQS;
-    memcpy(s.n_tokens, tables[_i], sizeof s.n_tokens);
-    s.max_blocks = 80;
-    s.pool_blocks = 200;
-    compare("uniform", &s, 6e-3f, 2); /* short lists: bf16 rounds outputs near 1 */
-    s.scale = 0.09f;
-    compare("softmax", &s, 1.5e-2f, 3);
+    for (int kind = 0; kind < N_FUSED_KINDS; kind++) {
+        struct setup s = base_setup(4, 2, 128, fused_kinds[kind]);
+        s.seqs = MAX_SEQS;
+        memcpy(s.n_tokens, tables[_i], sizeof s.n_tokens);
+        s.max_blocks = 80;
+        s.pool_blocks = 200;
+        compare("uniform", &s, 6e-3f, 2); /* short lists: bf16 rounds outputs near 1 */
+        s.scale = 0.09f;
+        compare("softmax", &s, 1.5e-2f, 3);
+    }
 }
 END_TEST
 
@@ -291,7 +298,7 @@ START_TEST(long_context)
 {
     if (!gpu_backend())
         return;
-    struct setup s = base_setup(4, _i ? 8 : 2, 128);
+    struct setup s = base_setup(4, _i == 1 ? 8 : 2, 128, _i == 2 ? TEST_MEANS : 0);
     s.seqs = 1;
     s.n_tokens[0] = 33333;
     s.max_blocks = 1024;
@@ -310,15 +317,39 @@ START_TEST(kinds)
     if (!gpu_backend())
         return;
     for (int dim = 64; dim <= 128; dim *= 2) {
-        struct setup s = base_setup(4, 2, dim);
-        s.shape.filter = _i & 1 ? FILTER_BOUNDS : FILTER_COARSE;
-        s.shape.index = _i & 2 ? INDEX_CHANNELS : INDEX_ROTATED;
+        struct setup s = base_setup(4, 2, dim, test_kinds[_i]);
         s.seqs = 2;
         s.n_tokens[0] = 2500;
         s.n_tokens[1] = 700;
         s.max_blocks = 41;
         s.pool_blocks = 60;
         compare("uniform", &s, 6e-4f, 6);
+    }
+}
+END_TEST
+
+/* No token is recent: of the newest block it is its means that decide, and one that is not full is
+ * kept because it has none.  Of 16 heads on one there is no fused kernel. */
+START_TEST(nothing_is_recent)
+{
+    static const struct { int group, kv_heads, dim; } heads[] = {
+        { 4, 2, 64 }, { 7, 2, 128 }, { 16, 1, 128 }, { 20, 1, LATENT_ROW },
+    };
+    static const int32_t n_tokens[MAX_SEQS] = { 1, 63, 64, 65, 0, 1000, 1023, 1024 };
+
+    if (!gpu_backend())
+        return;
+    for (int kind = 0; kind < N_FUSED_KINDS; kind++) {
+        struct setup s = base_setup(heads[_i].group, heads[_i].kv_heads, heads[_i].dim,
+                                    fused_kinds[kind]);
+        s.seqs = MAX_SEQS;
+        memcpy(s.n_tokens, n_tokens, sizeof s.n_tokens);
+        s.max_blocks = 20;
+        s.pool_blocks = 60;
+        s.keep_blocks = 3;
+        s.keep_tokens = 150;
+        s.sinks = s.recent = 0;
+        compare("nothing is recent", &s, 6e-3f, 30 + (uint64_t)_i);
     }
 }
 END_TEST
@@ -330,16 +361,18 @@ START_TEST(budgets)
 
     if (!gpu_backend())
         return;
-    struct setup s = base_setup(2, 2, 128);
-    s.seqs = 1;
-    s.n_tokens[0] = 3000;
-    s.max_blocks = 47;
-    s.pool_blocks = 60;
-    s.keep_blocks = keep[_i][0];
-    s.keep_tokens = keep[_i][1];
-    s.sinks = _i ? 4 : 0;
-    s.recent = _i ? 64 : 1;
-    compare("uniform", &s, 3e-3f, 7);
+    for (int kind = 0; kind < N_FUSED_KINDS; kind++) {
+        struct setup s = base_setup(2, 2, 128, fused_kinds[kind]);
+        s.seqs = 1;
+        s.n_tokens[0] = 3000;
+        s.max_blocks = 47;
+        s.pool_blocks = 60;
+        s.keep_blocks = keep[_i][0];
+        s.keep_tokens = keep[_i][1];
+        s.sinks = _i ? 4 : 0;
+        s.recent = _i ? 64 : 1;
+        compare("uniform", &s, 3e-3f, 7);
+    }
 }
 END_TEST
 
@@ -356,9 +389,8 @@ START_TEST(latent_rows)
 
     if (!gpu_backend())
         return;
-    for (int kind = 0; kind < 2; kind++) {
-        struct setup s = base_setup(heads[_i], 1, LATENT_ROW);
-        s.shape = test_kv_shape(1, LATENT_ROW, kind);
+    for (int kind = 0; kind < TEST_ROTATED_KINDS; kind++) {
+        struct setup s = base_setup(heads[_i], 1, LATENT_ROW, test_rotated_kinds[kind]);
         memcpy(s.n_tokens, n_tokens[_i], sizeof s.n_tokens);
         for (int i = 0; i < MAX_SEQS; i++) {
             s.seqs = s.n_tokens[i] > 0 ? i + 1 : s.seqs;
@@ -404,15 +436,15 @@ START_TEST(lists_are_given)
 
     if (!gpu_backend())
         return;
-    struct setup s = base_setup(_i == 2 ? 20 : 4, _i == 2 ? 1 : 2, _i == 2 ? LATENT_ROW : 64 << _i);
+    int shape = _i % 3;
+    struct setup s = base_setup(shape == 2 ? 20 : 4, shape == 2 ? 1 : 2,
+                                shape == 2 ? LATENT_ROW : 64 << shape, fused_kinds[_i / 3]);
     s.seqs = 2;
     s.n_tokens[0] = 3000;
     s.n_tokens[1] = 1111;
     s.max_blocks = 50;
     s.pool_blocks = 80;
     s.scale = 0.09f;
-    if (_i == 2)
-        s.shape = test_kv_shape(1, LATENT_ROW, 0);
     make_problem(&p, &s, 60);
     float *out = mem_alloc(p.q_floats * sizeof *out);
     for (int i = 0; i < LIST_PARTS; i++) {
@@ -442,6 +474,23 @@ START_TEST(lists_are_given)
 }
 END_TEST
 
+START_TEST(means_need_the_rotated_index)
+{
+    struct error why = { 0 };
+
+    if (!gpu_backend())
+        return;
+    for (int dim = 64; dim <= LATENT_ROW; dim += LATENT_ROW - 64) {
+        struct shape_query q = { .dim = 1024, .mlp_dim = 2048, .heads = 4, .vocab = 1000 };
+        q.kv = test_kv_shape(1, dim, TEST_MEANS);
+        ck_assert_msg(gpu_ops()->supports(&q, &why), "%s", why.text);
+        q.kv.index = INDEX_CHANNELS;
+        ck_assert(!gpu_ops()->supports(&q, &why));
+        ck_assert_str_eq(why.text, "filter means needs token-index rotated");
+    }
+}
+END_TEST
+
 TCase *gpu_two_level_case(void)
 {
     TCase *c = tcase_create("gpu_two_level");
@@ -449,10 +498,12 @@ TCase *gpu_two_level_case(void)
     tcase_set_timeout(c, 120);
     tcase_add_loop_test(c, shapes, 0, N_GROUPS);
     tcase_add_loop_test(c, lengths, 0, 3);
-    tcase_add_loop_test(c, long_context, 0, 2);
-    tcase_add_loop_test(c, kinds, 0, 4);
+    tcase_add_loop_test(c, long_context, 0, 3);
+    tcase_add_loop_test(c, kinds, 0, TEST_KINDS);
+    tcase_add_loop_test(c, nothing_is_recent, 0, 4);
     tcase_add_loop_test(c, budgets, 0, 4);
     tcase_add_loop_test(c, latent_rows, 0, 7);
-    tcase_add_loop_test(c, lists_are_given, 0, 3);
+    tcase_add_loop_test(c, lists_are_given, 0, 3 * N_FUSED_KINDS);
+    tcase_add_test(c, means_need_the_rotated_index);
     return c;
 }

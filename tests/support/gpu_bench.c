@@ -116,6 +116,15 @@ void *gpu_bench_random_bf16(size_t n)
     return device;
 }
 
+/* n scales of about one. */
+static void put_scales(uint8_t *to, int n, struct test_random *r)
+{
+    for (int i = 0; i < n; i++) {
+        bf16 scale = (bf16)(0x3f80 | (random_u64(r) & 0x7f));
+        memcpy(to + 2 * i, &scale, sizeof scale);
+    }
+}
+
 /* Fresh for all of the memory: where records repeat, scores are equal, which is slow to
  * choose from and does not happen to keys. */
 void gpu_bench_fill_index(void *device, size_t bytes, const struct kv_shape *shape)
@@ -131,11 +140,11 @@ void gpu_bench_fill_index(void *device, size_t bytes, const struct kv_shape *sha
             uint64_t v = random_u64(&r);
             memcpy(out + 8 * i, &v, sizeof v);
         }
-        for (size_t at = 0; at < n; at += (size_t)l.record_bytes)
-            for (int t = 0; t < BLOCK_TOKENS * index_parts(shape); t++) {
-                bf16 scale = (bf16)(0x3f80 | (random_u64(&r) & 0x7f));
-                memcpy(out + at + (size_t)(l.scale + 2 * t), &scale, sizeof scale);
-            }
+        for (size_t at = 0; at < n; at += (size_t)l.record_bytes) {
+            put_scales(out + at + l.scale, BLOCK_TOKENS * index_parts(shape), &r);
+            if (l.mean_scale >= 0)
+                put_scales(out + at + l.mean_scale, BLOCK_MEANS * index_parts(shape), &r);
+        }
         stream_copy(gpu.stream, (uint8_t *)device + from, out, n);
         sync();
     }

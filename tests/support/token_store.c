@@ -3,13 +3,17 @@
 #include "engine/base/mem.h"
 #include "tests/support/kernel_reference.h"
 
+const int test_kinds[TEST_KINDS] = { 0, 1, 2, 3, TEST_MEANS };
+const int test_rotated_kinds[TEST_ROTATED_KINDS] = { 0, 1, TEST_MEANS };
+
 struct kv_shape test_kv_shape(int kv_heads, int head_dim, int kind)
 {
     bool latent = kind & 4 || head_dim == LATENT_ROW;
 
     return (struct kv_shape){ .kv_heads = kv_heads, .head_dim = head_dim,
                               .latent_dim = latent ? latent_dim_of(head_dim) : 0,
-                              .filter = kind & 1 ? FILTER_BOUNDS : FILTER_COARSE,
+                              .filter = kind & TEST_MEANS ? FILTER_MEANS
+                                        : kind & 1 ? FILTER_BOUNDS : FILTER_COARSE,
                               .index = kind & 2 ? INDEX_CHANNELS : INDEX_ROTATED };
 }
 

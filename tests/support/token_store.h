@@ -16,10 +16,15 @@ struct token_store {
 };
 
 /* kind: bit 0 is FILTER_BOUNDS, bit 1 INDEX_CHANNELS, bit 2 latent attention, of whose row
- * latent_dim_of() are latent.  A head_dim of LATENT_ROW is one of latent attention anyhow, of
- * 512 + 64 values. */
-enum { LATENT_ROW = 576 };
+ * latent_dim_of() are latent, bit 3 FILTER_MEANS.  A head_dim of LATENT_ROW is one of latent
+ * attention anyhow, of 512 + 64 values. */
+enum { LATENT_ROW = 576, TEST_MEANS = 8 };
 struct kv_shape test_kv_shape(int kv_heads, int head_dim, int kind);
+
+/* Every kind of filter and index, and those of them with a rotated index, which alone latent
+ * attention has. */
+enum { TEST_KINDS = 5, TEST_ROTATED_KINDS = 3 };
+extern const int test_kinds[TEST_KINDS], test_rotated_kinds[TEST_ROTATED_KINDS];
 
 void store_random_tokens(struct backend *be, struct stream *s, const struct token_store *t,
                          struct test_random *r);
