@@ -390,6 +390,7 @@ static enum status describe(struct backend *be, struct error *err)
     snprintf(be->info.name, sizeof be->info.name, "cuda:%d: %.60s", be->device, prop.name);
     be->info.mem_bytes = prop.totalGlobalMem;
     be->most_pitch = prop.memPitch;
+    be->most_shared = prop.sharedMemPerBlockOptin;
     be->info.sm_count = prop.multiProcessorCount;
     be->info.host_visible = false;
     be->hopper = prop.major >= 9;

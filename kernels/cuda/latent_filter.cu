@@ -15,7 +15,7 @@ namespace {
 
 using namespace latent;
 
-enum { WARPS = 16, THREADS = WARPS * WARP, ROW_TILES = 2, SCORE_WARPS = 4 };
+enum { MOST_WARPS = 16, ROW_TILES = 2, SCORE_WARPS = 4 };
 
 /* Records that a warp has on their way or in use. */
 template <int ITEMS>
@@ -53,8 +53,18 @@ __global__ void __launch_bounds__(8 * WARP) make_queries(queries *made, const __
 template <int ITEMS>
 struct memory {
     operands q;
-    __align__(16) unsigned char ring[WARPS][depth<ITEMS>][ITEMS * ITEM_BYTES];
+    __align__(16) unsigned char ring[MOST_WARPS][depth<ITEMS>][ITEMS * ITEM_BYTES];
 };
+
+/* A thread block has fewer warps where it cannot have all of it: 15 of compute capability 8.0, 8 of
+ * 8.6 and 8.9. */
+template <int ITEMS>
+int warps_within(size_t bytes)
+{
+    size_t warps = (bytes - offsetof(memory<ITEMS>, ring)) / sizeof memory<ITEMS>{}.ring[0];
+
+    return warps < MOST_WARPS ? (int)warps : (int)MOST_WARPS;
+}
 
 /* Of the index block `id`, where there is one, by a warp. */
 template <int ITEMS>
@@ -95,7 +105,7 @@ __device__ __forceinline__ unsigned score_record(unsigned record, int left, cons
 
 /* Grid: parts of a context, sequences. */
 template <int ITEMS>
-__global__ void __launch_bounds__(THREADS, 1) score_blocks(filter a)
+__global__ void __launch_bounds__(MOST_WARPS * WARP, 1) score_blocks(filter a)
 {
     enum { DEPTH = depth<ITEMS>, RECORD = ITEMS * ITEM_BYTES };
     constexpr bool MEANS = ITEMS == BLOCK_MEANS;
@@ -106,7 +116,7 @@ __global__ void __launch_bounds__(THREADS, 1) score_blocks(filter a)
     /* Lengths and tables come from the host, and of the index this step writes only each
      * context's last block: all else is read while the kernel before this one ends. */
     int n_tokens = a.n_tokens[seq], n_blocks = (n_tokens + BLOCK_TOKENS - 1) / BLOCK_TOKENS;
-    int parts = gridDim.x * WARPS, part = blockIdx.x * WARPS + warp;
+    int warps = blockDim.x / WARP, parts = gridDim.x * warps, part = blockIdx.x * warps + warp;
     int first = (int)((int64_t)n_blocks * part / parts);
     int n = (int)((int64_t)n_blocks * (part + 1) / parts) - first;
     const int32_t *table = a.table + (size_t)seq * a.max_blocks + first;
@@ -271,6 +281,15 @@ void latent::queue_queries(struct stream *s, queries *made, const void *q, int q
                  (const __nv_bfloat16 *)q, q_stride, heads, n_tokens);
 }
 
+template <int ITEMS>
+static void launch_blocks(struct stream *s, const filter &a, int parts, int seqs)
+{
+    int warps = warps_within<ITEMS>(s->be->most_shared);
+
+    launch_early(s, "block_filter", score_blocks<ITEMS>, dim3(parts, seqs), warps * WARP,
+                 offsetof(memory<ITEMS>, ring) + warps * sizeof(memory<ITEMS>{}.ring[0]), a);
+}
+
 void latent::queue_scores(struct stream *s, const struct block_filter_args *args,
                           const queries *made, unsigned *keys)
 {
@@ -293,11 +312,9 @@ void latent::queue_scores(struct stream *s, const struct block_filter_args *args
     int parts = s->be->info.sm_count / args->seqs;
     parts = parts < 1 ? 1 : parts < blocks ? parts : blocks;
     if (args->shape.filter == FILTER_MEANS)
-        launch_early(s, "block_filter", score_blocks<BLOCK_MEANS>, dim3(parts, args->seqs),
-                     THREADS, sizeof(memory<BLOCK_MEANS>), a);
+        launch_blocks<BLOCK_MEANS>(s, a, parts, args->seqs);
     else
-        launch_early(s, "block_filter", score_blocks<BLOCK_TOKENS>, dim3(parts, args->seqs),
-                     THREADS, sizeof(memory<BLOCK_TOKENS>), a);
+        launch_blocks<BLOCK_TOKENS>(s, a, parts, args->seqs);
 }
 
 void latent::queue_kept_scores(struct stream *s, const struct token_select_args *args,

@@ -87,11 +87,11 @@ static void find_limits(void)
 {
     int cc = from_environment("EMULATED_CC", 90);
 
-    if (cc != 90 && cc != 80)
-        cudart_die("EMULATED_CC", "%d is neither 90 nor 80", cc);
-    if (cc == 80) {
-        limits.shared_sm_bytes = 164 * 1024;
-        limits.shared_block_bytes = 163 * 1024;
+    if (cc != 90 && cc != 89 && cc != 86 && cc != 80)
+        cudart_die("EMULATED_CC", "%d is none of 90, 89, 86 and 80", cc);
+    if (cc < 90) {
+        limits.shared_sm_bytes = (cc == 80 ? 164 : 100) * 1024;
+        limits.shared_block_bytes = limits.shared_sm_bytes - 1024;
     }
     limits.n_sms = from_environment("EMULATED_SMS", limits.n_sms);
     limits.cc = cc;
