@@ -109,9 +109,10 @@ static __device__ __forceinline__ void load_digits(queries<DIM> *to, const __nv_
     if (lane == 0)
         to->unit[h] = unit * 0.5f;
     /* Constants, out of memory: those that it knows the compiler makes again for every product. */
-    if (h == 0 && lane < 4)
+    if (h == 0 && lane < 4) {
         to->start[lane] = lane % 2 ? MAGIC : 0;
-    to->upper = 0x88888888u;
+        to->upper = 0x88888888u;
+    }
 }
 
 /* What a thread holds of the queries: heads 4t + lane % 4, but the right operand, whose

@@ -158,7 +158,20 @@ struct copies {                 /* of a lane: those not yet made, in order */
 
 enum { MOST_DEPTH = 8 };
 
+enum ptx_access { PTX_READ, PTX_WRITE, PTX_ATOMIC };
+
+/* Who last touched a word of shared memory, and between which barriers of its block: warps of the
+ * same stretch may come in any order.  What other blocks and copies in the background bring does
+ * not count: for that there are other barriers. */
+struct touch {
+    unsigned written, read;     /* stretches; 0: never */
+    uint8_t writer, reader;     /* warps */
+    bool many_readers, by_atomic;
+};
+
 struct block {
+    struct touch *touched;      /* of each word of shared */
+    unsigned stretch;
     struct cluster *cluster;
     int rank;
     unsigned char *shared;      /* [cluster->shared_bytes], from address SHARED_START on */
@@ -203,7 +216,11 @@ unsigned char *ptx_shared_at(struct warp *w, const struct instruction *in, uint6
                              size_t bytes, bool any_block);
 /* Checks bytes at p, of lane, for access. */
 void ptx_memory_check(struct warp *w, const struct instruction *in, int lane, const void *p,
-                      size_t bytes, bool write);
+                      size_t bytes, enum ptx_access access);
+/* Notes access to this block's shared memory at p; with another warp's, without a barrier in
+ * between, it is an error unless both only read. */
+void ptx_shared_touch(struct warp *w, const struct instruction *in, const void *p, size_t bytes,
+                      enum ptx_access access);
 bool ptx_memory_allows(const void *p, size_t bytes, bool write);
 /* Make the copies of a lane but those of its last `keep` groups. */
 void ptx_copies_make(struct copies *c, int keep);

@@ -63,7 +63,7 @@ bool ptx_find_together(struct instruction *in, const struct parts *p, const char
 
 /* What the address of a lane is, checked for access to so many bytes. */
 unsigned char *ptx_place_of(struct warp *w, const struct instruction *in, int lane, size_t bytes,
-                            bool write);
+                            enum ptx_access access);
 
 int ptx_type_bits(enum ptx_type t);
 bool ptx_is_signed(enum ptx_type t);

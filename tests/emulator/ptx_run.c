@@ -274,11 +274,45 @@ static bool within(const void *p, size_t bytes, const void *base, size_t n)
     return at < n && bytes <= n - at;
 }
 
+static void touch_word(struct warp *w, const struct instruction *in, size_t word,
+                       enum ptx_access access)
+{
+    struct block *b = w->block;
+    struct touch *t = &b->touched[word];
+    uint8_t me = (uint8_t)(w - b->warps);
+    bool written = t->written == b->stretch && t->writer != me;
+    bool read = t->read == b->stretch && (t->many_readers || t->reader != me);
+
+    if ((written && !(access == PTX_ATOMIC && t->by_atomic)) || (read && access != PTX_READ))
+        ptx_fail(w, in, "a race: shared word %#zx, which this warp %s, warp %d has %s since the "
+                 "last barrier", 4 * word, access == PTX_READ ? "reads" : "writes",
+                 written ? t->writer : t->reader, written ? "written" : "read");
+    if (access == PTX_READ) {
+        t->many_readers = t->read == b->stretch && (t->many_readers || t->reader != me);
+        t->read = b->stretch;
+        t->reader = me;
+    } else {
+        t->written = b->stretch;
+        t->writer = me;
+        t->by_atomic = access == PTX_ATOMIC;
+    }
+}
+
+void ptx_shared_touch(struct warp *w, const struct instruction *in, const void *p, size_t bytes,
+                      enum ptx_access access)
+{
+    size_t at = (size_t)((const unsigned char *)p - w->block->shared);
+
+    for (size_t word = at / 4; word <= (at + bytes - 1) / 4; word++)
+        touch_word(w, in, word, access);
+}
+
 void ptx_memory_check(struct warp *w, const struct instruction *in, int lane, const void *p,
-                      size_t bytes, bool write)
+                      size_t bytes, enum ptx_access access)
 {
     const struct cluster *c = w->block->cluster;
     const struct ptx_kernel *k = c->kernel;
+    bool write = access != PTX_READ;
 
     if (ptx_memory_allows(p, bytes, write))
         return;
@@ -286,8 +320,11 @@ void ptx_memory_check(struct warp *w, const struct instruction *in, int lane, co
         within(p, bytes, w->local + lane * k->local_bytes, (size_t)k->local_bytes))
         return;
     for (int i = 0; i < c->size; i++)
-        if (within(p, bytes, c->blocks[i].shared, (size_t)c->shared_bytes))
+        if (within(p, bytes, c->blocks[i].shared, (size_t)c->shared_bytes)) {
+            if (i == w->block->rank)
+                ptx_shared_touch(w, in, p, bytes, access);
             return;
+        }
     if (!write && within(p, bytes, c->param_values, (size_t)k->entry->param_bytes))
         return;
     ptx_fail(w, in, "lane %d %s %zu bytes at %p, which is no memory of this GPU", lane,
@@ -316,6 +353,8 @@ static void release_barriers(struct block *b)
                 w->at[l]++;
             }
         }
+        if (b->arrived[id] >= b->n_alive)
+            b->stretch++;
         b->arrived[id] = b->value[id] = b->wanted[id] = 0;
     }
 }
@@ -325,6 +364,8 @@ static void release_cluster(struct cluster *c)
     if (c->arrived > 0 && c->arrived >= c->n_alive) {
         c->arrived = 0;
         c->phase++;
+        for (int i = 0; i < c->size; i++)
+            c->blocks[i].stretch++;
     }
 }
 
@@ -667,6 +708,7 @@ static void start_block(struct block *b, const unsigned at[3])
     int threads = (int)(n[0] * n[1] * n[2]);
 
     b->n_alive = threads;
+    b->stretch++;
     c->n_alive += threads;
     memset(b->shared, 0xa5, (size_t)c->shared_bytes);
     memset(b->arrived, 0, sizeof b->arrived);
@@ -754,6 +796,7 @@ static void make_block(struct cluster *c, int rank, int n_warps)
     b->rank = rank;
     b->n_warps = n_warps;
     b->shared = aligned_alloc(1024, ((size_t)c->shared_bytes + 1023) / 1024 * 1024 + 1024);
+    b->touched = zeroed((size_t)c->shared_bytes / 4 + 1, sizeof *b->touched);
     b->warps = zeroed((size_t)n_warps, sizeof *b->warps);
     if (!b->shared)
         abort();
@@ -779,6 +822,7 @@ static void drop_block(struct block *b)
             free(b->warps[i].copies[l].all);
     }
     free(b->warps);
+    free(b->touched);
     free(b->shared);
 }
 

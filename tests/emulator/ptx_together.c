@@ -96,7 +96,7 @@ static void load_matrices(struct warp *w, const struct instruction *in, uint32_t
     (void)lanes;
     for (int i = 0; i < in->vector; i++)
         for (int j = 0; j < 8; j++)
-            memcpy(m[i][j], ptx_place_of(w, in, 8 * i + j, 16, false), 16);
+            memcpy(m[i][j], ptx_place_of(w, in, 8 * i + j, 16, PTX_READ), 16);
     for (int i = 0; i < in->vector; i++)
         for (int l = 0; l < LANES; l++) {
             int row = l / 4, column = l % 4 * 2;

@@ -8,7 +8,7 @@
 /* ---- memory */
 
 unsigned char *ptx_place_of(struct warp *w, const struct instruction *in, int lane, size_t bytes,
-                            bool write)
+                            enum ptx_access access)
 {
     union value v = w->slots[in->read[0]][lane];
     uint64_t at = (in->wide_address ? v.u64 : v.u32) + (uint64_t)(int64_t)in->offset;
@@ -17,12 +17,14 @@ unsigned char *ptx_place_of(struct warp *w, const struct instruction *in, int la
         if (at % bytes)
             ptx_fail(w, in, "lane %d, shared address %#llx is not aligned", lane,
                      (unsigned long long)at);
-        return ptx_shared_at(w, in, at, bytes, false);
+        unsigned char *shared = ptx_shared_at(w, in, at, bytes, false);
+        ptx_shared_touch(w, in, shared, bytes, access);
+        return shared;
     }
     if (at % bytes)
         ptx_fail(w, in, "lane %d, address %#llx is not aligned", lane, (unsigned long long)at);
     unsigned char *p = (unsigned char *)(uintptr_t)at; // NOLINT
-    ptx_memory_check(w, in, lane, p, bytes, write);
+    ptx_memory_check(w, in, lane, p, bytes, access);
     return p;
 }
 
@@ -42,7 +44,7 @@ static void load(struct warp *w, const struct instruction *in, uint32_t lanes)
     for (int l = 0; l < LANES; l++) {
         if (!(lanes >> l & 1))
             continue;
-        const unsigned char *p = ptx_place_of(w, in, l, bytes, false);
+        const unsigned char *p = ptx_place_of(w, in, l, bytes, PTX_READ);
         for (int i = 0; i < in->vector; i++)
             v[i] = ptx_extended(fetched(p + i * in->bytes, in->bytes), in->type);
         for (int i = 0; i < in->vector; i++)
@@ -58,7 +60,7 @@ static void store(struct warp *w, const struct instruction *in, uint32_t lanes)
     for (int l = 0; l < LANES; l++) {
         if (!(lanes >> l & 1))
             continue;
-        unsigned char *p = ptx_place_of(w, in, l, bytes, true);
+        unsigned char *p = ptx_place_of(w, in, l, bytes, PTX_WRITE);
         for (int i = 0; i < in->vector; i++)
             memcpy(p + i * in->bytes, &w->slots[in->read[1 + i]][l], in->bytes);
     }
@@ -70,7 +72,7 @@ static void atomic(struct warp *w, const struct instruction *in, uint32_t lanes)
     for (int l = 0; l < LANES; l++) {
         if (!(lanes >> l & 1))
             continue;
-        unsigned char *p = ptx_place_of(w, in, l, in->bytes, true);
+        unsigned char *p = ptx_place_of(w, in, l, in->bytes, PTX_ATOMIC);
         uint64_t old = ptx_extended(fetched(p, in->bytes), in->type);
         uint64_t v = ptx_extended(w->slots[in->read[1]][l].u64, in->type);
         uint64_t other = in->n_read > 2 ? ptx_extended(w->slots[in->read[2]][l].u64, in->type) : 0;
@@ -121,7 +123,7 @@ static void copy_async(struct warp *w, const struct instruction *in, uint32_t la
         if (!(lanes >> l & 1))
             continue;
         uint32_t bytes = w->slots[in->read[2]][l].u32;
-        unsigned char *to = ptx_place_of(w, in, l, bytes, true);
+        unsigned char *to = ptx_place_of(w, in, l, bytes, PTX_WRITE);
         const unsigned char *from =
             (const unsigned char *)(uintptr_t)w->slots[in->read[1]][l].u64; // NOLINT
         uint32_t there = in->n_read > 3 ? w->slots[in->read[3]][l].u32 : bytes;
@@ -131,7 +133,7 @@ static void copy_async(struct warp *w, const struct instruction *in, uint32_t la
         if ((uintptr_t)from % bytes && there > 0)
             ptx_fail(w, in, "lane %d copies from %p, which is not aligned", l, (const void *)from);
         if (there > 0)
-            ptx_memory_check(w, in, l, from, there, false);
+            ptx_memory_check(w, in, l, from, there, PTX_READ);
         if (c->n == c->most) {
             c->most = c->most ? 2 * c->most : 16;
             c->all = realloc(c->all, (size_t)c->most * sizeof *c->all);
