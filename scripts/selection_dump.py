@@ -82,12 +82,13 @@ class Step:
     def __init__(self, dump, record, at):
         g, bf16 = dump.kv_heads, int(dump.header["act"]) == 1
         self.n, self.number = int(record["n"]), int(record["step"])
-        self.keep_tokens, self.hot_rows = int(record["keep_tokens"]), int(record["hot_rows"])
+        self.keep_blocks, self.keep_tokens = int(record["keep_blocks"]), int(record["keep_tokens"])
+        self.hot_rows = int(record["hot_rows"])
         self.queries = dump.floats(at, bf16, g, dump.heads // g, dump.dim)
         at += (dump.heads * dump.dim * (2 if bf16 else 4) + 7) // 8 * 8
         n_kept, n_chosen = dump.array(at, np.int32, 2, g)
         at += 8 * g
-        kept = dump.array(at, np.int32, g, int(record["keep_blocks"]))
+        kept = dump.array(at, np.int32, g, self.keep_blocks)
         at += kept.nbytes
         chosen = dump.array(at, np.int32, g, self.keep_tokens)
         at += chosen.nbytes
