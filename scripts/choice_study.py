@@ -4,13 +4,15 @@ of a KV head vote, and how many tokens a block has.
 
     choice_study.py votes
     choice_study.py blocks
-    choice_study.py votes --model build/smollm2-135m-instruct --tokens 7680
+    choice_study.py votes --model build/smollm2-135m-instruct --writer models/asynctlsd-books-9m \\
+        --tokens 7680
     choice_study.py votes --needles 4 --every 2             steps that look for facts
     choice_study.py votes -- --keep-tokens 512              any option of the server
 
-The model writes texts, and a server the queries, keys and values of steps behind the beginnings of these
-(--selection-dump; all stays in --dumps, where both tables find it again); both levels are done again here, with signs and with two bits as the
-product has them (filter_study.py), and judged by the true attention over the keys as cached:
+A model writes texts, and a server the queries, keys and values of steps behind the beginnings of these
+(--selection-dump).  All of that stays in --dumps, where the other table finds it again, or the same
+one.  Both levels are done again here, with the bits that the product keeps of a key (kernels/layout.h),
+and judged by the true attention over the keys as cached:
 
     mass     share of the attention that what is kept or chosen gets: of the query heads of a KV head
              the mean, and the one that has least
@@ -238,13 +240,18 @@ def cell(texts, row, column, base):
     return difference(values, [t[base][column] for t in texts])
 
 
+def titles(columns):
+    return [f"{where}: {measure}" for where, measure in columns]
+
+
 def votes_tables(texts):
-    for where in dict.fromkeys(where for where, _ in texts[0]["max"]):
-        measures = [m for w, m in texts[0]["max"] if w == where]
+    """The filter and both levels with the same vote; the second level behind the server's filter."""
+    for levels in (("filter", "both"), ("selection",)):
+        columns = [c for c in texts[0]["max"] if c[0].split(",")[0] in levels]
         rows = [[f"`{row}`" + (", the default" if row == "max" else "")]
-                + [cell(texts, row, (where, m), "max") for m in measures]
-                for row in (*VOTES, "engine", "best") if (where, "mass") in texts[0][row]]
-        yield table([where, *measures], rows)
+                + [cell(texts, row, c, "max") for c in columns]
+                for row in (*VOTES, "engine", "best") if any(c in texts[0][row] for c in columns)]
+        yield table(["vote", *titles(columns)], rows)
 
 
 def blocks_tables(texts):
@@ -254,8 +261,7 @@ def blocks_tables(texts):
                 + [cell(texts, (name, tokens, size), c, (name, tokens, BLOCK)) for c in columns]
                 for size in SIZES]
         what = "coarse" if name == COARSE else name
-        yield table([f"`{what}`, {tokens:,} tokens kept in blocks of", "blocks",
-                     *(f"{where}: {m}" for where, m in columns)], rows)
+        yield table([f"`{what}`, {tokens:,} tokens kept in blocks of", "blocks", *titles(columns)], rows)
 
 
 # ---- the files
@@ -297,7 +303,7 @@ def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("what", choices=STUDIES)
     ap.add_argument("--tokens", default="8192,16384,32768", help="of contexts (%(default)s)")
-    ap.add_argument("--texts", type=int, default=5, help="of each length (%(default)s)")
+    ap.add_argument("--texts", type=int, default=4, help="of each length (%(default)s)")
     ap.add_argument("--steps", type=int, default=128, help="behind a text (%(default)s)")
     ap.add_argument("--every", type=int, default=16, help="steps from one to the next (%(default)s)")
     ap.add_argument("--needles", type=int, default=0, help="ask for so many facts in each text instead")
