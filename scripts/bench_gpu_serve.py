@@ -44,7 +44,7 @@ class Server:
         began = time.monotonic()
         self.process = subprocess.Popen(
             [program, "--model", str(model), "--port", str(self.port), *options],
-            stdout=subprocess.DEVNULL, stderr=self.log, start_new_session=True)
+            stdout=subprocess.DEVNULL, stderr=self.log)
         try:
             while not self.is_ready():
                 if self.process.poll() is not None:

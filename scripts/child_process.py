@@ -11,13 +11,16 @@ def ends_with_script():
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 
 
-def stop(process, patience_s=30):
-    """Of a session of its own (start_new_session), because it may have processes of its own."""
+def stop(process, patience_s=30, with_group=False):
+    """with_group: what it started goes too; it has a session of its own (start_new_session).  One that
+    ends what it starts has none, so that it goes with the script that started it."""
     process.terminate()
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(patience_s)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+    if with_group:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
     process.wait()
 
 
@@ -28,7 +31,7 @@ def run(words, timeout_s, patience_s=30):
     try:
         text, problem = process.communicate(timeout=max(0.01, timeout_s))
     except BaseException as e:
-        stop(process, patience_s)
+        stop(process, patience_s, with_group=True)
         text, problem = process.communicate()
         if isinstance(e, subprocess.TimeoutExpired):
             e.stdout, e.stderr = text, problem

@@ -145,7 +145,7 @@ def running(target, o):
                 time.sleep(0.1)
             yield f"http://127.0.0.1:{port}/v1"
         finally:
-            child_process.stop(process)
+            child_process.stop(process, with_group=True)
 
 
 # ---- one server's turn

@@ -52,7 +52,7 @@ class Server:
         self.url = f"http://127.0.0.1:{port}"
         command = [args.asynctlsd, "--model", args.model, "--port", str(port),
                    "--log-level", "warn", *options]
-        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
+        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         try:
             while not self.is_ready():
                 if self.process.poll() is not None:

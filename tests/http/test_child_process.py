@@ -36,12 +36,13 @@ class Children(unittest.TestCase):
             self.assertLess(time.monotonic(), end)
             time.sleep(0.02)
 
-    def program(self, name, *lines):
+    def program(self, name, *lines, children=True):
         """One that says which processes it is, and stays."""
+        start, wait = ("sleep 300 &", "wait") if children else ("true &", "exec sleep 300")
         path = self.folder / name
-        path.write_text("\n".join(["#!/bin/sh", *lines, "sleep 300 &",
-                                   f"echo $$ $! > {self.folder}/said", f"mv {self.folder}/said {self.folder}/pids",
-                                   "wait", ""]))
+        path.write_text("\n".join(["#!/bin/sh", *lines, start, f"echo $$ {'$!' if children else ''} "
+                                   f"> {self.folder}/said", f"mv {self.folder}/said {self.folder}/pids",
+                                   wait, ""]))
         path.chmod(0o755)
         return path
 
@@ -65,12 +66,12 @@ class Children(unittest.TestCase):
 
     def test_bench_offload(self):
         """Ended while its server is not ready."""
-        self.program("asynctlsd")
+        self.program("asynctlsd", children=False)
         self.ended_with("bench_offload.py", "--bin", self.folder, "--model", MODEL,
                         "--log", self.folder / "log")
 
     def test_evaluate_needles(self):
-        self.ended_with("evaluate_needles.py", "--asynctlsd", self.program("asynctlsd"))
+        self.ended_with("evaluate_needles.py", "--asynctlsd", self.program("asynctlsd", children=False))
 
     def test_run(self):
         self.assertEqual(child_process.run(["sh", "-c", "echo a; echo b >&2; exit 3"], 30 * PATIENCE),
@@ -84,11 +85,27 @@ class Children(unittest.TestCase):
         self.until(lambda: not any(map(is_there, self.pids())))
 
     def test_who_does_not_listen(self):
-        path = self.program("stubborn", "trap '' TERM")
-        process = subprocess.Popen([path], start_new_session=True)
+        for with_group in (False, True):
+            path = self.program("stubborn", "trap '' TERM", children=with_group)
+            process = subprocess.Popen([path], start_new_session=with_group)
+            pids = self.pids()
+            child_process.stop(process, 0.1, with_group)
+            self.assertEqual(process.returncode, -signal.SIGKILL)
+            self.until(lambda: not any(map(is_there, pids)))
+            (self.folder / "pids").unlink()
+
+    def test_a_script_that_does_not_listen(self):
+        """Its server is in its group, and goes with it."""
+        script = f"""import signal, sys
+sys.path.insert(0, {str(SCRIPTS)!r})
+from argparse import Namespace
+import evaluate_needles
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+evaluate_needles.Server(Namespace(asynctlsd={str(self.program("asynctlsd", children=False))!r}, model="m"), [])
+"""
+        process = subprocess.Popen([sys.executable, "-c", script], start_new_session=True)
         pids = self.pids()
-        child_process.stop(process, 0.1)
-        self.assertEqual(process.returncode, -signal.SIGKILL)
+        child_process.stop(process, 0.1, with_group=True)
         self.until(lambda: not any(map(is_there, pids)))
 
 
