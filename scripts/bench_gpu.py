@@ -26,6 +26,7 @@ import time
 from pathlib import Path
 
 import bench_gpu_serve
+import child_process
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = Path(__file__).resolve().parent
@@ -52,6 +53,7 @@ OPERATOR = {(49152, 1): 5, (49152, 4): 6, (49152, 8): 8, (98304, 1): 8, (98304, 
 DECODE_LEAST, DECODE_FROM = 0.9, 16384
 PREFILL_LEAST, PREFILL_FROM = 0.6, 8192
 STEP_MOST = {("qwen3-8b", 1, 1024): 4.4, ("qwen3-8b", 8, 98304): 8.5, ("qwen3-0.6b", 1, 1024): 0.9}
+PATIENCE_S = 10                                  # of a program that is ended; evidence.py has 30
 TTFT_MOST_S, GAP_MOST_MS, HOST_MOST_MS = 16, 150, 0.3
 
 
@@ -69,12 +71,10 @@ class Run:
         began = time.monotonic()
         print(f"  {name} ...", end="", flush=True)
         try:
-            done = subprocess.run([str(c) for c in command], text=True, timeout=timeout,
-                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-            text, problem = done.stdout, done.stderr.strip() if done.returncode else None
+            status, text, problem = child_process.run(command, timeout, PATIENCE_S)
+            problem = problem.strip() if status else None
         except subprocess.TimeoutExpired as e:
-            text = e.stdout.decode() if e.stdout else ""
-            problem = f"not done after {timeout} s"
+            text, problem = e.stdout, f"not done after {timeout} s"
         print(f" {time.monotonic() - began:.0f} s", flush=True)
         (self.out / f"{name}.txt").write_text(text)
         if problem is not None:
@@ -322,6 +322,7 @@ def main():
     sections = args.sections.split(",")
     if unknown := set(sections) - set(SECTIONS):
         ap.error(f"no section {', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}")
+    child_process.ends_with_script()
     run = Run(args)
     began = time.monotonic()
     run.program("memory", run.bin / "bench-gpu", "memory")

@@ -26,8 +26,11 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+import child_process
+
 ROOT = Path(__file__).resolve().parent.parent
 SHORT_PROMPT = 1000
+PATIENCE_S = 10             # of a server that is not ready
 
 
 class Server:
@@ -42,13 +45,16 @@ class Server:
         self.process = subprocess.Popen(
             [program, "--model", str(model), "--port", str(self.port), *options],
             stdout=subprocess.DEVNULL, stderr=self.log)
-        while not self.is_ready():
-            if self.process.poll() is not None:
-                raise RuntimeError(f"the server did not start, see {log}")
-            if time.monotonic() - began > timeout:
-                self.process.kill()
-                raise RuntimeError(f"the server was not ready after {timeout:.0f} s, see {log}")
-            time.sleep(0.02)
+        try:
+            while not self.is_ready():
+                if self.process.poll() is not None:
+                    raise RuntimeError(f"the server did not start, see {log}")
+                if time.monotonic() - began > timeout:
+                    raise RuntimeError(f"the server was not ready after {timeout:.0f} s, see {log}")
+                time.sleep(0.02)
+        except BaseException:
+            self.stop(PATIENCE_S)
+            raise
         self.start_s = time.monotonic() - began
 
     def is_ready(self):
@@ -72,14 +78,9 @@ class Server:
         return sums
 
     def stop(self, timeout=30):
-        self.process.terminate()
-        try:
-            code = self.process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            code = self.process.wait()
+        child_process.stop(self.process, timeout)
         self.log.close()
-        return code
+        return self.process.returncode
 
 
 class Stream:
@@ -227,6 +228,7 @@ def main():
     ap.add_argument("--seconds", type=float, default=5)
     ap.add_argument("--log", default="/dev/null", help="the servers' log")
     args = ap.parse_args()
+    child_process.ends_with_script()
     for step_tokens in args.step_tokens:
         try:
             figures = measure(args.bin / "asynctlsd", args.model, step_tokens, args.log,

@@ -30,6 +30,7 @@ import time
 import urllib.request
 from pathlib import Path
 
+import child_process
 from bench_gpu_serve import ROOT, Server, Stream, cancel, percentile, prompt_of, until, vocabulary
 
 BLOCK_TOKENS, STEP_TOKENS = 64, 1024
@@ -311,6 +312,7 @@ def main():
     ap.add_argument("--out", type=Path, help="file for the figures as JSON")
     ap.add_argument("--log", default="/tmp/bench_offload.log", help="the servers' log")
     bench = Bench(ap.parse_args())
+    child_process.ends_with_script()
     failed = False
     print(HEAD, flush=True)
     for length in bench.args.lengths:

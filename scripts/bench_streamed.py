@@ -16,6 +16,7 @@ import time
 import urllib.request
 from pathlib import Path
 
+import child_process
 from bench_gpu_serve import ROOT, Server, percentile, prompt_of
 
 
@@ -68,6 +69,7 @@ def main():
     ap.add_argument("--seconds", type=float, default=300)
     ap.add_argument("--log", default="/tmp/bench_streamed.log", help="the servers' log")
     args = ap.parse_args()
+    child_process.ends_with_script()
     prompt = prompt_of(args.prompt, 1)
     rows = []
     for name, options in (("ample", ["--kv-cache-bytes", args.ample]),

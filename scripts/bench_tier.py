@@ -16,6 +16,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import child_process
 from bench_gpu_serve import ROOT, Server, percentile, prompt_of, vocabulary
 from bench_streamed import complete
 
@@ -69,6 +70,7 @@ def main():
     ap.add_argument("--seconds", type=float, default=300, help="the most a request may take")
     ap.add_argument("--log", default="/tmp/bench_tier.log", help="the servers' log")
     args = ap.parse_args()
+    child_process.ends_with_script()
     best = {}
     for round_ in range(args.rounds):
         for name, options in (("no tier", []), ("tier", ["--host-kv-bytes", args.host])):

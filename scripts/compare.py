@@ -32,7 +32,6 @@ import copy
 import json
 import os
 import shlex
-import signal
 import socket
 import subprocess
 import sys
@@ -43,6 +42,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import child_process
 import loadtest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -132,7 +132,6 @@ def running(target, o):
     command = target.command(port, o)
     with tempfile.NamedTemporaryFile("w+", prefix="compare-", suffix=".log", errors="replace") as log:
         try:
-            # Of its own group, because it may have processes of its own.
             process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
         except OSError as e:
             sys.exit(f"compare: {target.name}: {command[0]} cannot be run: {e}")
@@ -146,16 +145,7 @@ def running(target, o):
                 time.sleep(0.1)
             yield f"http://127.0.0.1:{port}/v1"
         finally:
-            stop(process)
-
-
-def stop(process):
-    process.terminate()
-    try:
-        process.wait(30)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+            child_process.stop(process, with_group=True)
 
 
 # ---- one server's turn
@@ -304,8 +294,7 @@ def parse_options():
 
 def main():
     o, targets = parse_options()
-    # Ended from outside, it ends the server that it started.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    child_process.ends_with_script()
     reports, loads, words_per_token = [], [], None
     for target in targets:
         if not o.quiet:

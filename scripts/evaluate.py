@@ -37,13 +37,13 @@ import hashlib
 import json
 import math
 import re
-import signal
 import sys
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import child_process
 from evaluate_needles import ROOT, Server, count_tokens, write_text
 from evaluation_tasks import TASKS, Haystack, Maker, right_of
 
@@ -534,8 +534,7 @@ def numbers(text, least, what):
 
 def main():
     args = arguments()
-    # Ended from outside, it ends the server that it started.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    child_process.ends_with_script()
     tasks, lengths = tasks_of(args), numbers(args.tokens, MIN_TOKENS, "--tokens")
     if args.questions > min(lengths) // TOKENS_A_QUESTION:
         sys.exit(f"evaluate: {min(lengths)} tokens have room for "

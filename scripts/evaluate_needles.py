@@ -28,6 +28,8 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import child_process
+
 ROOT = Path(__file__).resolve().parent.parent
 ATTRIBUTES = ("access code|serial number|page number|room number|catalogue number|weight|"
               "ticket number|house number|account number|secret number|lock code|"
@@ -51,14 +53,21 @@ class Server:
         command = [args.asynctlsd, "--model", args.model, "--port", str(port),
                    "--log-level", "warn", *options]
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        while True:
-            if self.process.poll() is not None:
-                sys.exit(f"the server did not start: {' '.join(command)}")
-            try:
-                urllib.request.urlopen(self.url + "/ready").close()
-                return
-            except OSError:
+        try:
+            while not self.is_ready():
+                if self.process.poll() is not None:
+                    sys.exit(f"the server did not start: {' '.join(command)}")
                 time.sleep(0.05)
+        except BaseException:
+            self.stop()
+            raise
+
+    def is_ready(self):
+        try:
+            urllib.request.urlopen(self.url + "/ready").close()
+            return True
+        except OSError:
+            return False
 
     def complete(self, **body):
         request = urllib.request.Request(
@@ -68,8 +77,7 @@ class Server:
             return json.load(answer)
 
     def stop(self):
-        self.process.terminate()
-        self.process.wait()
+        child_process.stop(self.process)
 
 
 def write_text(server, n_tokens, seed):
@@ -152,6 +160,7 @@ def main():
                     help="fail when the coarse filter loses more than this share of answers")
     ap.add_argument("options", nargs="*", metavar="-- OPTION", help="for the server, after --")
     args = ap.parse_args()
+    child_process.ends_with_script()
     rng, haystack, lost = random.Random(args.seed), None, 0
     facts = make_facts(args.needles, rng)
 

@@ -20,18 +20,17 @@ gets a few stages a call, and what came back is put together with --merge; of a 
 the last one to end counts.
 """
 import argparse
-import contextlib
 import json
 import os
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import child_process
 import evaluate
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -76,22 +75,8 @@ class Run:
         """What it printed; RuntimeError when it fails, TimeoutExpired at the end of the stage's time."""
         words = [str(w) for w in words]
         self.commands.append(shlex.join(shorter(w) for w in words))
-        # Of its own group: not every script ends what it started when it is ended.
-        process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                                   start_new_session=True)
-        try:
-            text, problem = process.communicate(timeout=max(0.01, self.end - time.monotonic()))
-        except BaseException:
-            process.terminate()
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                pass
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
-            raise
-        if process.returncode:
+        status, text, problem = child_process.run(words, self.end - time.monotonic())
+        if status:
             raise RuntimeError((problem.strip() or text.strip() or "no word").splitlines()[-1])
         return text
 
@@ -324,8 +309,7 @@ def arguments():
 
 def main():
     args, known = arguments()
-    # Ended from outside, it ends what it started.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    child_process.ends_with_script()
     args.out.mkdir(parents=True, exist_ok=True)
     run, failed = Run(args), False
     where, has_gpu = machine()

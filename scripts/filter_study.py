@@ -20,18 +20,17 @@ Filters: sign-N       signs of the first of N parts of the rotated key's channel
          bounds       the least and the largest of each channel in a block
          exact        true scores
 
+(choice_study.py has one more, stored-N: N bits of each channel just as the product stores them.)
+
 Needs numpy. Queries and keys of latent attention are refused.
 """
 import argparse
-import os
 import sys
 from collections import defaultdict
 from pathlib import Path
 
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-import numpy as np  # noqa: E402
-
-from selection_report import ROWS, STEP, Dump, attention, in_blocks  # noqa: E402
+from selection_dump import Dump, attention, in_blocks     # before numpy, which it limits
+import numpy as np
 
 SCALE_BYTES, BEST = 2, 1024
 FILTERS = ("exact", "sign-1", "two-bits-2", "sign-2", "two-bits-4", "sign-4", "means-2", "means-4",
@@ -40,11 +39,14 @@ FILTERS = ("exact", "sign-1", "two-bits-2", "sign-2", "two-bits-4", "sign-4", "m
 
 def rotation(dim, seed=1):
     """Signs, then Hadamard: orthogonal, and every channel a part of every other."""
+    return hadamard(np.random.default_rng(seed).choice([-1.0, 1.0], dim))
+
+
+def hadamard(signs):
     h = np.ones((1, 1))
-    while len(h) < dim:
+    while len(h) < len(signs):
         h = np.block([[h, h], [h, -h]])
-    signs = np.random.default_rng(seed).choice([-1.0, 1.0], dim)
-    return (h * signs / np.sqrt(dim)).astype(np.float32)
+    return (h * signs / np.sqrt(len(signs))).astype(np.float32)
 
 
 def quantised(keys, bits):
@@ -54,6 +56,14 @@ def quantised(keys, bits):
         levels = levels * np.where(np.abs(keys) > np.abs(keys).mean(1, keepdims=True), 3, 1)
     scale = (keys * levels).sum(1, keepdims=True) / (levels * levels).sum(1, keepdims=True)
     return (levels * scale).astype(np.float32)
+
+
+def stored(keys, bits):
+    """[n, d] as the product has them (kernels/layout.h), but for the scale's rounding."""
+    scale = 0.996 * np.sqrt((keys * keys).mean(1, keepdims=True))
+    if bits == 1:
+        return np.where(keys >= 0, scale, -scale).astype(np.float32)
+    return (np.where(keys >= 0, scale, -scale) * np.where(np.abs(keys) >= scale, 1.5, 0.5)).astype(np.float32)
 
 
 class Filter:
@@ -75,6 +85,8 @@ class Filter:
             whole = len(keys) // number * number
             means = keys[:whole].reshape(-1, number, keys.shape[1]).mean(1)
             self.keys = quantised(means @ turn.T, 1)
+        elif name.startswith("stored"):
+            self.keys = stored(keys @ turn.T, number)
         else:
             self.channels //= number
             self.keys = quantised((keys @ turn.T)[:, :self.channels],
@@ -87,43 +99,39 @@ class Filter:
             return 2 * 2 * self.channels / self.block
         return (self.channels * (2 if self.name.startswith("two") else 1) / 8 + SCALE_BYTES) / self.tokens
 
-    def scores(self, queries, n_blocks):
-        """Of the first n_blocks, which are whole."""
+    def head_scores(self, queries, n_blocks):
+        """[heads, n_blocks]: of the first n_blocks, which are whole."""
         if self.name == "bounds":
             low, high = self.low[:n_blocks], self.high[:n_blocks]
-            return np.max([np.maximum(q * low, q * high).sum(1) for q in queries], 0)
+            return np.array([np.maximum(q * low, q * high).sum(1) for q in queries])
         q = queries if self.turn is None else (queries @ self.turn.T)[:, :self.channels]
         rows = self.block // self.tokens
-        return (self.keys[:n_blocks * rows] @ q.T).max(1).reshape(n_blocks, rows).max(1)
+        return (q @ self.keys[:n_blocks * rows].T).reshape(len(q), n_blocks, rows).max(2)
+
+    def scores(self, queries, n_blocks):
+        return self.head_scores(queries, n_blocks).max(0)
 
 
 def kept(scores, keep, n_blocks):
-    """Numbers of the kept blocks of a context whose last, which may be short, has no score."""
+    """Numbers of the kept blocks of a context: the first, the newest, which have no scores, and the
+    best others."""
+    newest = np.arange(len(scores), n_blocks)
+    others = keep - len(newest)
+    if others >= len(scores):
+        return np.arange(n_blocks)
     scores = scores.copy()
     scores[0] = np.inf
-    best = np.argpartition(-scores, keep - 2)[:keep - 1] if keep - 1 < len(scores) \
-        else np.arange(len(scores))
-    return np.append(best, n_blocks - 1)
+    return np.append(np.argpartition(-scores, others - 1)[:others], newest)
 
 
 def study(dump, keeps, every):
     """{(filter, keep): {(layer, KV head): [mass, recall, steps]}}"""
     turn, found = rotation(dump.dim), defaultdict(lambda: defaultdict(lambda: np.zeros(3)))
-    for layer, sequences in sorted(dump.records.items()):
-        for records in sequences.values():
-            steps = [dump.step(*r) for r in records if r[0]["kind"] == STEP][::every]
-            if not steps:
-                continue
-            n = max(s.n for s in steps)
-            keys = np.zeros((dump.kv_heads, n, dump.dim), np.float32)
-            for record, at in records:
-                first = int(record["first"])
-                if record["kind"] == ROWS and first < n:
-                    rows = dump.rows(record, at)[:, :n - first, :dump.dim]
-                    keys[:, first:first + rows.shape[1]] = rows
+    for layer in sorted(dump.records):
+        for steps, keys, _ in dump.sequences(layer):
             for g in range(dump.kv_heads):
                 filters = [Filter(name, keys[g], dump.block, turn) for name in FILTERS]
-                for step in steps:
+                for step in steps[::every]:
                     judge(dump, step, g, keys[g], filters, keeps, found, (layer, g))
     return found
 

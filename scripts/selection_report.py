@@ -34,121 +34,25 @@ follows; or, with --needles, facts stand in the prose and are asked for, each in
 """
 import argparse
 import json
-import os
 import re
 import sys
 from collections import defaultdict, deque
 from pathlib import Path
 
-# The products are narrow: several threads for one would mostly wait for each other.
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-import numpy as np  # noqa: E402
+from selection_dump import Dump, attention, in_blocks, output_error     # before numpy, which it limits
+import numpy as np
 
-from evaluate_needles import ROOT, Server, count_tokens, cut_to, write_text  # noqa: E402
-from evaluation_tasks import TASKS, Haystack, Maker  # noqa: E402
+import child_process
+from evaluate_needles import ROOT, Server, count_tokens, cut_to, write_text
+from evaluation_tasks import TASKS, Haystack, Maker
 
-HEADER = np.dtype([("magic", "S8")] + [(name, "u4") for name in (
-    "version act layers heads kv_heads head_dim latent_dim row_dim block_tokens nth_layer "
-    "filter index selection sink_tokens recent_tokens").split()] + [("scale", "f4")])
-RECORD = np.dtype([("kind", "u4"), ("layer", "u4"), ("sequence", "u8"), ("first", "u4"), ("n", "u4"),
-                   ("keep_blocks", "u4"), ("keep_tokens", "u4"), ("hot_rows", "u4"), ("step", "u4"),
-                   ("bytes", "u8")])
-VERSION, ROWS, STEP = 1, 1, 2
 FILTERS, INDEXES = ("bounds", "coarse", "means"), ("rotated", "channels")
 SELECTIONS = ("exact", "lagged")
 DISTANCES = (1, 2, 4, 8, 16, 32, 64, 128)
 SIZES = (1, 2, 4, 8, 16, 32)
 
 
-# ---- the file
-
-class Dump:
-    """records: {layer: {sequence: [(record, offset of its payload)]}}, in order."""
-
-    def __init__(self, path):
-        if Path(path).stat().st_size < HEADER.itemsize:
-            raise ValueError("it is no selection dump")
-        self.bytes = np.memmap(path, np.uint8, "r")
-        self.header = h = self.bytes[:HEADER.itemsize].view(HEADER)[0]
-        if h["magic"] != b"seldump" or h["version"] != VERSION:
-            raise ValueError(f"it is no selection dump of version {VERSION}")
-        self.layers, self.heads, self.kv_heads = int(h["layers"]), int(h["heads"]), int(h["kv_heads"])
-        self.block, self.dim, self.row = (int(h[k]) for k in ("block_tokens", "head_dim", "row_dim"))
-        self.values = slice(0, int(h["latent_dim"])) if h["latent_dim"] else slice(self.dim, self.row)
-        self.records = defaultdict(lambda: defaultdict(list))
-        at = HEADER.itemsize
-        while at + RECORD.itemsize <= len(self.bytes):
-            record = self.bytes[at:at + RECORD.itemsize].view(RECORD)[0]
-            at += RECORD.itemsize
-            if at + int(record["bytes"]) > len(self.bytes):
-                break                       # the server was killed in the midst of it
-            self.records[int(record["layer"])][int(record["sequence"])].append((record, at))
-            at += int(record["bytes"])
-
-    def array(self, at, dtype, *shape):
-        n = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        return self.bytes[at:at + n].view(dtype).reshape(shape)
-
-    def floats(self, at, bf16, *shape):
-        if not bf16:
-            return self.array(at, np.float32, *shape)
-        return (self.array(at, np.uint16, *shape).astype(np.uint32) << 16).view(np.float32)
-
-    def rows(self, record, at):
-        return self.floats(at, True, self.kv_heads, int(record["n"]), self.row)
-
-    def step(self, record, at):
-        return Step(self, record, at)
-
-
-class Step:
-    """One layer's: queries [G, H/G, D]; of each KV head the kept blocks and chosen positions."""
-
-    def __init__(self, dump, record, at):
-        g, bf16 = dump.kv_heads, int(dump.header["act"]) == 1
-        self.n, self.number = int(record["n"]), int(record["step"])
-        self.keep_tokens, self.hot_rows = int(record["keep_tokens"]), int(record["hot_rows"])
-        self.queries = dump.floats(at, bf16, g, dump.heads // g, dump.dim)
-        at += (dump.heads * dump.dim * (2 if bf16 else 4) + 7) // 8 * 8
-        n_kept, n_chosen = dump.array(at, np.int32, 2, g)
-        at += 8 * g
-        kept = dump.array(at, np.int32, g, int(record["keep_blocks"]))
-        at += kept.nbytes
-        chosen = dump.array(at, np.int32, g, self.keep_tokens)
-        at += chosen.nbytes
-        self.kept = [kept[i, :n_kept[i]] for i in range(g)]
-        self.chosen = [chosen[i, :n_chosen[i]] for i in range(g)]
-        blocks = (self.n + dump.block - 1) // dump.block
-        self.on_device = None
-        if self.hot_rows:
-            words = dump.array(at, np.uint32, (blocks + 31) // 32)
-            self.on_device = np.unpackbits(words.view(np.uint8), bitorder="little")[:blocks].astype(bool)
-
-
 # ---- what is measured
-
-def attention(queries, keys, scale):
-    """[heads, n]: softmax of all products, in double."""
-    scores = (queries @ keys.T).astype(np.float64) * float(scale)
-    p = np.exp(scores - scores.max(1, keepdims=True))
-    return p / p.sum(1, keepdims=True)
-
-
-def output_error(p, values, chosen):
-    """Of each query head: |attention over chosen - attention| / |attention|."""
-    p = p.astype(np.float32)
-    full = p @ values
-    part = p[:, chosen]
-    sparse = part / part.sum(1, keepdims=True) @ values[chosen]
-    return np.linalg.norm(sparse - full, axis=1) / np.linalg.norm(full, axis=1)
-
-
-def in_blocks(blocks, n, size):
-    """[n] whether a position is in one of them."""
-    inside = np.zeros((n + size - 1) // size, bool)
-    inside[blocks] = True
-    return np.repeat(inside, size)[:n]
-
 
 class Ring:
     """Hot rows of one KV head: kernels/hot_rows.h, rule 2."""
@@ -268,29 +172,12 @@ class Sets:
             self.counts["resident"] += len(chosen) - len(away)
 
 
-def measure_sequence(dump, records, heads, engine):
+def measure_sequence(dump, steps, keys, values, heads, engine):
     """All steps of a sequence in one layer; heads: their means, by KV head."""
-    steps = [(record, at) for record, at in records if record["kind"] == STEP]
-    if not steps:
-        return
-    positions = max(int(record["n"]) for record, _ in steps)
-    # Apart, because products of what lies scattered take many times as long.
-    keys = np.zeros((dump.kv_heads, positions, dump.dim), np.float32)
-    values = np.zeros((dump.kv_heads, positions, dump.values.stop - dump.values.start), np.float32)
-    states = [Head(means, positions, len(steps), int(steps[0][0]["keep_tokens"]), dump.block)
-              for means in heads]
+    positions = keys.shape[1]
+    states = [Head(means, positions, len(steps), steps[0].keep_tokens, dump.block) for means in heads]
     sets = Sets()
-    for record, at in records:
-        if record["kind"] == ROWS:
-            first = int(record["first"])
-            # A step that was cut off may have left rows of tokens that no step is about.
-            n = min(int(record["n"]), positions - first)
-            if n > 0:
-                rows = dump.rows(record, at)[:, :n]
-                keys[:, first:first + n] = rows[:, :, :dump.dim]
-                values[:, first:first + n] = rows[:, :, dump.values]
-            continue
-        step = dump.step(record, at)
+    for step in steps:
         sets.step(step, positions, dump.block)
         for g, state in enumerate(states):
             p = attention(step.queries[g], keys[g, :step.n], dump.header["scale"])
@@ -332,9 +219,9 @@ def report(dump):
     for layer in sorted(dump.records):
         heads = [new_means() for _ in range(dump.kv_heads)]
         engine = {"hits": 0, "misses": 0, "resident": 0}
-        for records in dump.records[layer].values():
-            measure_sequence(dump, records, heads, engine)
-            longest = max([longest] + [int(r["n"]) for r, _ in records if r["kind"] == STEP])
+        for steps, keys, values in dump.sequences(layer):
+            measure_sequence(dump, steps, keys, values, heads, engine)
+            longest = max(longest, keys.shape[1])
         if not heads[0]["mass"][1]:
             continue                        # rows alone
         everything += heads
@@ -497,6 +384,7 @@ def main():
     p.add_argument("--json", help="write all figures to this file")
     p.add_argument("--plot", help="write a PNG to this file (needs matplotlib)")
     o = p.parse_args(words)
+    child_process.ends_with_script()
     if o.plot:
         try:
             import matplotlib  # noqa: F401: missing it is better known before than after

@@ -9,7 +9,7 @@ struct scanner {
     const char *s;
     size_t n, at;
     size_t n_values, max_values;
-    int depth;
+    int depth, max_depth;
     uint64_t objects; /* bit d: the container at depth d + 1 is an object */
     struct json_scan *out;
     struct error *err;
@@ -200,9 +200,9 @@ static enum status open_container(struct scanner *sc)
 {
     bool object = peek(sc) == '{';
 
-    if (sc->depth == JSON_MAX_DEPTH)
+    if (sc->depth == sc->max_depth)
         return error_set(sc->err, ST_INVALID,
-                         "The request body is nested deeper than %d levels.", JSON_MAX_DEPTH);
+                         "The request body is nested deeper than %d levels.", sc->max_depth);
     sc->objects &= ~(UINT64_C(1) << sc->depth);
     sc->objects |= (uint64_t)object << sc->depth;
     sc->depth++;
@@ -275,8 +275,12 @@ static enum status scan_after(struct scanner *sc, bool *more)
 
 static enum status scan_document(struct scanner *sc)
 {
+    size_t valid = utf8_valid_prefix(sc->s, sc->n);
     bool opened, more = true;
 
+    if (valid != sc->n)
+        return error_set(sc->err, ST_INVALID, "The request body is not valid UTF-8 at byte %zu.",
+                         valid);
     while (more) {
         if (in_object(sc))
             TRY(scan_key(sc));
@@ -295,10 +299,10 @@ static enum status scan_document(struct scanner *sc)
 enum status json_scan(struct json_scan *out, const char *text, size_t n, size_t max_values,
                       struct error *err)
 {
-    struct scanner sc = { .s = text, .n = n, .max_values = max_values, .out = out, .err = err };
+    struct scanner sc = { .s = text, .n = n, .max_values = max_values,
+                          .max_depth = JSON_MAX_DEPTH, .out = out, .err = err };
 
-    if (out)
-        out->n_members = 0;
+    out->n_members = 0;
     if (n == 0)
         return error_set(err, ST_INVALID,
                          "The request body is empty; a JSON object is expected.");
@@ -306,12 +310,15 @@ enum status json_scan(struct json_scan *out, const char *text, size_t n, size_t 
         return error_set(err, ST_INVALID,
                          "The request body begins with a byte order mark; JSON "
                          "has none.");
-    size_t valid = utf8_valid_prefix(text, n);
-    if (valid != n)
-        return error_set(err, ST_INVALID, "The request body is not valid UTF-8 at byte %zu.",
-                         valid);
     skip_space(&sc);
-    if (out)
-        out->object = peek(&sc) == '{';
+    out->object = peek(&sc) == '{';
     return scan_document(&sc);
+}
+
+bool json_is_value(const char *text, size_t n, int around)
+{
+    struct scanner sc = { .s = text, .n = n, .max_values = n,
+                          .max_depth = JSON_MAX_DEPTH - around };
+
+    return scan_document(&sc) == ST_OK;
 }

@@ -32,9 +32,11 @@ struct json_scan {
     struct json_member members[JSON_MAX_MEMBERS]; /* in the order of the text */
 };
 
-/* out: NULL, and the outermost object may have any number of members.  The sentence in err is meant
- * for the client. */
+/* The sentence in err is meant for the client. */
 enum status json_scan(struct json_scan *out, const char *text, size_t n, size_t max_values,
                       struct error *err) MUST_USE;
+
+/* Whether a text is one value that may stand inside of so many containers. */
+bool json_is_value(const char *text, size_t n, int around);
 
 #endif

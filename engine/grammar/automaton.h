@@ -11,14 +11,16 @@
  * when it is first asked for, and remembered: a walk is then a table look-up a byte.
  *
  * Bounds.  Beyond AUTOMATON_MAX_DEPTH nested calls, or as many places at a time as
- * AUTOMATON_MAX_PLACES, a byte counts as not allowed: what is allowed stays valid.  Memory is
- * bounded too: past `soft` bytes automaton_trim() forgets all states but those given to it; past
- * the hard limit automaton_next() says so.
+ * AUTOMATON_MAX_PLACES, a byte counts as not allowed: what is allowed stays valid.  So a JSON text
+ * has at most 64 containers in each other, with a blank in the innermost, which is a call as well:
+ * as many as the server reads (json_scan.h).  Memory is bounded too: past `soft` bytes
+ * automaton_trim() forgets all states but those given to it; past the hard limit automaton_next()
+ * says so.
  *
  * Not thread-safe. */
 
 enum {
-    AUTOMATON_MAX_DEPTH = 66,
+    AUTOMATON_MAX_DEPTH = 65,
     AUTOMATON_MAX_PLACES = 2048,
     AUTOMATON_SOFT_BYTES = 8 << 20,
     AUTOMATON_HARD_BYTES = 64 << 20,

@@ -773,7 +773,8 @@ static enum status emit_arguments(struct schema *s, const struct grammar_pairs *
     return ST_OK;
 }
 
-/* A rule of its own: a value is then no deeper than those who read it back take (json_scan.h). */
+/* A rule of its own: with the object that is put around a value it is then no deeper than those who
+ * read it back take (json_scan.h). */
 enum status json_schema_emit_pairs(struct nfa *g, const cJSON *schema,
                                    const struct grammar_pairs *pairs, nfa_at next, nfa_at *start,
                                    size_t *places, struct error *err)

@@ -43,6 +43,19 @@ class ByHand(unittest.TestCase):
         self.assertEqual(f.scores(np.array([[1, 0, 0, 0], [0, 0, 1, 0]], np.float32), 3).tolist(),
                          [4, 6, 1])
 
+    def test_by_head(self):
+        f = fs.Filter("exact", KEYS, 2, SAME)
+        self.assertEqual(f.head_scores(np.array([[1, 0, 0, 0], [0, 0, 1, 0]], np.float32), 3).tolist(),
+                         [[4, 0, 1], [0, 6, 1]])
+
+    def test_as_stored(self):
+        """Levels of 1, or of 0.5 and 1.5, times 0.996 of the root mean square, which is 5 and 1."""
+        keys = np.array([[8, -6, 0, 0], [1, -1, 1, 1]], np.float32)
+        for bits, want in ((1, [[5, -5, 5, 5], [1, -1, 1, 1]]),
+                           (2, [[7.5, -7.5, 2.5, 2.5], [1.5, -1.5, 1.5, 1.5]])):
+            self.assertTrue(np.allclose(fs.stored(keys, bits), 0.996 * np.array(want)), bits)
+        self.assertEqual(fs.stored(np.zeros((1, 4), np.float32), 2).tolist(), [[0, 0, 0, 0]])
+
     def test_signs(self):
         """Scales 1, 0.5; 1.5, 1.5; 1, 1. Zeros count as positive."""
         self.assertEqual(scores("sign-1", [1, 1, 1, 1]), [4, 6, 4])
@@ -70,6 +83,7 @@ class ByHand(unittest.TestCase):
         self.assertEqual(sorted(fs.kept(s, 3, 5)), [0, 1, 4])       # the first and the newest always
         self.assertEqual(sorted(fs.kept(s, 4, 5)), [0, 1, 3, 4])
         self.assertEqual(sorted(fs.kept(s, 9, 5)), [0, 1, 2, 3, 4])
+        self.assertEqual(sorted(fs.kept(s, 4, 6)), [0, 1, 4, 5])    # two without a score
 
 
 class Whole(unittest.TestCase):

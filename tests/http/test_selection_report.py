@@ -12,6 +12,7 @@ import numpy as np
 from daemon import BINARY, ON_CPU, PATIENCE, ROOT, Daemon
 
 sys.path.insert(0, str(ROOT / "scripts"))
+import selection_dump as sd  # noqa: E402
 import selection_report as sr  # noqa: E402
 
 BLOCK = 64 * 8192 + 8 * 2 * 2176    # bytes of one of the bundled model
@@ -48,7 +49,7 @@ class ByHand(Folder):
     tokens. Scores are ln 2 times a whole number, so weights are powers of two."""
 
     def header(self, **other):
-        h = np.zeros((), sr.HEADER)
+        h = np.zeros((), sd.HEADER)
         values = dict(magic=b"seldump", version=1, act=0, layers=1, heads=2, kv_heads=1, head_dim=1,
                       latent_dim=0, row_dim=2, block_tokens=2, nth_layer=1, filter=1, index=0, selection=0,
                       sink_tokens=0, recent_tokens=1, scale=math.log(2)) | other
@@ -58,7 +59,7 @@ class ByHand(Folder):
 
     @staticmethod
     def record(payload, **values):
-        r = np.zeros((), sr.RECORD)
+        r = np.zeros((), sd.RECORD)
         payload += bytes(-len(payload) % 8)
         for name, value in dict(values, sequence=7, bytes=len(payload)).items():
             r[name] = value
@@ -67,7 +68,7 @@ class ByHand(Folder):
     def rows(self, first, rows):
         """[(key, value)]"""
         bits = (np.array(rows, np.float32).view(np.uint32) >> 16).astype(np.uint16)
-        return self.record(bits.tobytes(), kind=sr.ROWS, first=first, n=len(rows))
+        return self.record(bits.tobytes(), kind=sd.ROWS, first=first, n=len(rows))
 
     QUERIES = np.array([1, 0], np.float32).tobytes()
 
@@ -78,7 +79,7 @@ class ByHand(Folder):
             [len(kept), len(chosen), *padded(kept, 3), *padded(chosen, 2)], np.int32).tobytes()
         if hot_rows:
             payload += np.array([on_device], np.uint32).tobytes()
-        return self.record(payload, kind=sr.STEP, first=n - 1, n=n, keep_blocks=3, keep_tokens=2,
+        return self.record(payload, kind=sd.STEP, first=n - 1, n=n, keep_blocks=3, keep_tokens=2,
                            step=number, hot_rows=hot_rows)
 
     def write(self, *parts, **header):

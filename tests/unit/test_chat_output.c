@@ -1,5 +1,6 @@
 #include "engine/base/strbuf.h"
 #include "server/chat_output.h"
+#include "server/json_scan.h"
 
 #include <check.h>
 #include <stdio.h>
@@ -279,6 +280,31 @@ START_TEST(only_what_may_be_a_marker_waits)
 }
 END_TEST
 
+/* As JSON where all arguments can be sent back, with the object that is put around it. */
+START_TEST(values_nest_so_deep)
+{
+    struct strbuf text = { 0 }, got = { 0 };
+    struct json_scan scan;
+
+    for (int deep = JSON_MAX_DEPTH - 2; deep <= JSON_MAX_DEPTH + 1; deep++) {
+        strbuf_clear(&text);
+        strbuf_puts(&text, "<tool_call>f<arg_key>a</arg_key><arg_value>");
+        for (int i = 0; i < deep; i++)
+            strbuf_puts(&text, "[");
+        for (int i = 0; i < deep; i++)
+            strbuf_puts(&text, "]");
+        strbuf_puts(&text, "</arg_value></tool_call>");
+        read_in_steps(&got, &configs[GLM_QUIET], text.data, text.n);
+        const char *start = strstr(got.data, "{\"a\": ");
+        ck_assert_ptr_nonnull(start);
+        ck_assert_int_eq(start[6], deep < JSON_MAX_DEPTH ? '[' : '"');
+        ck_assert_int_eq(json_scan(&scan, start, strlen(start) - 1, 1000, NULL), ST_OK);
+    }
+    strbuf_fini(&text);
+    strbuf_fini(&got);
+}
+END_TEST
+
 START_TEST(thoughts_have_an_end)
 {
     struct chat_output o;
@@ -357,6 +383,7 @@ TCase *chat_output_case(void)
 
     tcase_add_loop_test(tc, parts_do_not_depend_on_the_steps, 0, sizeof rows / sizeof rows[0]);
     tcase_add_test(tc, only_what_may_be_a_marker_waits);
+    tcase_add_test(tc, values_nest_so_deep);
     tcase_add_test(tc, thoughts_have_an_end);
     tcase_add_test(tc, random_outputs);
     return tc;

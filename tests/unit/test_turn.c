@@ -204,6 +204,28 @@ START_TEST(arguments_nest_so_deep)
 }
 END_TEST
 
+/* Nor is what has no value inside deeper, whatever stands around the call: the server has to read
+ * it when it is sent back. */
+START_TEST(arguments_nest_no_deeper)
+{
+    static const char *const heads[] = {
+        [GRAMMAR_NO_THOUGHTS] = "<call>g({\"a\":", [GRAMMAR_MAY_THINK] = "<call>g({\"a\":",
+        [GRAMMAR_THINKING] = "</think><call>g({\"a\":",
+    };
+    struct grammar *g = compile((enum grammar_thoughts)_i, WITH_CALLS | SEVERAL);
+    struct grammar_matcher m;
+    int deep = 1;
+
+    grammar_matcher_init(&m, g);
+    ck_assert(grammar_matcher_advance(&m, heads[_i], strlen(heads[_i])));
+    for (; grammar_matcher_advance(&m, "[", 1); deep++)
+        continue;
+    ck_assert_int_eq(deep, 64);
+    grammar_matcher_fini(&m);
+    grammar_release(g);
+}
+END_TEST
+
 TCase *turn_case(void);
 TCase *turn_case(void)
 {
@@ -214,5 +236,6 @@ TCase *turn_case(void)
     tcase_add_test(tc, a_refused_schema_says_whose_it_is);
     tcase_add_test(tc, an_expression_is_judged_by_itself);
     tcase_add_test(tc, arguments_nest_so_deep);
+    tcase_add_loop_test(tc, arguments_nest_no_deeper, 0, 3);
     return tc;
 }
