@@ -28,11 +28,13 @@ struct prefill {
     float scale;                 /* times log2(e) */
 };
 
-/* Rows of shared memory end in a gap against bank conflicts. */
+/* Against bank conflicts rows of keys and values end in a gap, and of the queries piece p, of 16
+ * bytes, of row i lies at p ^ i % 8: with gaps in both a thread block of compute capability 8.6
+ * would have 1 KB too little. */
 template <int DIM>
 constexpr int kv_row = 4 * DIM + 16;
 template <int DIM>
-constexpr int q_row = 2 * DIM + 16;
+constexpr int q_row = 2 * DIM;
 template <int DIM>
 constexpr int shared_bytes = ROWS * q_row<DIM> + DEPTH * BLOCK_TOKENS * kv_row<DIM>;
 
@@ -46,7 +48,7 @@ __device__ __forceinline__ void start_queries(unsigned to, const __nv_bfloat16 *
 #pragma unroll
     for (int i = threadIdx.x; i < ROWS * PER_ROW; i += THREADS) {
         int row = i / PER_ROW, piece = i % PER_ROW;
-        copy_16(to + row * q_row<DIM> + piece * 16,
+        copy_16(to + row * q_row<DIM> + (piece ^ row % 8) * 16,
                 q + (size_t)min(first + row, n - 1) * stride + piece * 8, first + row < n);
     }
 }
@@ -70,7 +72,8 @@ __device__ __forceinline__ void score_span(float (&score)[TILES][SPAN / 8][4],
                                             unsigned queries, unsigned keys)
 {
     int lane = threadIdx.x % WARP, matrix = lane / 8;
-    unsigned q = queries + (matrix % 2 * 8 + lane % 8) * q_row<DIM> + matrix / 2 * 16;
+    unsigned q = queries + (matrix % 2 * 8 + lane % 8) * q_row<DIM>;
+    unsigned piece = (matrix / 2 ^ lane % 8) * 16;
     unsigned k = keys + (matrix / 2 * 8 + lane % 8) * kv_row<DIM> + matrix % 2 * 16;
 
 #pragma unroll
@@ -78,7 +81,7 @@ __device__ __forceinline__ void score_span(float (&score)[TILES][SPAN / 8][4],
         unsigned a[TILES][4];
 #pragma unroll
         for (int t = 0; t < TILES; t++)
-            load_matrices(a[t], q + t * 16 * q_row<DIM> + step * 32);
+            load_matrices(a[t], q + t * 16 * q_row<DIM> + (piece ^ step * 32));
 #pragma unroll
         for (int n = 0; n < SPAN / 8; n += 2) {
             unsigned b[4];

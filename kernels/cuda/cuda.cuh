@@ -29,7 +29,7 @@ struct backend {
     struct device_info info;
     struct backend_ops ops;
     int device;
-    bool hopper;                 /* compute capability 9.0 and up: clusters, early launches */
+    bool hopper;                 /* compute capability 9.0: clusters, early launches, wgmma */
     size_t most_shared;          /* bytes of shared memory that a thread block can have */
     size_t most_pitch;           /* bytes from row to row of a copy in two dimensions */
 };

@@ -365,6 +365,39 @@ static bool device_supports(const struct shape_query *q, struct error *why)
     return supports_width(q, why);
 }
 
+/* Of latent attention a thread block has the rows of some tokens, of 1,152 bytes, and the sums of
+ * all heads. */
+enum { LATENT_SHARED = 160 * 1024 };
+
+static bool small_device_supports(const struct shape_query *q, struct error *why)
+{
+    if (!q->kv.latent_dim)
+        return device_supports(q, why);
+    error_set(why, ST_UNSUPPORTED, "latent attention needs %d KB of shared memory for a thread "
+              "block, which this GPU does not have (compute capabilities 8.0 and 9.0 have)",
+              LATENT_SHARED / 1024);
+    return false;
+}
+
+/* Has an image wherever the rest has. */
+static __global__ void probe()
+{
+}
+
+/* Code is for the compute capabilities that were built for (CUDA_ARCHS in the Makefile). */
+static enum status check_image(const struct backend *be, struct error *err)
+{
+    cudaFuncAttributes found;
+    cudaError_t e = cudaFuncGetAttributes(&found, probe);
+
+    if (e == cudaErrorNoKernelImageForDevice)
+        return error_set(err, ST_UNSUPPORTED, "%s: this program has no code for it, see CUDA_ARCHS "
+                         "in the Makefile", be->info.name);
+    return e == cudaSuccess ? ST_OK
+                            : error_set(err, ST_DEVICE, "%s cannot be used: %s", be->info.name,
+                                        cudaGetErrorString(e));
+}
+
 static const struct device_calls calls = {
     device_close, device_info_of, device_ops,
     device_memory_free, device_buffer_alloc, device_buffer_free,
@@ -393,7 +426,7 @@ static enum status describe(struct backend *be, struct error *err)
     be->most_shared = prop.sharedMemPerBlockOptin;
     be->info.sm_count = prop.multiProcessorCount;
     be->info.host_visible = false;
-    be->hopper = prop.major >= 9;
+    be->hopper = prop.major == 9;
     be->info.graphs = true;
     /* Measured on an H100: one sequence of 32 heads on 8 of 128 is as fast either way at
      * 8,400 tokens, more sequences earlier.  Without the kernels for Hopper a guess. */
@@ -439,11 +472,13 @@ extern "C" enum status cuda_backend_open(struct backend **out, int device, struc
     if (st == ST_OK && set_device(be) != ST_OK)
         st = error_set(err, ST_DEVICE, "cuda:%d cannot be used: %s", device,
                        cudaGetErrorString(cudaGetLastError()));
+    if (st == ST_OK)
+        st = check_image(be, err);
     if (st != ST_OK) {
         device_close(be);
         return st;
     }
-    be->ops.supports = device_supports;
+    be->ops.supports = be->most_shared < LATENT_SHARED ? small_device_supports : device_supports;
     be->ops.embed = cuda_embed;
     be->ops.add_norm = cuda_add_norm;
     be->ops.linear = cuda_linear;

@@ -56,8 +56,7 @@ struct memory {
     __align__(16) unsigned char ring[MOST_WARPS][depth<ITEMS>][ITEMS * ITEM_BYTES];
 };
 
-/* A thread block has fewer warps where it cannot have all of it: 15 of compute capability 8.0, 8 of
- * 8.6 and 8.9. */
+/* A thread block has fewer warps where it cannot have all of it: 15 of compute capability 8.0. */
 template <int ITEMS>
 int warps_within(size_t bytes)
 {
