@@ -23,8 +23,8 @@
  * 2. A call that CUDA answers with an error has that error; in most cases a sentence on stderr
  *    says why.  What CUDA leaves undefined (a stream that was destroyed, memory that was freed)
  *    and what is not emulated ends the process with a sentence that names the call.
- * 3. EMULATED_CC (90, 89, 86 or 80; 90 if not set) is the compute capability, EMULATED_SMS (132) the
- *    number of multiprocessors. */
+ * 3. EMULATED_CC (90, 89, 86 or 80; 90 if not set) is the compute capability, EMULATED_SMS (132)
+ *    the number of multiprocessors. */
 
 struct device_limits {
     int cc, n_sms;

@@ -142,6 +142,9 @@ struct ptx_kernel {
  * it is not known. */
 bool ptx_operation_find(struct instruction *in, const char *name);
 
+/* Nanoseconds; the only special register that changes while a kernel runs. */
+ptx_operation ptx_tell_time;
+
 /* ---- a warp that runs; ptx_run.c and ptx_ops.c */
 
 struct copy_16 {
@@ -158,15 +161,18 @@ struct copies {                 /* of a lane: those not yet made, in order */
 
 enum { MOST_DEPTH = 8 };
 
-enum ptx_access { PTX_READ, PTX_WRITE, PTX_ATOMIC };
+enum ptx_access { PTX_READ, PTX_WRITE, PTX_ATOMIC, PTX_UNTOUCHED };
 
 /* Who last touched a word of shared memory, and between which barriers of its block: warps of the
  * same stretch may come in any order.  What other blocks and copies in the background bring does
- * not count: for that there are other barriers. */
+ * not count: for that there are other barriers.  Nor do stores of what is there already, by which
+ * several threads that find the same say so. */
 struct touch {
     unsigned written, read;     /* stretches; 0: never */
     uint8_t writer, reader;     /* warps */
-    bool many_readers, by_atomic;
+    uint8_t bytes_written, bytes_read; /* of the word, a bit each */
+    bool many_writers, many_readers; /* writers: of different bytes; who wrote which is lost */
+    bool by_atomic;
 };
 
 struct block {

@@ -46,7 +46,7 @@ struct reader {
     struct jump *jumps;
     int n_registers, n_variables, n_labels, n_jumps, scope;
     int n_module_variables;     /* in front of those of functions */
-    unsigned most_threads;
+    bool asks_time;             /* the instruction being read */
 };
 
 /* Room for one more of n at the end of an array. */
@@ -362,6 +362,7 @@ static int read_slot(struct reader *r, bool *wide)
         slot = symbol_slot(r, v->kind, (uint64_t)v->at);
     } else if (special >= 0) {
         slot = symbol_slot(r, PTX_SPECIAL, (uint64_t)special);
+        r->asks_time |= special == PTX_TIME;
     } else {
         return immediate_slot(r);
     }
@@ -558,6 +559,7 @@ static void read_instruction(struct reader *r)
     struct instruction in = { .guard = -1, .line = r->line };
     bool wide;
 
+    r->asks_time = false;
     if (take(r, "@")) {
         in.guard_not = take(r, "!");
         in.guard = read_slot(r, &wide);
@@ -578,6 +580,8 @@ static void read_instruction(struct reader *r)
         if (!ptx_operation_find(&in, name))
             refuse(r, "%s with %d results and %d operands is not known", name, in.n_written,
                    in.n_read);
+        if (r->asks_time)        /* mov */
+            in.run = ptx_tell_time;
         add_instruction(r, &in);
     }
 }

@@ -274,24 +274,29 @@ static bool within(const void *p, size_t bytes, const void *base, size_t n)
     return at < n && bytes <= n - at;
 }
 
-static void touch_word(struct warp *w, const struct instruction *in, size_t word,
+static void touch_word(struct warp *w, const struct instruction *in, size_t word, uint8_t bytes,
                        enum ptx_access access)
 {
     struct block *b = w->block;
     struct touch *t = &b->touched[word];
     uint8_t me = (uint8_t)(w - b->warps);
-    bool written = t->written == b->stretch && t->writer != me;
-    bool read = t->read == b->stretch && (t->many_readers || t->reader != me);
+    bool written = t->written == b->stretch, read = t->read == b->stretch;
+    bool after_write = written && !t->many_writers && t->writer != me && t->bytes_written & bytes;
+    bool after_read = read && (t->many_readers || t->reader != me) && t->bytes_read & bytes;
 
-    if ((written && !(access == PTX_ATOMIC && t->by_atomic)) || (read && access != PTX_READ))
+    if ((after_write && !(access == PTX_ATOMIC && t->by_atomic)) ||
+        (after_read && access != PTX_READ))
         ptx_fail(w, in, "a race: shared word %#zx, which this warp %s, warp %d has %s since the "
                  "last barrier", 4 * word, access == PTX_READ ? "reads" : "writes",
-                 written ? t->writer : t->reader, written ? "written" : "read");
+                 after_write ? t->writer : t->reader, after_write ? "written" : "read");
     if (access == PTX_READ) {
-        t->many_readers = t->read == b->stretch && (t->many_readers || t->reader != me);
+        t->many_readers = read && (t->many_readers || t->reader != me);
+        t->bytes_read = (uint8_t)(bytes | (read ? t->bytes_read : 0));
         t->read = b->stretch;
         t->reader = me;
     } else {
+        t->many_writers = written && (t->many_writers || t->writer != me);
+        t->bytes_written = (uint8_t)(bytes | (written ? t->bytes_written : 0));
         t->written = b->stretch;
         t->writer = me;
         t->by_atomic = access == PTX_ATOMIC;
@@ -301,10 +306,14 @@ static void touch_word(struct warp *w, const struct instruction *in, size_t word
 void ptx_shared_touch(struct warp *w, const struct instruction *in, const void *p, size_t bytes,
                       enum ptx_access access)
 {
-    size_t at = (size_t)((const unsigned char *)p - w->block->shared);
+    size_t at = (size_t)((const unsigned char *)p - w->block->shared), end = at + bytes;
 
-    for (size_t word = at / 4; word <= (at + bytes - 1) / 4; word++)
-        touch_word(w, in, word, access);
+    if (bytes < 4) {             /* aligned, so within a word */
+        touch_word(w, in, at / 4, (uint8_t)(((1u << bytes) - 1) << at % 4), access);
+        return;
+    }
+    for (; at < end; at += 4)
+        touch_word(w, in, at / 4, 15, access);
 }
 
 void ptx_memory_check(struct warp *w, const struct instruction *in, int lane, const void *p,
@@ -641,13 +650,23 @@ static bool run_warp(struct warp *w)
 
 /* ---- blocks and clusters */
 
+void ptx_tell_time(struct warp *w, const struct instruction *in, uint32_t lanes)
+{
+    struct timespec t;
+
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    for (int l = 0; l < LANES; l++)
+        if (lanes >> l & 1)
+            w->slots[in->written[0]][l].u64 =
+                (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+}
+
 static uint64_t special_value(const struct warp *w, enum ptx_special s, int lane,
                               const unsigned block[3])
 {
     const struct cluster *c = w->block->cluster;
     const unsigned *n = c->launch->block;
     unsigned thread = (unsigned)(w - w->block->warps) * LANES + (unsigned)lane;
-    struct timespec t;
 
     switch (s) {
     case PTX_TID_X: return thread % n[0];
@@ -661,9 +680,7 @@ static uint64_t special_value(const struct warp *w, enum ptx_special s, int lane
     case PTX_CLUSTER_RANK: return (uint64_t)w->block->rank;
     case PTX_CLUSTER_SIZE: return (uint64_t)c->size;
     case PTX_LANES_BELOW: return ((uint64_t)1 << lane) - 1;
-    case PTX_TIME:
-        clock_gettime(CLOCK_MONOTONIC, &t);
-        return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+    case PTX_TIME: break;
     }
     return 0;
 }

@@ -18,7 +18,8 @@ unsigned char *ptx_place_of(struct warp *w, const struct instruction *in, int la
             ptx_fail(w, in, "lane %d, shared address %#llx is not aligned", lane,
                      (unsigned long long)at);
         unsigned char *shared = ptx_shared_at(w, in, at, bytes, false);
-        ptx_shared_touch(w, in, shared, bytes, access);
+        if (access != PTX_UNTOUCHED)
+            ptx_shared_touch(w, in, shared, bytes, access);
         return shared;
     }
     if (at % bytes)
@@ -56,13 +57,18 @@ static void load(struct warp *w, const struct instruction *in, uint32_t lanes)
 static void store(struct warp *w, const struct instruction *in, uint32_t lanes)
 {
     size_t bytes = (size_t)in->bytes * in->vector;
+    bool shared = in->space == PTX_SHARED;
+    unsigned char v[4 * sizeof(union value)];
 
     for (int l = 0; l < LANES; l++) {
         if (!(lanes >> l & 1))
             continue;
-        unsigned char *p = ptx_place_of(w, in, l, bytes, PTX_WRITE);
+        unsigned char *p = ptx_place_of(w, in, l, bytes, shared ? PTX_UNTOUCHED : PTX_WRITE);
         for (int i = 0; i < in->vector; i++)
-            memcpy(p + i * in->bytes, &w->slots[in->read[1 + i]][l], in->bytes);
+            memcpy(v + i * in->bytes, &w->slots[in->read[1 + i]][l], in->bytes);
+        if (shared && memcmp(p, v, bytes) != 0)
+            ptx_shared_touch(w, in, p, bytes, PTX_WRITE);
+        memcpy(p, v, bytes);
     }
 }
 
