@@ -10,7 +10,7 @@
  *
  *   read      a module's text becomes decoded instructions (ptx_read.c)
  *   run       warps of 32 lanes, all blocks of a cluster at the same time, one cluster after the
- *             other (ptx_run.c, ptx_ops.c)
+ *             other (ptx_run.c), and what each operation does (ptx_ops.h)
  *   runtime   the calls of the CUDA runtime that the back end makes, on host memory (cudart.c),
  *             and cuBLASLt's products (cublaslt.c)
  *
@@ -19,7 +19,7 @@
  * the kernel's name, the line of PTX and the address.  So does everything that is not understood,
  * misaligned, or waits for what cannot come.
  *
- * Nothing here is thread-safe but as said: callers hold a lock (cudart.c has one). */
+ * Nothing here is thread-safe: callers hold a lock (cudart.c has one). */
 
 struct ptx_module;
 struct ptx_kernel;
@@ -30,7 +30,7 @@ void ptx_module_free(struct ptx_module *m);
 
 /* By mangled name, or NULL; the module owns it. */
 struct ptx_kernel *ptx_kernel_find(struct ptx_module *m, const char *name);
-/* Number of parameters, and the size in bytes of parameter i. */
+/* Number of parameters, and the bytes of parameter i. */
 int ptx_kernel_params(const struct ptx_kernel *k);
 size_t ptx_kernel_param_bytes(const struct ptx_kernel *k, int i);
 /* Bytes of shared memory that the kernel declares with a size. */

@@ -68,6 +68,7 @@ struct instruction {
     int members;                /* of read: the slot of a mask; -1 */
     bool wide_address;          /* the register of an address has 64 bits */
     bool saturate;
+    uint8_t way;                /* which of an operation's variants: its file says of what */
     enum ptx_type type, from;   /* of the result, and of what is converted or compared */
     enum ptx_space space;
     enum ptx_compare compare;

@@ -43,7 +43,7 @@ _Noreturn void ptx_fail(const struct warp *w, const struct instruction *in, cons
 struct linking {
     struct ptx_kernel *k;
     int *placed;                /* of each function: 0 not, -1 on its way, or start + 1 */
-    int *passed_at, *param_at;
+    int *param_at;
 };
 
 static void *more(void *array, int n, int extra, size_t element)
@@ -85,7 +85,6 @@ static void place_function(struct linking *l, int index)
             place_function(l, f->code[i].target);
     int start = k->n_code, slots = k->n_slots, local = k->local_bytes, params = k->param_bytes;
     l->param_at[index] = params;
-    l->passed_at[index] = k->n_passed;
     k->code = more(k->code, k->n_code, f->n_code, sizeof *k->code);
     k->symbols = more(k->symbols, k->n_symbols, f->n_symbols, sizeof *k->symbols);
     k->passed = more(k->passed, k->n_passed, f->n_passed, sizeof *k->passed);
@@ -157,12 +156,11 @@ static void put_together(struct ptx_kernel *k, int index)
 {
     size_t n = (size_t)k->module->n_functions;
     struct linking l = { .k = k, .placed = zeroed(n, sizeof(int)),
-                         .passed_at = zeroed(n, sizeof(int)), .param_at = zeroed(n, sizeof(int)) };
+                         .param_at = zeroed(n, sizeof(int)) };
 
     place_function(&l, index);
     place_shared(k);
     free(l.placed);
-    free(l.passed_at);
     free(l.param_at);
 }
 

@@ -21,13 +21,13 @@ static void shuffle(struct warp *w, const struct instruction *in, uint32_t lanes
         int most = (l & segment) | (clamp & ~segment), least = l & segment, from = l;
         if (!(lanes >> l & 1))
             continue;
-        switch ((enum shuffle)in->compare) {
+        switch ((enum shuffle)in->way) {
         case SHUFFLE_UP: from = l - b; break;
         case SHUFFLE_DOWN: from = l + b; break;
         case SHUFFLE_XOR: from = l ^ b; break;
         case SHUFFLE_TO: from = least | (b & ~segment); break;
         }
-        bool in_range = (enum shuffle)in->compare == SHUFFLE_UP ? from >= most : from <= most;
+        bool in_range = (enum shuffle)in->way == SHUFFLE_UP ? from >= most : from <= most;
         if (!in_range)
             from = l;
         if (!(lanes >> from & 1))
@@ -52,8 +52,8 @@ static void vote(struct warp *w, const struct instruction *in, uint32_t lanes)
     for (int l = 0; l < LANES; l++)
         if (lanes >> l & 1 && predicate_of(w, in, 0, l))
             for_it |= 1u << l;
-    uint32_t v = (enum vote)in->compare == VOTE_BALLOT ? for_it
-                 : (enum vote)in->compare == VOTE_ANY  ? for_it != 0 : for_it == lanes;
+    uint32_t v = (enum vote)in->way == VOTE_BALLOT ? for_it
+                 : (enum vote)in->way == VOTE_ANY  ? for_it != 0 : for_it == lanes;
     for (int l = 0; l < LANES; l++)
         if (lanes >> l & 1)
             w->slots[in->written[0]][l].u32 = v;
@@ -79,7 +79,7 @@ static void reduce(struct warp *w, const struct instruction *in, uint32_t lanes)
     for (int l = 0; l < LANES; l++)
         if (lanes >> l & 1) {
             uint64_t own = ptx_extended(w->slots[in->read[0]][l].u64, in->type);
-            v = first ? own : ptx_combined((enum atomic)in->compare, in->type, v, own, 0);
+            v = first ? own : ptx_combined((enum atomic)in->way, in->type, v, own, 0);
             first = false;
         }
     for (int l = 0; l < LANES; l++)
@@ -91,7 +91,7 @@ static void reduce(struct warp *w, const struct instruction *in, uint32_t lanes)
 static void load_matrices(struct warp *w, const struct instruction *in, uint32_t lanes)
 {
     uint16_t m[4][8][8];
-    bool turned_round = in->saturate;
+    bool turned = in->way;
 
     (void)lanes;
     for (int i = 0; i < in->vector; i++)
@@ -100,8 +100,8 @@ static void load_matrices(struct warp *w, const struct instruction *in, uint32_t
     for (int i = 0; i < in->vector; i++)
         for (int l = 0; l < LANES; l++) {
             int row = l / 4, column = l % 4 * 2;
-            uint32_t low = turned_round ? m[i][column][row] : m[i][row][column];
-            uint32_t high = turned_round ? m[i][column + 1][row] : m[i][row][column + 1];
+            uint32_t low = turned ? m[i][column][row] : m[i][row][column];
+            uint32_t high = turned ? m[i][column + 1][row] : m[i][row][column + 1];
             w->slots[in->written[i]][l].u32 = low | high << 16;
         }
 }
@@ -176,10 +176,9 @@ static void multiply_bytes(struct warp *w, const struct instruction *in, uint32_
     add_product(w, in, sum, 6);
 }
 
-/* m16n8k64, of whose left operand every four columns have two values.  At which of the four they
- * are say two bits each of the metadata: with selector 0 or 1 ... all four lanes of a group give
- * theirs for bytes: lane 4 g + c has row g + c % 2 * 8, columns c / 2 * 32 to + 31, four bits for
- * every four of them. */
+/* m16n8k64 of bytes, of whose left operand every four columns have two values; the metadata has two
+ * bits for each, at which of the four it is.  Lane 4 g + c has those of row g, or g + 8 where c is
+ * odd, in columns 0 to 31, or 32 to 63 where c is 2 or 3. */
 static void multiply_sparse(struct warp *w, const struct instruction *in, uint32_t lanes)
 {
     int a[16][64] = { { 0 } }, b[64][8], sum[16][8] = { { 0 } }, kept[16][32];
@@ -231,19 +230,19 @@ static bool find_by_all(struct instruction *in, const struct parts *p, const cha
     if (strncmp(name, "shfl.sync.", 10) == 0) {
         way = ptx_index_of(ways, 4, p->at[2]);
         by_all(in, shuffle, 3);
-        in->compare = (enum ptx_compare)way;
+        in->way = (uint8_t)way;
         return way >= 0 && in->n_read == 4 && in->n_written >= 1;
     }
     if (strncmp(name, "vote.sync.", 10) == 0) {
         way = ptx_index_of(votes, 3, p->at[2]);
         by_all(in, vote, 1);
-        in->compare = (enum ptx_compare)way;
+        in->way = (uint8_t)way;
         return way >= 0 && in->n_read == 2 && in->n_written == 1;
     }
     if (strncmp(name, "redux.sync.", 11) == 0) {
         way = ptx_index_of(sums, 5, p->at[2]);
         by_all(in, reduce, 1);
-        in->compare = (enum ptx_compare)way;
+        in->way = (uint8_t)way;
         in->type = ptx_type_named(p->at[3]);
         return way >= 0 && in->n_read == 2 && in->n_written == 1;
     }
@@ -257,7 +256,7 @@ static bool find_by_all(struct instruction *in, const struct parts *p, const cha
         in->vector = (uint8_t)(name[28] - '0');
         in->bytes = 16;
         in->space = PTX_SHARED;
-        in->saturate = ptx_has_part(p, "trans");
+        in->way = ptx_has_part(p, "trans");
         return in->n_written == in->vector && in->n_read == 1;
     }
     if (strcmp(name, "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32") == 0) {
@@ -280,7 +279,6 @@ static bool find_by_all(struct instruction *in, const struct parts *p, const cha
 static bool find_barrier(struct instruction *in, const char *name)
 {
     in->kind = PTX_BARRIER;
-    in->compare = 0;
     if (strcmp(name, "bar.sync") == 0 || strcmp(name, "barrier.sync") == 0 ||
         strcmp(name, "barrier.sync.aligned") == 0)
         return in->n_written == 0 && (in->n_read == 1 || in->n_read == 2);

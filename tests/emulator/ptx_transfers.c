@@ -82,7 +82,7 @@ static void atomic(struct warp *w, const struct instruction *in, uint32_t lanes)
         uint64_t old = ptx_extended(fetched(p, in->bytes), in->type);
         uint64_t v = ptx_extended(w->slots[in->read[1]][l].u64, in->type);
         uint64_t other = in->n_read > 2 ? ptx_extended(w->slots[in->read[2]][l].u64, in->type) : 0;
-        uint64_t now = ptx_combined((enum atomic)in->compare, in->type, old, v, other);
+        uint64_t now = ptx_combined((enum atomic)in->way, in->type, old, v, other);
         memcpy(p, &now, in->bytes);
         if (in->n_written && in->written[0] >= 0)
             w->slots[in->written[0]][l].u64 = old;
@@ -323,7 +323,7 @@ static bool find_atomic(struct instruction *in, const struct parts *p)
 
     in->type = ptx_type_named(p->at[p->n - 1]);
     in->bytes = (uint8_t)(ptx_type_bits(in->type) / 8);
-    in->compare = (enum ptx_compare)(op < 0 ? 0 : op);
+    in->way = (uint8_t)(op < 0 ? 0 : op);
     in->space = ptx_has_part(p, "shared") ? PTX_SHARED : PTX_GENERIC;
     in->run = atomic;
     return op >= 0 && in->type != PTX_NONE &&
