@@ -6,7 +6,7 @@ EMULATED_TREE := build-emulated$(if $(SAN),-$(subst $(comma),-,$(SAN)))
 # Cases, and the compute capabilities that each is run for.  What is not here is made for the speed
 # of a GPU and takes from eight minutes (gpu_attend, gpu_lagged) to hours; name it in EMULATED_CASES.
 EMULATED_CASES ?= 90/gpu_hot_rows 90/gpu_prefill 90/gpu_sample 90/gpu_rope_store 90/gpu_latent \
-                  90/gpu_two_level 80/gpu_two_level 80/gpu_latent 89/gpu_prefill 90/gpu_elementwise \
+                  90/gpu_two_level 80/gpu_latent 89/gpu_prefill 90/gpu_elementwise \
                   90/gpu_copies
 
 ifdef EMULATED
