@@ -106,20 +106,28 @@ __device__ __forceinline__ record record_of(const struct rope_store_args &a, int
     return r;
 }
 
+/* A head of a query or key, normed and rotated. */
+template <int PARTS>
+__device__ __forceinline__ void load_placed(float (&x)[PARTS], const struct rope_store_args &a,
+                                            int row, const __nv_bfloat16 *from,
+                                            const float (&norm)[PARTS], bool has_norm)
+{
+#pragma unroll
+    for (int i = 0; i < PARTS; i++)
+        x[i] = __bfloat162float(from[threadIdx.x % WARP + WARP * i]);
+    place(x, norm, has_norm, a.cos_sin + (size_t)row * PARTS * WARP, a.eps);
+}
+
 /* The key of a row as it is stored. */
 template <int PARTS>
 __device__ __forceinline__ void make_key(float (&x)[PARTS], const struct rope_store_args &a,
                                          int row, int kv_head, const float (&norm)[PARTS])
 {
     enum { DIM = PARTS * WARP };
-    int lane = threadIdx.x % WARP;
     const __nv_bfloat16 *k = (const __nv_bfloat16 *)a.k + (size_t)row * a.qkv_stride_k +
                              kv_head * DIM;
 
-#pragma unroll
-    for (int i = 0; i < PARTS; i++)
-        x[i] = __bfloat162float(k[lane + WARP * i]);
-    place(x, norm, a.k_norm != NULL, a.cos_sin + (size_t)row * DIM, a.eps);
+    load_placed(x, a, row, k, norm, a.k_norm != NULL);
 #pragma unroll
     for (int i = 0; i < PARTS; i++)
         x[i] = __bfloat162float(__float2bfloat16_rn(x[i]));
@@ -134,10 +142,7 @@ __device__ __forceinline__ void place_query(const struct rope_store_args &a, int
     __nv_bfloat16 *q = (__nv_bfloat16 *)a.q + (size_t)row * a.qkv_stride_q + head * DIM;
     float x[PARTS];
 
-#pragma unroll
-    for (int i = 0; i < PARTS; i++)
-        x[i] = __bfloat162float(q[lane + WARP * i]);
-    place(x, norm, a.q_norm != NULL, a.cos_sin + (size_t)row * DIM, a.eps);
+    load_placed(x, a, row, q, norm, a.q_norm != NULL);
 #pragma unroll
     for (int i = 0; i < PARTS; i++)
         q[lane + WARP * i] = __float2bfloat16_rn(x[i]);
