@@ -11,27 +11,20 @@
 
 BINARY(add_32, u32, +) BINARY(add_64, u64, +) BINARY(sub_32, u32, -) BINARY(sub_64, u64, -)
 BINARY(add_f32, f32, +) BINARY(sub_f32, f32, -) BINARY(mul_f32, f32, *) BINARY(div_f32, f32, /)
-BINARY(add_f64, f64, +) BINARY(sub_f64, f64, -) BINARY(mul_f64, f64, *) BINARY(div_f64, f64, /)
+BINARY(add_f64, f64, +) BINARY(sub_f64, f64, -) BINARY(mul_f64, f64, *)
 BINARY(mul_32, u32, *) BINARY(mul_64, u64, *)
 BINARY(and_32, u32, &) BINARY(or_32, u32, |) BINARY(xor_32, u32, ^)
 BINARY(and_64, u64, &) BINARY(or_64, u64, |) BINARY(xor_64, u64, ^)
-OPERATION(add_16, d[l].u16 = (uint16_t)(a[l].u16 + b[l].u16))
 OPERATION(sub_16, d[l].u16 = (uint16_t)(a[l].u16 - b[l].u16))
 OPERATION(mul_16, d[l].u16 = (uint16_t)((unsigned)a[l].u16 * b[l].u16))
 OPERATION(and_16, d[l].u16 = a[l].u16 & b[l].u16)
-OPERATION(or_16, d[l].u16 = a[l].u16 | b[l].u16)
 OPERATION(xor_16, d[l].u16 = a[l].u16 ^ b[l].u16)
 OPERATION(not_32, d[l].u32 = ~a[l].u32)
-OPERATION(not_64, d[l].u64 = ~a[l].u64)
-OPERATION(not_16, d[l].u16 = (uint16_t)~a[l].u16)
 OPERATION(neg_32, d[l].u32 = 0 - a[l].u32)
 OPERATION(neg_64, d[l].u64 = 0 - a[l].u64)
 OPERATION(neg_f32, d[l].f32 = -a[l].f32)
 OPERATION(neg_f64, d[l].f64 = -a[l].f64)
-OPERATION(abs_s32, d[l].u32 = a[l].s32 < 0 ? 0 - a[l].u32 : a[l].u32)
-OPERATION(abs_s64, d[l].u64 = a[l].s64 < 0 ? 0 - a[l].u64 : a[l].u64)
 OPERATION(abs_f32, d[l].f32 = fabsf(a[l].f32))
-OPERATION(abs_f64, d[l].f64 = fabs(a[l].f64))
 
 /* Predicates are 0 or 1. */
 OPERATION(and_pred, d[l].u32 = a[l].u32 && b[l].u32)
@@ -43,33 +36,24 @@ OPERATION(mov_pred, d[l].u32 = a[l].u32 != 0)
 OPERATION(mul_wide_s32, d[l].s64 = (int64_t)a[l].s32 * b[l].s32)
 OPERATION(mul_wide_u32, d[l].u64 = (uint64_t)a[l].u32 * b[l].u32)
 OPERATION(mul_wide_u16, d[l].u32 = (uint32_t)a[l].u16 * b[l].u16)
-OPERATION(mul_wide_s16, d[l].s32 = (int32_t)a[l].s16 * b[l].s16)
 OPERATION(mul_hi_s32, d[l].s32 = (int32_t)((int64_t)a[l].s32 * b[l].s32 >> 32))
-OPERATION(mul_hi_u32, d[l].u32 = (uint32_t)((uint64_t)a[l].u32 * b[l].u32 >> 32))
 OPERATION(mad_32, d[l].u32 = a[l].u32 * b[l].u32 + c[l].u32)
-OPERATION(mad_64, d[l].u64 = a[l].u64 * b[l].u64 + c[l].u64)
 OPERATION(mad_wide_u32, d[l].u64 = (uint64_t)a[l].u32 * b[l].u32 + c[l].u64)
-OPERATION(mad_wide_s32, d[l].s64 = (int64_t)a[l].s32 * b[l].s32 + c[l].s64)
 OPERATION(fma_f32, d[l].f32 = fmaf(a[l].f32, b[l].f32, c[l].f32))
 OPERATION(fma_f64, d[l].f64 = fma(a[l].f64, b[l].f64, c[l].f64))
 
 /* Of a zero divisor the result is not defined; all bits, as the hardware has it. */
 OPERATION(div_u32, d[l].u32 = b[l].u32 ? a[l].u32 / b[l].u32 : ~0u)
-OPERATION(rem_u32, d[l].u32 = b[l].u32 ? a[l].u32 % b[l].u32 : a[l].u32)
 OPERATION(div_u64, d[l].u64 = b[l].u64 ? a[l].u64 / b[l].u64 : ~(uint64_t)0)
-OPERATION(rem_u64, d[l].u64 = b[l].u64 ? a[l].u64 % b[l].u64 : a[l].u64)
 OPERATION(div_s32, d[l].s32 = b[l].s32 ? (int32_t)((int64_t)a[l].s32 / b[l].s32) : -1)
 OPERATION(rem_s32, d[l].s32 = b[l].s32 ? (int32_t)((int64_t)a[l].s32 % b[l].s32) : a[l].s32)
 OPERATION(div_s64, d[l].s64 = b[l].s64 ? (b[l].s64 == -1 ? (int64_t)(0 - a[l].u64)
                                                          : a[l].s64 / b[l].s64) : -1)
-OPERATION(rem_s64, d[l].s64 = b[l].s64 && b[l].s64 != -1 ? a[l].s64 % b[l].s64 : 0)
 
 OPERATION(min_s32, d[l].s32 = a[l].s32 < b[l].s32 ? a[l].s32 : b[l].s32)
 OPERATION(max_s32, d[l].s32 = a[l].s32 > b[l].s32 ? a[l].s32 : b[l].s32)
 OPERATION(min_u32, d[l].u32 = a[l].u32 < b[l].u32 ? a[l].u32 : b[l].u32)
 OPERATION(max_u32, d[l].u32 = a[l].u32 > b[l].u32 ? a[l].u32 : b[l].u32)
-OPERATION(min_s64, d[l].s64 = a[l].s64 < b[l].s64 ? a[l].s64 : b[l].s64)
-OPERATION(max_s64, d[l].s64 = a[l].s64 > b[l].s64 ? a[l].s64 : b[l].s64)
 OPERATION(min_u64, d[l].u64 = a[l].u64 < b[l].u64 ? a[l].u64 : b[l].u64)
 OPERATION(max_u64, d[l].u64 = a[l].u64 > b[l].u64 ? a[l].u64 : b[l].u64)
 OPERATION(min_f32, d[l].f32 = fminf(a[l].f32, b[l].f32))
@@ -78,12 +62,9 @@ OPERATION(max_f32, d[l].f32 = fmaxf(a[l].f32, b[l].f32))
 /* Shifts by the width and more leave nothing, or the sign. */
 OPERATION(shl_32, d[l].u32 = b[l].u32 > 31 ? 0 : a[l].u32 << b[l].u32)
 OPERATION(shl_64, d[l].u64 = b[l].u32 > 63 ? 0 : a[l].u64 << b[l].u32)
-OPERATION(shl_16, d[l].u16 = (uint16_t)(b[l].u32 > 15 ? 0 : a[l].u16 << b[l].u32))
 OPERATION(shr_u32, d[l].u32 = b[l].u32 > 31 ? 0 : a[l].u32 >> b[l].u32)
 OPERATION(shr_u64, d[l].u64 = b[l].u32 > 63 ? 0 : a[l].u64 >> b[l].u32)
-OPERATION(shr_u16, d[l].u16 = (uint16_t)(b[l].u32 > 15 ? 0 : a[l].u16 >> b[l].u32))
 OPERATION(shr_s32, d[l].s32 = a[l].s32 >> (b[l].u32 > 31 ? 31 : b[l].u32))
-OPERATION(shr_s64, d[l].s64 = a[l].s64 >> (b[l].u32 > 63 ? 63 : b[l].u32))
 
 OPERATION(mov_16, d[l].u16 = a[l].u16)
 OPERATION(mov_32, d[l].u32 = a[l].u32)
@@ -93,11 +74,8 @@ OPERATION(select_64, d[l].u64 = c[l].u32 ? a[l].u64 : b[l].u64)
 OPERATION(select_16, d[l].u16 = c[l].u32 ? a[l].u16 : b[l].u16)
 
 OPERATION(count_bits_32, d[l].s32 = __builtin_popcount(a[l].u32))
-OPERATION(count_bits_64, d[l].s32 = __builtin_popcountll(a[l].u64))
 OPERATION(zeros_above_32, d[l].s32 = a[l].u32 ? __builtin_clz(a[l].u32) : 32)
-OPERATION(zeros_above_64, d[l].s32 = a[l].u64 ? __builtin_clzll(a[l].u64) : 64)
 OPERATION(shift_to_top, d[l].s32 = a[l].u32 ? __builtin_clz(a[l].u32) : -1)
-OPERATION(highest_bit, d[l].s32 = a[l].u32 ? 31 - __builtin_clz(a[l].u32) : -1)
 
 /* The approximations of the hardware are within an ulp or two of these. */
 OPERATION(sqrt_f32, d[l].f32 = sqrtf(a[l].f32))
@@ -105,9 +83,6 @@ OPERATION(reciprocal_f32, d[l].f32 = 1 / a[l].f32)
 OPERATION(reciprocal_f64, d[l].f64 = 1 / a[l].f64)
 OPERATION(reciprocal_root_f32, d[l].f32 = (float)(1 / sqrt((double)a[l].f32)))
 OPERATION(power_of_2, d[l].f32 = exp2f(a[l].f32))
-OPERATION(logarithm_of_2, d[l].f32 = log2f(a[l].f32))
-OPERATION(sine, d[l].f32 = sinf(a[l].f32))
-OPERATION(cosine, d[l].f32 = cosf(a[l].f32))
 
 static uint32_t turned(uint32_t v)
 {
@@ -149,42 +124,6 @@ OPERATION(insert_32, d[l].u32 = (uint32_t)inserted(a[l].u32, b[l].u32, c[l].u32,
                                                    w->slots[in->read[3]][l].u32, 32))
 OPERATION(insert_64, d[l].u64 = inserted(a[l].u64, b[l].u64, c[l].u32,
                                          w->slots[in->read[3]][l].u32, 64))
-OPERATION(funnel_left, d[l].u32 = (uint32_t)(((uint64_t)b[l].u32 << 32 | a[l].u32) <<
-                                             (c[l].u32 & 31) >> 32))
-OPERATION(funnel_right, d[l].u32 = (uint32_t)(((uint64_t)b[l].u32 << 32 | a[l].u32) >>
-                                              (c[l].u32 & 31)))
-
-static uint32_t looked_up(uint32_t a, uint32_t b, uint32_t c, uint32_t table)
-{
-    uint32_t out = 0;
-
-    for (int i = 0; i < 8; i++)
-        if (table >> i & 1)
-            out |= (i & 4 ? a : ~a) & (i & 2 ? b : ~b) & (i & 1 ? c : ~c);
-    return out;
-}
-
-OPERATION(look_up, d[l].u32 = looked_up(a[l].u32, b[l].u32, c[l].u32,
-                                        w->slots[in->read[3]][l].u32))
-
-static uint64_t extracted(uint64_t v, uint32_t at, uint32_t n, uint32_t width, bool is_signed)
-{
-    uint64_t out = 0;
-    uint32_t top = at + n - 1 < width - 1 ? at + n - 1 : width - 1;
-
-    at &= 0xff;
-    n &= 0xff;
-    if (n == 0)
-        return 0;
-    uint64_t sign = is_signed ? v >> top & 1 : 0;
-    for (uint32_t i = 0; i < width; i++)
-        out |= (i < n && at + i < width ? v >> (at + i) & 1 : sign) << i;
-    return out;
-}
-
-OPERATION(extract_u32, d[l].u32 = (uint32_t)extracted(a[l].u32, b[l].u32, c[l].u32, 32, false))
-OPERATION(extract_s32, d[l].u32 = (uint32_t)extracted(a[l].u32, b[l].u32, c[l].u32, 32, true))
-OPERATION(extract_u64, d[l].u64 = extracted(a[l].u64, b[l].u32, c[l].u32, 64, false))
 
 static int into_rounding(enum ptx_rounding r)
 {
@@ -348,65 +287,50 @@ OPERATION(convert_pair, d[l].u32 = to_bf16(b[l].f32) | (uint32_t)to_bf16(a[l].f3
 static const struct ptx_named plain[] = {
     { "add.s32", add_32, 1, 2 }, { "add.u32", add_32, 1, 2 }, { "add.s64", add_64, 1, 2 },
     { "add.u64", add_64, 1, 2 }, { "add.f32", add_f32, 1, 2 }, { "add.rn.f32", add_f32, 1, 2 },
-    { "add.f64", add_f64, 1, 2 }, { "add.rn.f64", add_f64, 1, 2 }, { "add.s16", add_16, 1, 2 },
-    { "add.u16", add_16, 1, 2 }, { "sub.s16", sub_16, 1, 2 }, { "sub.u16", sub_16, 1, 2 },
-    { "sub.s32", sub_32, 1, 2 }, { "sub.u32", sub_32, 1, 2 }, { "sub.s64", sub_64, 1, 2 },
-    { "sub.u64", sub_64, 1, 2 }, { "sub.f32", sub_f32, 1, 2 }, { "sub.rn.f32", sub_f32, 1, 2 },
-    { "sub.f64", sub_f64, 1, 2 }, { "mul.f32", mul_f32, 1, 2 }, { "mul.rn.f32", mul_f32, 1, 2 },
-    { "mul.f64", mul_f64, 1, 2 }, { "mul.rn.f64", mul_f64, 1, 2 }, { "mul.lo.s32", mul_32, 1, 2 },
-    { "mul.lo.u32", mul_32, 1, 2 }, { "mul.lo.s64", mul_64, 1, 2 }, { "mul.lo.u64", mul_64, 1, 2 },
-    { "mul.lo.s16", mul_16, 1, 2 }, { "mul.lo.u16", mul_16, 1, 2 },
+    { "add.f64", add_f64, 1, 2 }, { "add.rn.f64", add_f64, 1, 2 }, { "sub.s16", sub_16, 1, 2 },
+    { "sub.u16", sub_16, 1, 2 }, { "sub.s32", sub_32, 1, 2 }, { "sub.u32", sub_32, 1, 2 },
+    { "sub.s64", sub_64, 1, 2 }, { "sub.u64", sub_64, 1, 2 }, { "sub.f32", sub_f32, 1, 2 },
+    { "sub.rn.f32", sub_f32, 1, 2 }, { "sub.f64", sub_f64, 1, 2 }, { "mul.f32", mul_f32, 1, 2 },
+    { "mul.rn.f32", mul_f32, 1, 2 }, { "mul.f64", mul_f64, 1, 2 }, { "mul.rn.f64", mul_f64, 1, 2 },
+    { "mul.lo.s32", mul_32, 1, 2 }, { "mul.lo.u32", mul_32, 1, 2 }, { "mul.lo.s64", mul_64, 1, 2 },
+    { "mul.lo.u64", mul_64, 1, 2 }, { "mul.lo.s16", mul_16, 1, 2 }, { "mul.lo.u16", mul_16, 1, 2 },
     { "mul.wide.s32", mul_wide_s32, 1, 2 }, { "mul.wide.u32", mul_wide_u32, 1, 2 },
-    { "mul.wide.u16", mul_wide_u16, 1, 2 }, { "mul.wide.s16", mul_wide_s16, 1, 2 },
-    { "mul.hi.s32", mul_hi_s32, 1, 2 }, { "mul.hi.u32", mul_hi_u32, 1, 2 },
-    { "mad.lo.s32", mad_32, 1, 3 }, { "mad.lo.u32", mad_32, 1, 3 }, { "mad.lo.s64", mad_64, 1, 3 },
-    { "mad.lo.u64", mad_64, 1, 3 }, { "mad.wide.u32", mad_wide_u32, 1, 3 },
-    { "mad.wide.s32", mad_wide_s32, 1, 3 }, { "fma.rn.f32", fma_f32, 1, 3 },
+    { "mul.wide.u16", mul_wide_u16, 1, 2 }, { "mul.hi.s32", mul_hi_s32, 1, 2 },
+    { "mad.lo.s32", mad_32, 1, 3 }, { "mad.lo.u32", mad_32, 1, 3 },
+    { "mad.wide.u32", mad_wide_u32, 1, 3 }, { "fma.rn.f32", fma_f32, 1, 3 },
     { "fma.rn.f64", fma_f64, 1, 3 }, { "div.rn.f32", div_f32, 1, 2 },
     { "div.approx.f32", div_f32, 1, 2 }, { "div.full.f32", div_f32, 1, 2 },
-    { "div.rn.f64", div_f64, 1, 2 }, { "div.s32", div_s32, 1, 2 }, { "div.u32", div_u32, 1, 2 },
-    { "div.s64", div_s64, 1, 2 }, { "div.u64", div_u64, 1, 2 }, { "rem.s32", rem_s32, 1, 2 },
-    { "rem.u32", rem_u32, 1, 2 }, { "rem.s64", rem_s64, 1, 2 }, { "rem.u64", rem_u64, 1, 2 },
-    { "min.s32", min_s32, 1, 2 }, { "max.s32", max_s32, 1, 2 }, { "min.u32", min_u32, 1, 2 },
-    { "max.u32", max_u32, 1, 2 }, { "min.s64", min_s64, 1, 2 }, { "max.s64", max_s64, 1, 2 },
+    { "div.s32", div_s32, 1, 2 }, { "div.u32", div_u32, 1, 2 }, { "div.s64", div_s64, 1, 2 },
+    { "div.u64", div_u64, 1, 2 }, { "rem.s32", rem_s32, 1, 2 }, { "min.s32", min_s32, 1, 2 },
+    { "max.s32", max_s32, 1, 2 }, { "min.u32", min_u32, 1, 2 }, { "max.u32", max_u32, 1, 2 },
     { "min.u64", min_u64, 1, 2 }, { "max.u64", max_u64, 1, 2 }, { "min.f32", min_f32, 1, 2 },
     { "max.f32", max_f32, 1, 2 }, { "and.b32", and_32, 1, 2 }, { "or.b32", or_32, 1, 2 },
     { "xor.b32", xor_32, 1, 2 }, { "and.b64", and_64, 1, 2 }, { "or.b64", or_64, 1, 2 },
-    { "xor.b64", xor_64, 1, 2 }, { "and.b16", and_16, 1, 2 }, { "or.b16", or_16, 1, 2 },
-    { "xor.b16", xor_16, 1, 2 }, { "and.pred", and_pred, 1, 2 }, { "or.pred", or_pred, 1, 2 },
-    { "xor.pred", xor_pred, 1, 2 }, { "not.pred", not_pred, 1, 1 }, { "not.b32", not_32, 1, 1 },
-    { "not.b64", not_64, 1, 1 }, { "not.b16", not_16, 1, 1 }, { "neg.s32", neg_32, 1, 1 },
+    { "xor.b64", xor_64, 1, 2 }, { "and.b16", and_16, 1, 2 }, { "xor.b16", xor_16, 1, 2 },
+    { "and.pred", and_pred, 1, 2 }, { "or.pred", or_pred, 1, 2 }, { "xor.pred", xor_pred, 1, 2 },
+    { "not.pred", not_pred, 1, 1 }, { "not.b32", not_32, 1, 1 }, { "neg.s32", neg_32, 1, 1 },
     { "neg.s64", neg_64, 1, 1 }, { "neg.f32", neg_f32, 1, 1 }, { "neg.f64", neg_f64, 1, 1 },
-    { "abs.s32", abs_s32, 1, 1 }, { "abs.s64", abs_s64, 1, 1 }, { "abs.f32", abs_f32, 1, 1 },
-    { "abs.f64", abs_f64, 1, 1 }, { "shl.b32", shl_32, 1, 2 }, { "shl.b64", shl_64, 1, 2 },
-    { "shl.b16", shl_16, 1, 2 }, { "shr.u32", shr_u32, 1, 2 }, { "shr.b32", shr_u32, 1, 2 },
-    { "shr.u64", shr_u64, 1, 2 }, { "shr.b64", shr_u64, 1, 2 }, { "shr.u16", shr_u16, 1, 2 },
-    { "shr.s32", shr_s32, 1, 2 }, { "shr.s64", shr_s64, 1, 2 },
-    { "shf.l.wrap.b32", funnel_left, 1, 3 }, { "shf.r.wrap.b32", funnel_right, 1, 3 },
-    { "lop3.b32", look_up, 1, 4 }, { "mov.pred", mov_pred, 1, 1 }, { "mov.u16", mov_16, 1, 1 },
-    { "mov.b16", mov_16, 1, 1 }, { "mov.u32", mov_32, 1, 1 }, { "mov.s32", mov_32, 1, 1 },
-    { "mov.b32", mov_32, 1, 1 }, { "mov.f32", mov_32, 1, 1 }, { "mov.u64", mov_64, 1, 1 },
-    { "mov.s64", mov_64, 1, 1 }, { "mov.b64", mov_64, 1, 1 }, { "mov.f64", mov_64, 1, 1 },
-    { "mov.b64", pack, 1, 2 }, { "mov.b64", unpack, 2, 1 }, { "mov.b32", pack_16, 1, 2 },
-    { "mov.b32", unpack_16, 2, 1 }, { "selp.b32", select_32, 1, 3 },
+    { "abs.f32", abs_f32, 1, 1 }, { "shl.b32", shl_32, 1, 2 }, { "shl.b64", shl_64, 1, 2 },
+    { "shr.u32", shr_u32, 1, 2 }, { "shr.b32", shr_u32, 1, 2 }, { "shr.u64", shr_u64, 1, 2 },
+    { "shr.b64", shr_u64, 1, 2 }, { "shr.s32", shr_s32, 1, 2 }, { "mov.pred", mov_pred, 1, 1 },
+    { "mov.u16", mov_16, 1, 1 }, { "mov.b16", mov_16, 1, 1 }, { "mov.u32", mov_32, 1, 1 },
+    { "mov.s32", mov_32, 1, 1 }, { "mov.b32", mov_32, 1, 1 }, { "mov.f32", mov_32, 1, 1 },
+    { "mov.u64", mov_64, 1, 1 }, { "mov.s64", mov_64, 1, 1 }, { "mov.b64", mov_64, 1, 1 },
+    { "mov.f64", mov_64, 1, 1 }, { "mov.b64", pack, 1, 2 }, { "mov.b64", unpack, 2, 1 },
+    { "mov.b32", pack_16, 1, 2 }, { "mov.b32", unpack_16, 2, 1 }, { "selp.b32", select_32, 1, 3 },
     { "selp.u32", select_32, 1, 3 }, { "selp.s32", select_32, 1, 3 },
     { "selp.f32", select_32, 1, 3 }, { "selp.b64", select_64, 1, 3 },
     { "selp.u64", select_64, 1, 3 }, { "selp.s64", select_64, 1, 3 },
     { "selp.f64", select_64, 1, 3 }, { "selp.b16", select_16, 1, 3 },
     { "selp.u16", select_16, 1, 3 }, { "selp.s16", select_16, 1, 3 },
-    { "popc.b32", count_bits_32, 1, 1 }, { "popc.b64", count_bits_64, 1, 1 },
-    { "clz.b32", zeros_above_32, 1, 1 }, { "clz.b64", zeros_above_64, 1, 1 },
+    { "popc.b32", count_bits_32, 1, 1 }, { "clz.b32", zeros_above_32, 1, 1 },
     { "brev.b32", turn_bits, 1, 1 }, { "bfind.shiftamt.u32", shift_to_top, 1, 1 },
-    { "bfind.u32", highest_bit, 1, 1 }, { "bfi.b32", insert_32, 1, 4 },
-    { "bfi.b64", insert_64, 1, 4 }, { "bfe.u32", extract_u32, 1, 3 },
-    { "bfe.s32", extract_s32, 1, 3 }, { "bfe.u64", extract_u64, 1, 3 },
-    { "prmt.b32", permute, 1, 3 }, { "sqrt.rn.f32", sqrt_f32, 1, 1 },
-    { "sqrt.approx.f32", sqrt_f32, 1, 1 }, { "rcp.rn.f32", reciprocal_f32, 1, 1 },
-    { "rcp.approx.f32", reciprocal_f32, 1, 1 }, { "rcp.approx.ftz.f64", reciprocal_f64, 1, 1 },
+    { "bfi.b32", insert_32, 1, 4 }, { "bfi.b64", insert_64, 1, 4 }, { "prmt.b32", permute, 1, 3 },
+    { "sqrt.rn.f32", sqrt_f32, 1, 1 }, { "sqrt.approx.f32", sqrt_f32, 1, 1 },
+    { "rcp.rn.f32", reciprocal_f32, 1, 1 }, { "rcp.approx.f32", reciprocal_f32, 1, 1 },
+    { "rcp.approx.ftz.f64", reciprocal_f64, 1, 1 },
     { "rsqrt.approx.f32", reciprocal_root_f32, 1, 1 }, { "ex2.approx.f32", power_of_2, 1, 1 },
-    { "ex2.approx.ftz.f32", power_of_2, 1, 1 }, { "lg2.approx.f32", logarithm_of_2, 1, 1 },
-    { "lg2.approx.ftz.f32", logarithm_of_2, 1, 1 }, { "sin.approx.f32", sine, 1, 1 },
-    { "cos.approx.f32", cosine, 1, 1 }, { "cvt.rn.bf16x2.f32", convert_pair, 1, 2 },
+    { "ex2.approx.ftz.f32", power_of_2, 1, 1 }, { "cvt.rn.bf16x2.f32", convert_pair, 1, 2 },
     { "cvta.to.global.u64", mov_64, 1, 1 }, { "cvta.global.u64", mov_64, 1, 1 },
     { "cvta.to.local.u64", mov_64, 1, 1 }, { "cvta.local.u64", mov_64, 1, 1 },
 };

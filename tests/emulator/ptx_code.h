@@ -27,7 +27,7 @@ union value {
 };
 
 enum ptx_type { PTX_NONE, PTX_PRED, PTX_U8, PTX_S8, PTX_U16, PTX_S16, PTX_U32, PTX_S32, PTX_U64,
-                PTX_S64, PTX_BF16, PTX_F32, PTX_F64, PTX_BF16X2 };
+                PTX_S64, PTX_BF16, PTX_F32, PTX_F64 };
 
 /* How the loop of a warp treats an instruction. */
 enum ptx_kind {
@@ -132,7 +132,7 @@ struct ptx_module {
 struct ptx_kernel {
     struct ptx_module *module;
     const struct ptx_function *entry;
-    struct instruction *code;   /* NULL until it is run */
+    struct instruction *code;
     struct ptx_symbol *symbols;
     struct ptx_passed *passed;
     int n_code, n_slots, n_symbols, n_passed, start, local_bytes, param_bytes;
@@ -146,17 +146,17 @@ bool ptx_operation_find(struct instruction *in, const char *name);
 /* Nanoseconds; the only special register that changes while a kernel runs. */
 ptx_operation ptx_tell_time;
 
-/* ---- a warp that runs; ptx_run.c and ptx_ops.c */
+/* ---- a warp that runs; ptx_run.c and ptx_ops.h */
 
-struct copy_16 {
+struct copy {
     unsigned char *to;
-    const unsigned char *from;  /* NULL: zeros */
+    const unsigned char *from;
     int group;
     uint8_t bytes, zeros;       /* bytes from there, and zeros behind */
 };
 
 struct copies {                 /* of a lane: those not yet made, in order */
-    struct copy_16 *all;
+    struct copy *all;
     int n, most, group;         /* group: of the next */
 };
 
@@ -214,6 +214,13 @@ struct warp {
 
 enum { SHARED_START = 1024, RANK_SHIFT = 24 };
 
+/* Memory for free(), zeroed, and more of it; they end the process where there is none.  Not
+ * engine/base/mem.h's: kernels are run by threads that are forbidden to allocate there. */
+void *ptx_new(size_t n, size_t bytes);
+void *ptx_more(void *p, size_t n, size_t bytes);
+
+/* Whether predicate read[i] of a lane is true. */
+bool ptx_predicate(const struct warp *w, const struct instruction *in, int i, int lane);
 /* Ends the process with where the warp is and the sentence. */
 _Noreturn void ptx_fail(const struct warp *w, const struct instruction *in, const char *format, ...)
     __attribute__((format(printf, 3, 4)));

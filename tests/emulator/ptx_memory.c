@@ -1,9 +1,28 @@
-/* What memory kernels may touch: ranges in ascending order, which do not overlap. */
+/* Memory of the emulator's own, and what memory kernels may touch: ranges in ascending order, which
+ * do not overlap. */
 
 #include "tests/emulator/ptx_code.h"
 
 #include <stdlib.h>
 #include <string.h>
+
+void *ptx_new(size_t n, size_t bytes)
+{
+    void *p = calloc(n ? n : 1, bytes);
+
+    if (!p)
+        abort();
+    return p;
+}
+
+void *ptx_more(void *p, size_t n, size_t bytes)
+{
+    void *more = realloc(p, n * bytes);
+
+    if (!more)
+        abort();
+    return more;
+}
 
 struct range {
     uintptr_t from, end;
@@ -35,9 +54,7 @@ void ptx_memory_add(const void *p, size_t bytes, bool writable)
     int at = find(from);
     if (n_ranges == most_ranges) {
         most_ranges = most_ranges ? 2 * most_ranges : 64;
-        ranges = realloc(ranges, (size_t)most_ranges * sizeof *ranges);
-        if (!ranges)
-            abort();
+        ranges = ptx_more(ranges, (size_t)most_ranges, sizeof *ranges);
     }
     memmove(ranges + at + 1, ranges + at, (size_t)(n_ranges++ - at) * sizeof *ranges);
     ranges[at] = (struct range){ from, from + bytes, writable };

@@ -48,8 +48,6 @@ int ptx_index_of(const char *const *names, int n, const char *s)
     return -1;
 }
 
-
-/* Operations that write nothing have their first operand taken for a result. */
 void ptx_read_first(struct instruction *in)
 {
     memmove(in->read + in->n_written, in->read, in->n_read * sizeof *in->read);

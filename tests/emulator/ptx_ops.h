@@ -31,7 +31,6 @@
         EACH(statement);                                                                     \
     }
 
-
 /* Parts of a name, which dots separate. */
 struct parts {
     char text[160];

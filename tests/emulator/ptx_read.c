@@ -1,7 +1,7 @@
 /* The reader of PTX texts: declarations, scopes, labels and operands.  What an operation is called
- * only ptx_ops.c understands. */
+ * only ptx_names.c and those it asks understand. */
 
-#include "tests/emulator/ptx_code.h"
+#include "tests/emulator/ptx_ops.h"
 
 #include <ctype.h>
 #include <stdarg.h>
@@ -9,7 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { MOST_NAME = 512, MOST_SCOPES = 8 };
+enum { MOST_NAME = 512 };
 
 /* Registers of a scope: name itself, or name0 .. name(count - 1). */
 struct registers {
@@ -57,9 +57,7 @@ static void grow(void **array, int n, size_t element)
 {
     if (n == 0 || (n >= 16 && (n & (n - 1)) == 0)) {
         size_t most = n < 16 ? 16 : 2 * (size_t)n;
-        *array = realloc(*array, most * element);
-        if (!*array)
-            abort();
+        *array = ptx_more(*array, most, element);
     }
     memset((char *)*array + (size_t)n * element, 0, element);
 }
@@ -158,18 +156,14 @@ static int64_t number(struct reader *r)
 
 /* ---- declarations */
 
+/* Of a register or variable; a predicate takes a word. */
 static int type_bytes(const struct reader *r, const char *type)
 {
-    static const struct { const char *name; int bytes; } types[] = {
-        { ".pred", 4 }, { ".b8", 1 }, { ".u8", 1 }, { ".s8", 1 }, { ".b16", 2 }, { ".u16", 2 },
-        { ".s16", 2 }, { ".b32", 4 }, { ".u32", 4 }, { ".s32", 4 }, { ".f32", 4 }, { ".b64", 8 },
-        { ".u64", 8 }, { ".s64", 8 }, { ".f64", 8 },
-    };
+    enum ptx_type t = type[0] == '.' ? ptx_type_named(type + 1) : PTX_NONE;
 
-    for (size_t i = 0; i < sizeof types / sizeof types[0]; i++)
-        if (strcmp(types[i].name, type) == 0)
-            return types[i].bytes;
-    refuse(r, "a type %s", type);
+    if (t == PTX_NONE)
+        refuse(r, "a type %s", type);
+    return ptx_type_bits(t) / 8;
 }
 
 /* [.align n] .type name [count]; where it begins in an area of *bytes. */
@@ -422,12 +416,9 @@ static struct operand read_operand(struct reader *r)
 
 /* ---- instructions */
 
-static struct instruction *add_instruction(struct reader *r, const struct instruction *in)
+static void add_instruction(struct reader *r, const struct instruction *in)
 {
-    struct instruction *to = ADD(r->f->code, r->f->n_code);
-
-    *to = *in;
-    return to;
+    *ADD(r->f->code, r->f->n_code) = *in;
 }
 
 static int find_function(struct reader *r, const char *name)
@@ -713,9 +704,7 @@ static struct ptx_function *function_named(struct reader *r, const char *name, b
 
     if (known >= 0)
         return r->module->functions[known];
-    struct ptx_function *f = calloc(1, sizeof *f);
-    if (!f)
-        abort();
+    struct ptx_function *f = ptx_new(1, sizeof *f);
     f->name = strdup(name);
     f->is_kernel = is_kernel;
     *ADD(r->module->functions, r->module->n_functions) = f;
@@ -775,11 +764,9 @@ static void read_target(struct reader *r)
 
 struct ptx_module *ptx_module_read(const char *text, size_t n)
 {
-    struct ptx_module *m = calloc(1, sizeof *m);
+    struct ptx_module *m = ptx_new(1, sizeof *m);
     struct reader r = { .at = text, .end = text + n, .line = 1, .module = m };
 
-    if (!m)
-        abort();
     for (next(&r); *r.token;) {
         while (is(&r, ".visible") || is(&r, ".weak") || is(&r, ".extern"))
             next(&r);
@@ -801,9 +788,7 @@ struct ptx_module *ptx_module_read(const char *text, size_t n)
             refuse(&r, "'%s' is not known here", r.token);
         }
     }
-    m->kernels = calloc((size_t)m->n_functions + 1, sizeof *m->kernels);
-    if (!m->kernels)
-        abort();
+    m->kernels = ptx_new((size_t)m->n_functions, sizeof *m->kernels);
     free(r.registers);
     free(r.variables);
     free(r.labels);

@@ -14,15 +14,6 @@
 
 enum { TURN = 20000 };          /* instructions of a warp before others have theirs */
 
-static void *zeroed(size_t n, size_t bytes)
-{
-    void *p = calloc(n ? n : 1, bytes);
-
-    if (!p)
-        abort();
-    return p;
-}
-
 _Noreturn void ptx_fail(const struct warp *w, const struct instruction *in, const char *format, ...)
 {
     const struct block *b = w->block;
@@ -45,15 +36,6 @@ struct linking {
     int *placed;                /* of each function: 0 not, -1 on its way, or start + 1 */
     int *param_at;
 };
-
-static void *more(void *array, int n, int extra, size_t element)
-{
-    void *p = realloc(array, ((size_t)n + (size_t)extra + 1) * element);
-
-    if (!p)
-        abort();
-    return p;
-}
 
 static void shift_slots(struct instruction *in, int by)
 {
@@ -85,9 +67,10 @@ static void place_function(struct linking *l, int index)
             place_function(l, f->code[i].target);
     int start = k->n_code, slots = k->n_slots, local = k->local_bytes, params = k->param_bytes;
     l->param_at[index] = params;
-    k->code = more(k->code, k->n_code, f->n_code, sizeof *k->code);
-    k->symbols = more(k->symbols, k->n_symbols, f->n_symbols, sizeof *k->symbols);
-    k->passed = more(k->passed, k->n_passed, f->n_passed, sizeof *k->passed);
+    k->code = ptx_more(k->code, (size_t)(k->n_code + f->n_code + 1), sizeof *k->code);
+    k->symbols = ptx_more(k->symbols, (size_t)(k->n_symbols + f->n_symbols + 1),
+                          sizeof *k->symbols);
+    k->passed = ptx_more(k->passed, (size_t)(k->n_passed + f->n_passed + 1), sizeof *k->passed);
     for (int i = 0; i < f->n_symbols; i++) {
         struct ptx_symbol s = f->symbols[i];
         s.slot += slots;
@@ -126,8 +109,8 @@ static void place_function(struct linking *l, int index)
 static void place_shared(struct ptx_kernel *k)
 {
     const struct ptx_module *m = k->module;
-    int *at = zeroed((size_t)m->n_shared, sizeof *at);
-    bool *used = zeroed((size_t)m->n_shared, sizeof *used);
+    int *at = ptx_new((size_t)m->n_shared, sizeof *at);
+    bool *used = ptx_new((size_t)m->n_shared, sizeof *used);
 
     for (int i = 0; i < k->n_symbols; i++)
         if (k->symbols[i].kind == PTX_SHARED_ADDRESS)
@@ -155,8 +138,8 @@ static void place_shared(struct ptx_kernel *k)
 static void put_together(struct ptx_kernel *k, int index)
 {
     size_t n = (size_t)k->module->n_functions;
-    struct linking l = { .k = k, .placed = zeroed(n, sizeof(int)),
-                         .param_at = zeroed(n, sizeof(int)) };
+    struct linking l = { .k = k, .placed = ptx_new(n, sizeof(int)),
+                         .param_at = ptx_new(n, sizeof(int)) };
 
     place_function(&l, index);
     place_shared(k);
@@ -171,7 +154,7 @@ struct ptx_kernel *ptx_kernel_find(struct ptx_module *m, const char *name)
         if (!f->is_kernel || strcmp(f->name, name) != 0)
             continue;
         if (!m->kernels[i]) {
-            struct ptx_kernel *k = zeroed(1, sizeof *k);
+            struct ptx_kernel *k = ptx_new(1, sizeof *k);
             k->module = m;
             k->entry = f;
             put_together(k, i);
@@ -240,7 +223,7 @@ void ptx_copies_make(struct copies *c, int keep)
     int made = 0;
 
     while (made < c->n && c->all[made].group < c->group - keep) {
-        const struct copy_16 *copy = &c->all[made++];
+        const struct copy *copy = &c->all[made++];
         memcpy(copy->to, copy->from, copy->bytes);
         memset(copy->to + copy->bytes, 0, copy->zeros);
     }
@@ -398,8 +381,7 @@ static void arrive(struct warp *w, const struct instruction *in, uint32_t lanes,
         if (id < 0 || id > 15)
             ptx_fail(w, in, "no barrier %d", id);
         if (in->n_written) {
-            bool v = (w->slots[in->read[1]][l].u32 != 0) != (in->read_not >> 1 & 1);
-            b->value[id] += v;
+            b->value[id] += ptx_predicate(w, in, 1, l);
         } else if (in->n_read > 1) {
             b->wanted[id] = w->slots[in->read[1]][l].s32;
         }
@@ -811,17 +793,17 @@ static void make_block(struct cluster *c, int rank, int n_warps)
     b->rank = rank;
     b->n_warps = n_warps;
     b->shared = aligned_alloc(1024, ((size_t)c->shared_bytes + 1023) / 1024 * 1024 + 1024);
-    b->touched = zeroed((size_t)c->shared_bytes / 4 + 1, sizeof *b->touched);
-    b->warps = zeroed((size_t)n_warps, sizeof *b->warps);
+    b->touched = ptx_new((size_t)c->shared_bytes / 4 + 1, sizeof *b->touched);
+    b->warps = ptx_new((size_t)n_warps, sizeof *b->warps);
     if (!b->shared)
         abort();
     for (int i = 0; i < n_warps; i++) {
         struct warp *w = &b->warps[i];
         w->block = b;
-        w->slots = zeroed((size_t)k->n_slots, sizeof *w->slots);
+        w->slots = ptx_new((size_t)k->n_slots, sizeof *w->slots);
         memset(w->slots, 0xa5, (size_t)k->n_slots * sizeof *w->slots);
-        w->params = zeroed(LANES, (size_t)k->param_bytes + 1);
-        w->local = zeroed(LANES, (size_t)k->local_bytes + 1);
+        w->params = ptx_new(LANES, (size_t)k->param_bytes + 1);
+        w->local = ptx_new(LANES, (size_t)k->local_bytes + 1);
         memset(w->local, 0xa5, LANES * ((size_t)k->local_bytes + 1));
         set_symbols(w, (const unsigned[3]){ 0, 0, 0 }, false);
     }
@@ -845,7 +827,7 @@ static void pack_params(struct cluster *c)
 {
     const struct ptx_function *f = c->kernel->entry;
 
-    c->param_values = zeroed((size_t)f->param_bytes + 16, 1);
+    c->param_values = ptx_new((size_t)f->param_bytes + 16, 1);
     for (int i = 0; i < f->n_params; i++)
         memcpy(c->param_values + f->params[i].at, c->launch->params[i],
                (size_t)f->params[i].bytes);
@@ -867,7 +849,7 @@ void ptx_run(const struct ptx_kernel *k, const struct ptx_launch *l)
     }
     c.shared_bytes = k->shared_bytes + (int)l->shared_bytes;
     c.early_copies = order / 2 % 2;
-    c.blocks = zeroed(size, sizeof *c.blocks);
+    c.blocks = ptx_new(size, sizeof *c.blocks);
     pack_params(&c);
     for (unsigned i = 0; i < size; i++)
         make_block(&c, (int)i, (int)((threads + LANES - 1) / LANES));

@@ -38,7 +38,7 @@ static void shuffle(struct warp *w, const struct instruction *in, uint32_t lanes
     }
 }
 
-static bool predicate_of(const struct warp *w, const struct instruction *in, int i, int lane)
+bool ptx_predicate(const struct warp *w, const struct instruction *in, int i, int lane)
 {
     return (w->slots[in->read[i]][lane].u32 != 0) != (in->read_not >> i & 1);
 }
@@ -50,7 +50,7 @@ static void vote(struct warp *w, const struct instruction *in, uint32_t lanes)
     uint32_t for_it = 0;
 
     for (int l = 0; l < LANES; l++)
-        if (lanes >> l & 1 && predicate_of(w, in, 0, l))
+        if (lanes >> l & 1 && ptx_predicate(w, in, 0, l))
             for_it |= 1u << l;
     uint32_t v = (enum vote)in->way == VOTE_BALLOT ? for_it
                  : (enum vote)in->way == VOTE_ANY  ? for_it != 0 : for_it == lanes;

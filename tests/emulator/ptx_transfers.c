@@ -2,7 +2,6 @@
 
 #include "tests/emulator/ptx_ops.h"
 
-#include <stdlib.h>
 #include <string.h>
 
 /* ---- memory */
@@ -142,11 +141,9 @@ static void copy_async(struct warp *w, const struct instruction *in, uint32_t la
             ptx_memory_check(w, in, l, from, there, PTX_READ);
         if (c->n == c->most) {
             c->most = c->most ? 2 * c->most : 16;
-            c->all = realloc(c->all, (size_t)c->most * sizeof *c->all);
-            if (!c->all)
-                abort();
+            c->all = ptx_more(c->all, (size_t)c->most, sizeof *c->all);
         }
-        c->all[c->n++] = (struct copy_16){ to, from, c->group, (uint8_t)there,
+        c->all[c->n++] = (struct copy){ to, from, c->group, (uint8_t)there,
                                            (uint8_t)(bytes - there) };
         if (w->block->cluster->early_copies)
             ptx_copies_make(c, -1);
@@ -165,14 +162,6 @@ static void copies_wait(struct warp *w, const struct instruction *in, uint32_t l
     for (int l = 0; l < LANES; l++)
         if (lanes >> l & 1)
             ptx_copies_make(&w->copies[l], w->slots[in->read[0]][l].s32);
-}
-
-static void copies_wait_all(struct warp *w, const struct instruction *in, uint32_t lanes)
-{
-    (void)in;
-    for (int l = 0; l < LANES; l++)
-        if (lanes >> l & 1)
-            ptx_copies_make(&w->copies[l], -1);
 }
 
 /* ---- barriers in shared memory: the phase ends when nobody is awaited and no bytes are */
@@ -282,11 +271,8 @@ static const struct ptx_named plain[] = {
     { "cvta.to.shared.u64", shared_of_generic, 1, 1 },
     { "mapa.shared::cluster.u32", map_to_block, 1, 2 },
     { "cp.async.commit_group", copies_commit, 0, 0 }, { "cp.async.wait_group", copies_wait, 0, -1 },
-    { "cp.async.wait_all", copies_wait_all, 0, 0 },
     { "mbarrier.init.shared::cta.b64", barrier_init, 0, 2 },
     { "mbarrier.arrive.expect_tx.shared::cta.b64", barrier_expect, 1, 2 },
-    { "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes",
-      copy_bulk, 0, 4 },
     { "membar.gl", nothing, 0, 0 }, { "membar.cta", nothing, 0, 0 },
     { "membar.sys", nothing, 0, 0 }, { "fence.proxy.async.shared::cta", nothing, 0, 0 },
     { "fence.mbarrier_init.release.cluster", nothing, 0, 0 },
