@@ -41,14 +41,15 @@ CALIBRATED = "asynctlsd-channels.json"      # what --calibrate leaves in the mod
 
 # Of the tasks those that the bundled model can do (docs/RESULTS.md).
 TASKS = "needle,ending,border,multikey,multiquery,tracking,recall,prose"
-BUDGETS = "256,512,1024,2048,published"
+# The most telling first: a stage that runs out of time keeps what it has.
+BUDGETS = "1024,filter=means,published,2048,512,256"
 # 13 x 16 pairs without a difference are enough to say that less than a point is lost.
 SAMPLES = ["--samples", "13", "--questions", "16", "--parallel", "16"]
 CHOICE_TOKENS, CHOICE_TASKS = "32768", "needle,multikey,prose"
 # The defaults, and what differs from them in one thing.  The bundled model has 8 layers.
-CHOICES = ("1024,token-index=channels,filter=bounds,filter=bounds+keep-blocks=128,keep-blocks=32,"
-           "keep-blocks=128,selection=lagged,sink-tokens=64,recent-tokens=256,layer-exceptions=0:dense,"
-           "layer-exceptions=7:dense")
+CHOICES = ("1024,filter=means,filter=means+keep-blocks=128,keep-blocks=32,keep-blocks=128,"
+           "token-index=channels,filter=bounds,filter=bounds+keep-blocks=128,selection=lagged,"
+           "sink-tokens=64,recent-tokens=256,layer-exceptions=0:dense,layer-exceptions=7:dense")
 QUICK_SAMPLES = ["--samples", "1", "--questions", "2", "--parallel", "1"]
 # A model whose steps choose again what they chose; with plain random weights they do not.
 LOCAL_MODEL, LOCAL_OPTIONS = "qwen3-8b", ["--attn-gain", "0.1", "--theta", "1e10"]
@@ -178,9 +179,9 @@ def stages(quick):
                 "choices": Stage("Choices", 60, run_choices),
                 "offload": Stage("Offloading", 60, run_offload)}
     # 25 minutes together.
-    bounds = {4096: 50, 16384: 80, 32768: 120, 65536: 210, 98304: 360}
+    bounds = {4096: 50, 16384: 80, 32768: 120, 65536: 210, 98304: 400}
     return {**{f"accuracy-{n}": Stage("Accuracy", s, run_accuracy) for n, s in bounds.items()},
-            "choices": Stage("Choices", 180, run_choices),
+            "choices": Stage("Choices", 160, run_choices),
             "operator": Stage("Two-level attention beside full attention", 100, run_bench, gpu=True),
             "step": Stage("Whole steps", 180, run_bench, gpu=True),
             "offload": Stage("Keys and values in host memory", 220, run_offload, gpu=True)}
