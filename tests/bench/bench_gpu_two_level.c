@@ -3,10 +3,10 @@
  * rate.
  *
  *   bench-gpu-two-level [heads] [kv_heads] [head_dim] [exact|lagged] [coarse|means] [tokens]
- *                       [batch]
+ *                       [batch] [keep_blocks]
  *
  * A head_dim of 576 is that of latent attention: 20 1 576 has the shape of GLM-4.7-Flash.  tokens
- * and batch: this line of the table alone, for a profiler.
+ * and batch: this line of the table alone, for a profiler; 0 is all.
  *
  * Several copies of the pool are used by turns where one would fit the cache.  Lagged, the calls of
  * a graph are steps of the same contexts, each a token longer, and all but the first choose among
@@ -22,11 +22,11 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { KEEP_BLOCKS = 64, KEEP_TOKENS = 1024, SINKS = 4, RECENT = 64, LAYERS = 8 };
+enum { KEEP_BLOCKS = 64 /* unless said */, KEEP_TOKENS = 1024, SINKS = 4, RECENT = 64, LAYERS = 8 };
 
 struct bench {
     struct kv_shape shape;
-    int heads, seqs, n_tokens;
+    int heads, seqs, n_tokens, keep_blocks;
     struct attend_two_level_args args;
     struct attend_dense_args full;
     bool lags;
@@ -93,7 +93,7 @@ static struct lagged_blocks empty_lists(const struct bench *b)
     for (int i = 0; i < b->seqs; i++)
         slot[i] = i;
     /* Of contexts of no tokens, which is as good as none. */
-    struct lagged_blocks l = { .kept = gpu_bench_zero(n * KEEP_BLOCKS),
+    struct lagged_blocks l = { .kept = gpu_bench_zero(n * (size_t)b->keep_blocks),
                                .n_kept = gpu_bench_zero(n), .n_tokens = gpu_bench_zero(n),
                                .slot = gpu_bench_copy(slot, (size_t)b->seqs * sizeof *slot) };
     mem_free(slot);
@@ -122,7 +122,7 @@ static void measure(struct bench *b)
         .kv_table = gpu_bench_copy(table, (size_t)(b->seqs * blocks) * sizeof *table),
         .n_tokens = gpu_bench_copy(n_tokens, (size_t)(LAYERS * b->seqs) * sizeof *n_tokens),
         .shape = b->shape, .seqs = b->seqs, .heads = b->heads, .max_blocks = blocks,
-        .keep_blocks = KEEP_BLOCKS, .keep_tokens = KEEP_TOKENS, .sink_tokens = SINKS,
+        .keep_blocks = b->keep_blocks, .keep_tokens = KEEP_TOKENS, .sink_tokens = SINKS,
         .recent_tokens = RECENT, .max_n_tokens = b->n_tokens,
         .scale = 1 / sqrtf((float)dim),
     };
@@ -132,7 +132,7 @@ static void measure(struct bench *b)
         b->args.lagged = &b->lagged;
     }
     b->args.scratch = gpu_bench_zero(gpu_bench_ops()->attend_two_level_scratch(
-        &b->shape, b->seqs, b->heads, blocks, KEEP_BLOCKS, KEEP_TOKENS));
+        &b->shape, b->seqs, b->heads, blocks, b->keep_blocks, KEEP_TOKENS));
     double us = gpu_bench_graph(queue_layers, b) / LAYERS;
     double floor_us = (double)b->layer_kv / b->gb_per_s * 1e-3, full_us = measure_full(b);
     printf("%8d %6d %10.1f %12.1f %8.1f %10.1f %8.1f %8.0f\n", b->n_tokens, b->seqs, us, floor_us,
@@ -151,7 +151,8 @@ int main(int argc, char **argv)
     int only_tokens = argc > 6 ? (int)strtol(argv[6], NULL, 10) : 0;
     int only_batch = argc > 7 ? (int)strtol(argv[7], NULL, 10) : 0;
     struct bench b = { .heads = argc > 1 ? (int)strtol(argv[1], NULL, 10) : 32,
-                       .lags = argc > 4 && strcmp(argv[4], "lagged") == 0 };
+                       .lags = argc > 4 && strcmp(argv[4], "lagged") == 0,
+                       .keep_blocks = argc > 8 ? (int)strtol(argv[8], NULL, 10) : KEEP_BLOCKS };
 
     b.shape = (struct kv_shape){
         .kv_heads = argc > 2 ? (int)strtol(argv[2], NULL, 10) : 8,
@@ -164,11 +165,11 @@ int main(int argc, char **argv)
     if (!gpu_bench_open())
         return 1;
     b.gb_per_s = memory_rate();
-    printf("two-level attention%s%s, one layer, %d heads on %d of %d, us; \"all\" is reading all "
-           "of K and V at %.0f GB/s\n"
+    printf("two-level attention%s%s, %d blocks, one layer, %d heads on %d of %d, us; \"all\" is "
+           "reading all of K and V at %.0f GB/s\n"
            "  tokens  batch  two-level          all   faster       full   faster  full reads, %%\n",
-           b.lags ? ", lagged" : "", means ? ", filter means" : "", b.heads, b.shape.kv_heads,
-           b.shape.head_dim, b.gb_per_s);
+           b.lags ? ", lagged" : "", means ? ", filter means" : "", b.keep_blocks, b.heads,
+           b.shape.kv_heads, b.shape.head_dim, b.gb_per_s);
     for (size_t i = 0; i < sizeof batches / sizeof batches[0]; i++)
         for (size_t j = 0; j < sizeof lengths / sizeof lengths[0]; j++) {
             b.seqs = batches[i];
