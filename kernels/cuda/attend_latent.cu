@@ -265,7 +265,7 @@ void latent::queue_attend(struct stream *s, const struct attend_dense_args *args
         launch_row<5, CONTEXT>(s, "attend_dense", a, args->seqs, args->max_n_tokens);
     else
         launch_row<3, CONTEXT>(s, "attend_dense", a, args->seqs, args->max_n_tokens);
-    if (args->max_n_rows < 2)
+    if (args->max_n_rows < 2 || queue_attend_rows_hopper(s, args))
         return;
     if (s->be->hopper)
         launch_rows<64, 3>(s, a, args->seqs, args->max_n_rows);

@@ -41,21 +41,19 @@
  *   to both                         426, 433 for 580, 592 */
 
 #include "kernels/cuda/attend.cuh"
-
-#include <cudaTypedefs.h>
+#include "kernels/cuda/wgmma.cuh"
 
 namespace {
 
+using namespace wgmma;
+
 enum {
-    GROUP = 128,                 /* threads that issue a product together */
     ROLES = 3,                   /* groups: the first copies, two compute */
     THREADS = ROLES * GROUP,
     GROUP_ROWS = 64,
     ROWS = 2 * GROUP_ROWS,
     TILE = 2 * BLOCK_TOKENS,     /* tokens taken at once */
     DEPTH = 3,                   /* tiles in shared memory */
-    PART = 64,                   /* channels of a row in shared memory */
-    PART_BYTES = 2 * PART,       /* swizzled: 16 bytes number i of row r lie at i ^ r % 8 */
     TILE_PART = TILE * PART_BYTES,  /* bytes of a tile's K or V in one part */
     COPY_REGISTERS = 24,         /* of a thread: all start with 168 */
     COMPUTE_REGISTERS = 240,
@@ -92,107 +90,13 @@ attend(const __grid_constant__ CUtensorMap map, const __grid_constant__ prefill 
 }
 #else
 
-/* ---- barriers and copies */
-
-__device__ __forceinline__ void barrier_init(uint64_t *barrier, unsigned arrivals)
-{
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;"
-                 : : "r"(shared_address(barrier)), "r"(arrivals) : "memory");
-}
-
-__device__ __forceinline__ void barrier_expect(uint64_t *barrier, unsigned bytes)
-{
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
-                 : : "r"(shared_address(barrier)), "r"(bytes) : "memory");
-}
-
-__device__ __forceinline__ void barrier_arrive(uint64_t *barrier)
-{
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];"
-                 : : "r"(shared_address(barrier)) : "memory");
-}
-
-__device__ __forceinline__ void barrier_wait(uint64_t *barrier, unsigned parity)
-{
-    asm volatile("{\n\t.reg .pred p;\n"
-                 "wait:\n\tmbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n\t"
-                 "@p bra.uni done;\n\tbra.uni wait;\ndone:\n\t}"
-                 : : "r"(shared_address(barrier)), "r"(parity) : "memory");
-}
-
 /* Threads of a group that computes. */
 __device__ __forceinline__ void group_meet(int group)
 {
     asm volatile("bar.sync %0, %1;" : : "r"(GROUP_BARRIER + group), "n"((int)GROUP) : "memory");
 }
 
-/* PART channels from `channel` on of BLOCK_TOKENS rows of the pool. */
-__device__ __forceinline__ void copy_part(void *to, const CUtensorMap *map, int channel,
-                                          int row, uint64_t *barrier)
-{
-    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
-                 "[%0], [%1, {%2, %3}], [%4];"
-                 : : "r"(shared_address(to)), "l"(map), "r"(channel), "r"(row),
-                     "r"(shared_address(barrier)) : "memory");
-}
-
-/* What this thread wrote to shared memory can be seen by products and copies. */
-__device__ __forceinline__ void show_writes()
-{
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
-
-template <int N>
-__device__ __forceinline__ void give_registers()
-{
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" : : "n"(N));
-}
-
-template <int N>
-__device__ __forceinline__ void take_registers()
-{
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" : : "n"(N));
-}
-
 /* ---- products of a group */
-
-#define WORDS_OF(d) "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-
-/* A right operand in shared memory: rows of PART_BYTES, swizzled.  Where the rows are the
- * inner dimension of the product, `next` is the distance to the next PART channels. */
-__device__ __forceinline__ uint64_t operand(unsigned address, unsigned next)
-{
-    return (uint64_t)1 << 62 | (uint64_t)(8 * PART_BYTES >> 4) << 32 |
-           (uint64_t)(next >> 4) << 16 | address >> 4;
-}
-
-/* Registers were written by others than products, or shared memory was. */
-__device__ __forceinline__ void products_begin()
-{
-    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-}
-
-__device__ __forceinline__ void products_commit()
-{
-    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-}
-
-/* All products but the last N groups of them have ended. */
-template <int N>
-__device__ __forceinline__ void products_wait()
-{
-    asm volatile("wgmma.wait_group.sync.aligned %0;" : : "n"(N) : "memory");
-}
-
-/* Nothing that uses these words moves across: to the compiler a product has ended as soon
- * as it has begun. */
-template <int N>
-__device__ __forceinline__ void hold(float (&words)[N][4])
-{
-#pragma unroll
-    for (int i = 0; i < N; i++)
-        asm volatile("" : WORDS_OF(words[i]) : : "memory");
-}
 
 /* d = a b, or d += a b: 64 rows of a by 128 rows of b, 16 channels of both. */
 __device__ __forceinline__ void start_product(float (&d)[16][4], const unsigned (&a)[4],
@@ -250,8 +154,6 @@ __device__ __forceinline__ void start_sum(float (&d)[8][4], const unsigned (&a)[
                    WORDS_OF(d[4]), WORDS_OF(d[5]), WORDS_OF(d[6]), WORDS_OF(d[7])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b) : "memory");
 }
-
-#undef WORDS_OF
 
 /* ---- tasks */
 
@@ -349,13 +251,6 @@ __device__ __forceinline__ void copy_tiles(shared<DIM> *sh, const CUtensorMap *m
     }
 }
 
-/* Where the 16 bytes number `piece` of a row lie, in parts of N rows. */
-template <int N>
-__device__ __forceinline__ unsigned place_of(int row, int piece)
-{
-    return piece / 8 * N * PART_BYTES + row * PART_BYTES + (piece % 8 ^ row % 8) * 16;
-}
-
 /* Rows of q from `first` on; those past the end become zeros. */
 template <int DIM>
 __device__ __forceinline__ void load_queries(unsigned to, const prefill &a, const task &t,
@@ -446,18 +341,6 @@ __device__ __forceinline__ void start_values(softmax<DIM> *s,
     for (int step = 0; step < TILE / 16; step++)
         start_sum(s->acc, weight[step], b + (step * 16 * PART_BYTES >> 4));
     products_commit();
-}
-
-/* Weights as a left operand. */
-__device__ __forceinline__ void pack_weights(unsigned (&weight)[TILE / 16][4],
-                                             const float (&score)[TILE / 8][4])
-{
-#pragma unroll
-    for (int step = 0; step < TILE / 16; step++)
-#pragma unroll
-        for (int i = 0; i < 4; i++)
-            weight[step][i] = pack_bf16(score[2 * step + i / 2][i % 2 * 2],
-                                        score[2 * step + i / 2][i % 2 * 2 + 1]);
 }
 
 /* Row r of the group is at position `first` + r; tokens of a tile from `token` on. */
@@ -654,35 +537,6 @@ attend(const __grid_constant__ CUtensorMap map, const __grid_constant__ prefill 
 }
 #endif
 
-/* cuTensorMapEncodeTiled() of the driver, which the program is not linked with. */
-PFN_cuTensorMapEncodeTiled_v12000 find_encoder()
-{
-    void *fn = NULL;
-    cudaDriverEntryPointQueryResult found;
-
-    if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &fn, 12000,
-                                         cudaEnableDefault, &found) != cudaSuccess ||
-        found != cudaDriverEntryPointSuccess)
-        return NULL;
-    return (PFN_cuTensorMapEncodeTiled_v12000)fn;
-}
-
-/* The pool as rows of K and V, in boxes of a block by PART channels.  How many blocks it has
- * is not known here: the map has all that fit an int. */
-bool describe_pool(CUtensorMap *map, const bf16 *kv, int dim)
-{
-    static const PFN_cuTensorMapEncodeTiled_v12000 encode = find_encoder();
-    const cuuint64_t size[] = { (cuuint64_t)(2 * dim), 0x7fffffff };
-    const cuuint64_t stride[] = { (cuuint64_t)(4 * dim) };
-    const cuuint32_t box[] = { PART, BLOCK_TOKENS }, step[] = { 1, 1 };
-
-    return encode &&
-           encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, (void *)kv, size, stride, box, step,
-                  CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                  CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                  CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
-}
-
 /* False where the code for this device is not that for 9.0a. */
 template <int DIM>
 bool launch(struct stream *s, const CUtensorMap &map, const prefill &a)
@@ -706,7 +560,7 @@ bool attend_many_rows_hopper(struct stream *s, const struct attend_dense_args *a
     prefill a = {};
     CUtensorMap map;
 
-    if (!s->be->hopper || !describe_pool(&map, args->kv, args->shape.head_dim))
+    if (!s->be->hopper || !describe_rows(&map, args->kv, 2 * args->shape.head_dim))
         return false;
     a.out = (__nv_bfloat16 *)args->out;
     a.q = (const __nv_bfloat16 *)args->q;

@@ -46,6 +46,9 @@ void queue_attend_selected(struct stream *s, const struct attend_selected_args *
                            const bf16 *const *rows);
 size_t attend_scratch(int max_seqs, int heads);
 
+/* Sequences of more than one row, with Hopper's kernel, or false where its code cannot run. */
+bool queue_attend_rows_hopper(struct stream *s, const struct attend_dense_args *a);
+
 /* With the kernels made for it, or false where there are none for these arguments. */
 bool queue_two_level(struct stream *s, const struct attend_two_level_args *a);
 

@@ -527,6 +527,48 @@ START_TEST(prefill_equals_cpu)
 }
 END_TEST
 
+/* Rows in chunks of two rows and more, each behind those before, to the bit what they are together:
+ * `alone` gets the same rows again. */
+static void attend_in_chunks(const struct dense *t, int chunk, bf16 *alone)
+{
+    struct dense part = *t;
+    size_t row = (size_t)(t->s.heads * LATENT);
+
+    part.s.seqs = 1;
+    for (int from = 0; from < t->s.n_rows[0]; from += chunk) {
+        bf16 *out = mem_alloc(t->n_out * sizeof *out);
+        int n = t->s.n_rows[0] - from < chunk ? t->s.n_rows[0] - from : chunk;
+        part.first_row[0] = from;
+        part.s.n_rows[0] = n;
+        part.s.n_tokens[0] = t->s.n_tokens[0] - t->s.n_rows[0] + from + n;
+        part.most_rows = n;
+        dense_on_gpu(&part, 0, 1, out);
+        memcpy(alone + (size_t)from * row, out + (size_t)from * row, (size_t)n * row * sizeof *out);
+        mem_free(out);
+    }
+}
+
+/* More tasks than a GPU has multiprocessors, behind a prefix, beside a sequence of other lengths. */
+START_TEST(chunks_change_nothing)
+{
+    static const int chunks[] = { 31, 64, 150 };
+    struct dense_setup s = { .heads = 20, .seqs = 2, .scale = 1 / 16.0f,
+                             .n_rows = { 610, 33 }, .n_tokens = { 2300, 4001 } };
+    struct dense t;
+
+    if (!gpu_backend())
+        return;
+    compare_dense(&s, "many tasks", 80);
+    make_dense(&t, &s, 80);
+    dense_on_gpu(&t, 0, 2, t.got);
+    bf16 *alone = mem_alloc(t.n_out * sizeof *alone);
+    attend_in_chunks(&t, chunks[_i], alone);
+    assert_same_bits("chunks", alone, t.got, (size_t)s.n_rows[0], (size_t)(s.heads * LATENT));
+    mem_free(alone);
+    free_dense(&t);
+}
+END_TEST
+
 TCase *gpu_latent_case(void)
 {
     TCase *c = tcase_create("gpu_latent");
@@ -537,5 +579,6 @@ TCase *gpu_latent_case(void)
     tcase_add_loop_test(c, rows_equal_cpu, 0, 5);
     tcase_add_loop_test(c, decode_equals_cpu, 0, 5);
     tcase_add_loop_test(c, prefill_equals_cpu, 0, 5);
+    tcase_add_loop_test(c, chunks_change_nothing, 0, 3);
     return c;
 }
