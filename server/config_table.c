@@ -93,7 +93,8 @@ static const struct option table[] = {
       .key = "filter", .type = OPTION_CHOICE, AT(engine.select.filter), .initial = "coarse",
       .choices = "bounds|coarse|means",
       .help = "How blocks are scored. coarse: by their best token at very low precision; "
-              "means: by the best mean of two tokens, which reads half; "
+              "means: by the best mean of two tokens, which reads half and misses "
+              "facts in contexts beyond 16,384 tokens; "
               "bounds: by the minimum and maximum of their keys." },
     { .key = "token-index", .type = OPTION_CHOICE, AT(engine.select.index),
       .initial = "rotated",

@@ -7,8 +7,9 @@
  * less than half of the time that its bytes take.
  *
  * Many rows: the heads of as many rows as make 64 columns attend to all that the last of them
- * sees, in the absorbed form.  The plain form needs half of the products but keys and values of
- * every token of the context in 20 times its memory, made anew for every chunk of a prompt. */
+ * sees, in the absorbed form; on Hopper in attend_latent_hopper.cu.  The plain form needs half of
+ * the products but keys and values of every token of the context in 20 times its memory, made anew
+ * for every chunk of a prompt. */
 
 #include "kernels/cuda/latent_tile.cuh"
 

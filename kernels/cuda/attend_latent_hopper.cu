@@ -21,7 +21,13 @@
  * a row sees nothing of changes none of its bits: a row's result depends neither on its chunk nor
  * on its place in a task.
  *
- * Flops: 2 (576 + 512) rows heads (tokens - rows / 2). */
+ * Flops: 2 (576 + 512) rows heads (tokens - rows / 2).  Measured on an H100 (SXM, 700 W), 20 heads,
+ * TFLOP/s: 434 for 2,048 rows of 2,048 tokens, 584 of 32,768, 589 of 98,304.  Two tiles are some
+ * 4,350 cycles of products and 147 KB.
+ *
+ * Tried and lost, TFLOP/s for 2,048 rows of 98,304 tokens:
+ *   both groups together, on an even and an odd tile at a time                      487
+ *   the same in clusters of two thread blocks, each copying every other tile to both   494 */
 
 #include "kernels/cuda/attend.cuh"
 #include "kernels/cuda/latent.cuh"

@@ -548,24 +548,28 @@ static void attend_in_chunks(const struct dense *t, int chunk, bf16 *alone)
     }
 }
 
-/* More tasks than a GPU has multiprocessors, behind a prefix, beside a sequence of other lengths. */
+/* More tasks of 64 rows of a head than a GPU has multiprocessors, beside a sequence of another
+ * length. */
 START_TEST(chunks_change_nothing)
 {
-    static const int chunks[] = { 31, 64, 150 };
+    static const int chunks[] = { 31, 150 };
     struct dense_setup s = { .heads = 20, .seqs = 2, .scale = 1 / 16.0f,
-                             .n_rows = { 610, 33 }, .n_tokens = { 2300, 4001 } };
+                             .n_rows = { 430, 33 }, .n_tokens = { 500, 1501 } };
     struct dense t;
 
     if (!gpu_backend())
         return;
     compare_dense(&s, "many tasks", 80);
-    make_dense(&t, &s, 80);
-    dense_on_gpu(&t, 0, 2, t.got);
-    bf16 *alone = mem_alloc(t.n_out * sizeof *alone);
-    attend_in_chunks(&t, chunks[_i], alone);
-    assert_same_bits("chunks", alone, t.got, (size_t)s.n_rows[0], (size_t)(s.heads * LATENT));
-    mem_free(alone);
-    free_dense(&t);
+    for (size_t i = 0; i < sizeof chunks / sizeof chunks[0]; i++) {
+        make_dense(&t, &s, 80);
+        dense_on_gpu(&t, 0, 2, t.got);
+        bf16 *alone = mem_alloc(t.n_out * sizeof *alone);
+        attend_in_chunks(&t, chunks[i], alone);
+        assert_same_bits("chunks", alone, t.got, (size_t)s.n_rows[0],
+                         (size_t)(s.heads * LATENT));
+        mem_free(alone);
+        free_dense(&t);
+    }
 }
 END_TEST
 
@@ -579,6 +583,6 @@ TCase *gpu_latent_case(void)
     tcase_add_loop_test(c, rows_equal_cpu, 0, 5);
     tcase_add_loop_test(c, decode_equals_cpu, 0, 5);
     tcase_add_loop_test(c, prefill_equals_cpu, 0, 5);
-    tcase_add_loop_test(c, chunks_change_nothing, 0, 3);
+    tcase_add_test(c, chunks_change_nothing);
     return c;
 }
