@@ -53,7 +53,8 @@ using namespace two;
 enum {
     THREADS = 384,
     WARPS = THREADS / WARP,
-    MAX_CLUSTER = 8,             /* 16 would not find room in every GPC */
+    MAX_CLUSTER = 8,             /* 16 would not find room in every GPC, and 9, of which 8 do on an
+                                    H100, gain nothing */
     HALF = BLOCK_TOKENS / 2,     /* tokens of a record that a warp scores at a time */
     DEPTH = 3,                   /* of those halves a warp has on their way or in use */
     LINE = 128,                  /* bytes that are asked of memory at once */
