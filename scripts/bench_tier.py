@@ -13,7 +13,6 @@ import argparse
 import re
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import child_process
@@ -49,7 +48,7 @@ def measure(args, options, seed):
             n = args.tokens + 3 * (args.streams - i) * args.prompt // 1024 // 2
             return began, complete(server, prompt_of(args.prompt, seed + 1 + i), n,
                                    args.seconds, logit_bias={str(word): 100})[0]
-        with ThreadPoolExecutor(args.streams) as pool:
+        with child_process.threads(args.streams) as pool:
             streams = list(pool.map(one, range(args.streams)))
         stored = server.metrics().get("kv_offload_store_bytes_total", 0)
     finally:

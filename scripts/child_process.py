@@ -4,11 +4,25 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 
 def ends_with_script():
     """Ended from outside, a script leaves by its finally clauses, which end what it started."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+
+
+@contextlib.contextmanager
+def threads(n):
+    """A pool of so many.  When the script is ended it is left at once: what they wait for ends with the
+    server that the finally clauses outside of it stop."""
+    pool = ThreadPoolExecutor(n)
+    try:
+        yield pool
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+    pool.shutdown()
 
 
 def stop(process, patience_s=30, with_group=False):

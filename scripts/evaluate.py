@@ -40,7 +40,6 @@ import re
 import sys
 import urllib.error
 import urllib.request
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import child_process
@@ -244,7 +243,7 @@ def run_task(client, args, haystack, results, configs, n_tokens, task):
     starts = [0, *range(1, len(samples), args.parallel)] if task == PROSE else \
         range(0, len(samples), args.parallel)
     asked = set()
-    with ThreadPoolExecutor(args.parallel) as pool:
+    with child_process.threads(args.parallel) as pool:
         for start, end in zip(starts, [*starts[1:], len(samples)]):
             for config in configs:
                 missing = [i for i in samples[start:end]

@@ -25,7 +25,6 @@ import subprocess
 import sys
 import time
 import urllib.request
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import child_process
@@ -90,7 +89,7 @@ def write_text(server, n_tokens, seed):
                                  ignore_eos=True)
         return answer["choices"][0]["text"]
 
-    with ThreadPoolExecutor(16) as pool:
+    with child_process.threads(16) as pool:
         texts = list(pool.map(piece, range(pieces)))
     # What the model makes up about facts would be needles of its own, and now and then it says the
     # same word for pages.

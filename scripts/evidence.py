@@ -179,12 +179,12 @@ def stages(quick):
                 "choices": Stage("Choices", 60, run_choices),
                 "offload": Stage("Offloading", 60, run_offload)}
     # 25 minutes together.
-    bounds = {4096: 50, 16384: 80, 32768: 120, 65536: 210, 98304: 400}
+    bounds = {4096: 50, 16384: 80, 32768: 130, 65536: 260, 98304: 430}
     return {**{f"accuracy-{n}": Stage("Accuracy", s, run_accuracy) for n, s in bounds.items()},
-            "choices": Stage("Choices", 160, run_choices),
+            "choices": Stage("Choices", 130, run_choices),
             "operator": Stage("Two-level attention beside full attention", 100, run_bench, gpu=True),
-            "step": Stage("Whole steps", 180, run_bench, gpu=True),
-            "offload": Stage("Keys and values in host memory", 220, run_offload, gpu=True)}
+            "step": Stage("Whole steps", 120, run_bench, gpu=True),
+            "offload": Stage("Keys and values in host memory", 200, run_offload, gpu=True)}
 
 
 # ---- the machine

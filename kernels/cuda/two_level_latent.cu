@@ -13,8 +13,8 @@
  * At batch 1 all of this is latency.  Measured on an H200 behind the filter of 98,304 tokens, us:
  * choosing blocks 3.6, scoring 4.7, exchange 0.7, choosing tokens 4.3, attention 7.3, sums 4.4.
  * With 512 threads full attention with the same code is 7 % slower.  Clusters of 16, with two warps
- * to a record, lose: the operator takes 42.5, 60.4 and 79.5 us at 98,304 tokens and batch 1, 4 and 8
- * where these take 40.2, 55.8 and 74.2 (H100).
+ * to a record, lose: at 98,304 tokens and batch 1, 4 and 8 the operator takes 42.5, 60.4, 79.5 us
+ * with them, and 40.2, 55.8, 74.2 with these (H100).
  *
  * With hot rows (HOT) every block looks up all chosen tokens, so that all know the same, and
  * fetches and keeps the missing rows of its own share. */

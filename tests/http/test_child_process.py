@@ -73,6 +73,26 @@ class Children(unittest.TestCase):
     def test_evaluate_needles(self):
         self.ended_with("evaluate_needles.py", "--asynctlsd", self.program("asynctlsd", children=False))
 
+    def test_threads(self):
+        """They wait for a server that only ends when they have been left."""
+        script = f"""import subprocess, sys
+sys.path.insert(0, {str(SCRIPTS)!r})
+import child_process
+child_process.ends_with_script()
+server = subprocess.Popen([{str(self.program("server", children=False))!r}])
+try:
+    with child_process.threads(2) as pool:
+        list(pool.map(lambda _: server.wait(), range(3)))
+finally:
+    child_process.stop(server)
+"""
+        process = subprocess.Popen([sys.executable, "-c", script])
+        self.addCleanup(process.kill)
+        pids = self.pids()
+        process.send_signal(signal.SIGTERM)
+        self.assertEqual(process.wait(30 * PATIENCE), 143)
+        self.until(lambda: not any(map(is_there, pids)))
+
     def test_run(self):
         self.assertEqual(child_process.run(["sh", "-c", "echo a; echo b >&2; exit 3"], 30 * PATIENCE),
                          (3, "a\n", "b\n"))
